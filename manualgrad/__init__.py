@@ -1,0 +1,1 @@
+"""Backpropagation written by hand, inside PyTorch."""
