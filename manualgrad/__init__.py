@@ -1,1 +1,12 @@
-"""Backpropagation written by hand, inside PyTorch."""
+"""Backpropagation written by hand, inside PyTorch, good enough to train on.
+
+    import manualgrad.nn as nn      # instead of import torch.nn as nn
+
+Each layer and loss is a `torch.autograd.Function` whose gradient is written by hand, its derivation beside it
+(`manualgrad.ops`). `Rule` makes one from pure functions; `registry.ops` lists them all.
+"""
+
+from manualgrad import nn, registry
+from manualgrad.rule import Rule
+
+__all__ = ["Rule", "nn", "registry"]

@@ -1,0 +1,20 @@
+"""Every public name of `torch.nn`: ours where a rule exists, torch's own otherwise.
+
+    import manualgrad.nn as nn      # instead of import torch.nn as nn
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn as _torch
+
+from manualgrad import registry
+
+if TYPE_CHECKING:  # ours have torch's signatures
+    from torch.nn import *  # noqa: F403
+
+globals().update({name: value for name, value in vars(_torch).items() if not name.startswith("_")})
+globals().update({op.module.__name__: op.module for op in registry.ops().values() if op.module is not None})
+
+from manualgrad.nn import functional as functional  # noqa: E402  (after torch's, whose name it takes)

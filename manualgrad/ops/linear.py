@@ -1,0 +1,123 @@
+"""Linear and bilinear maps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manualgrad.ops.elementary import rows
+from manualgrad.registry import Call, register
+from manualgrad.rule import LOWER, Rule
+
+
+class LinearFunction(Rule):
+    r"""y = x Wᵀ + b        x: (*, in)   W: (out, in)   b: (out)   y: (*, out)
+
+    differential      dy = dx Wᵀ + x dWᵀ + db
+    pair with g       ⟨g, dx Wᵀ⟩ = ⟨g W, dx⟩            ∂L/∂x = g W
+                      ⟨g, x dWᵀ⟩ = ⟨gᵀ x, dW⟩           ∂L/∂W = gᵀ x      (rows of all leading axes)
+                      ⟨g, db⟩    = ⟨Σ g, db⟩            ∂L/∂b = Σ g
+    (For complex numbers ⟨a, b⟩ = Σ ā b, which conjugates W and x.)
+    """
+
+    autocast = LOWER
+    in_float32 = False  # products accumulate in float32 as they are
+    complex = True
+
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, weight, bias)
+
+    def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+        return grad @ weight.conj()
+
+    def grad_weight(grad: Tensor, input: Tensor) -> Tensor:
+        return rows(grad).mT @ rows(input).conj()
+
+    def grad_bias(grad: Tensor) -> Tensor:
+        return rows(grad).sum(0)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""y = x Wᵀ + b, as `torch.nn.functional.linear`.
+
+    Shapes: input (*, in), weight (out, in) or (in), bias (out); the result (*, out) or (*).
+    """
+    if weight.dim() == 1:  # torch also takes a single row
+        return linear(input, weight.unsqueeze(0), bias).squeeze(-1)
+    if bias is not None and bias.shape != weight.shape[:1]:  # and any bias that broadcasts
+        output = LinearFunction.apply(input, weight, None)
+        return output + bias.expand(output.shape)
+    return LinearFunction.apply(input, weight, bias)
+
+
+class Linear(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+register(
+    linear,
+    Linear,
+    samples=lambda t: [
+        Call(t(5, 3), t(4, 3), t(4)),
+        Call(t(2, 5, 3), t(4, 3)),
+        Call(t(3), t(4, 3), t(4)),
+        Call(t(5, 3), t(3)),
+        Call(t(5, 3), t(4, 3), t(1)),
+    ],
+    big=lambda t: Call(t(512, 1024), t(1024, 1024), t(1024)),
+    complex=True,
+)
+
+
+class BilinearFunction(Rule):
+    r"""yₖ = u Wₖ vᵀ + bₖ     u: (*, m)   v: (*, n)   W: (o, m, n)   b: (o)   y: (*, o)
+
+    differential      dyₖ = du Wₖ vᵀ + u Wₖ dvᵀ + u dWₖ vᵀ + dbₖ
+    pair with g       ∂L/∂u = Σₖ gₖ (v Wₖᵀ)      ∂L/∂v = Σₖ gₖ (u Wₖ)      ∂L/∂Wₖ = Σ gₖ uᵀ v      ∂L/∂b = Σ g
+    (sums without an index run over the leading axes)
+    """
+
+    autocast = {"cuda": "promote"}
+    in_float32 = False
+
+    def forward(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.bilinear(input1, input2, weight, bias)
+
+    def grad_input1(grad: Tensor, input2: Tensor, weight: Tensor) -> Tensor:
+        return torch.einsum("...k,kmn,...n->...m", grad, weight, input2)
+
+    def grad_input2(grad: Tensor, input1: Tensor, weight: Tensor) -> Tensor:
+        return torch.einsum("...k,...m,kmn->...n", grad, input1, weight)
+
+    def grad_weight(grad: Tensor, input1: Tensor, input2: Tensor) -> Tensor:
+        return torch.einsum("rk,rm,rn->kmn", rows(grad), rows(input1), rows(input2))
+
+    def grad_bias(grad: Tensor) -> Tensor:
+        return rows(grad).sum(0)
+
+
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""yₖ = u Wₖ vᵀ + bₖ, as `torch.nn.functional.bilinear`.
+
+    Shapes: input1 (*, m), input2 (*, n), weight (out, m, n), bias (out); the result (*, out).
+    """
+    return BilinearFunction.apply(input1, input2, weight, bias)
+
+
+class Bilinear(torch.nn.Bilinear):
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        return bilinear(input1, input2, self.weight, self.bias)
+
+
+register(
+    bilinear,
+    Bilinear,
+    samples=lambda t: [
+        Call(t(5, 3), t(5, 2), t(4, 3, 2), t(4)),
+        Call(t(2, 3, 3), t(2, 3, 2), t(1, 3, 2)),
+        Call(t(3), t(2), t(4, 3, 2), t(4)),
+    ],
+    big=lambda t: Call(t(256, 64), t(256, 64), t(64, 64, 64), t(64)),
+)

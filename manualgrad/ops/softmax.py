@@ -1,0 +1,84 @@
+"""Softmax and its logarithm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manualgrad.registry import Call, register
+from manualgrad.rule import Rule
+
+
+class SoftmaxFunction(Rule):
+    r"""yᵢ = e^xᵢ / Σ e^x      (along one axis)
+
+    dyᵢ = yᵢ (dxᵢ - Σⱼ yⱼ dxⱼ),  that is J = diag y - y yᵀ, its own transpose:      ∂L/∂x = y (g - Σ g y)
+    """
+
+    autocast = {"cuda": "float32"}
+
+    def forward(input: Tensor, dim: int) -> Tensor:
+        return torch.softmax(input, dim)
+
+    def grad_input(grad: Tensor, output: Tensor, dim: int) -> Tensor:
+        weighted = grad * output
+        return weighted - output * weighted.sum(dim, keepdim=True)
+
+
+class LogSoftmaxFunction(Rule):
+    r"""yᵢ = xᵢ - log Σ e^x      (along one axis)
+
+    dyᵢ = dxᵢ - Σⱼ pⱼ dxⱼ,  p = eʸ;  J = I - 1 pᵀ      ∂L/∂x = Jᵀ g = g - p Σ g
+    """
+
+    autocast = {"cuda": "float32"}
+
+    def forward(input: Tensor, dim: int) -> Tensor:
+        return torch.log_softmax(input, dim)
+
+    def grad_input(grad: Tensor, output: Tensor, dim: int) -> Tensor:
+        return grad - output.exp() * grad.sum(dim, keepdim=True)
+
+
+def _axis(name: str, input: Tensor, dim: int | None, stacklevel: int) -> int:
+    return F._get_softmax_dim(name, input.dim(), stacklevel + 1) if dim is None else dim
+
+
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """e^xᵢ / Σ e^x along `dim`, as `torch.nn.functional.softmax`. Any shape; computed in `dtype` if given."""
+    dim = _axis("softmax", input, dim, _stacklevel)
+    return SoftmaxFunction.apply(input if dtype is None else input.to(dtype), dim)
+
+
+class Softmax(torch.nn.Softmax):
+    def forward(self, input: Tensor) -> Tensor:
+        return softmax(input, self.dim, _stacklevel=5)
+
+
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """log softmax along `dim`, as `torch.nn.functional.log_softmax`. Any shape; computed in `dtype` if given."""
+    dim = _axis("log_softmax", input, dim, _stacklevel)
+    return LogSoftmaxFunction.apply(input if dtype is None else input.to(dtype), dim)
+
+
+class LogSoftmax(torch.nn.LogSoftmax):
+    def forward(self, input: Tensor) -> Tensor:
+        return log_softmax(input, self.dim, _stacklevel=5)
+
+
+for _function, _module in ((softmax, Softmax), (log_softmax, LogSoftmax)):
+    register(
+        _function,
+        _module,
+        samples=lambda t: [
+            Call(t(5, 3), dim=-1),
+            Call(t(2, 5, 3), dim=1),
+            Call(t(4), dim=0),
+            Call(t(), dim=0),
+            Call(t(5, 3), dim=1, dtype=torch.float64),
+        ],
+        big=lambda t: Call(t(1024, 1024), dim=-1),
+    )

@@ -1,0 +1,149 @@
+"""The one table of operations. The laws in tests, the coverage page and the benchmarks all read it.
+
+An operation registers itself where it is defined, with the inputs it is to be tried on:
+
+    register(gelu, GELU, samples=lambda t: [Call(t(5, 3)), Call(t(5, 3), approximate="tanh")])
+
+torch's counterpart is found by name, so a table entry never repeats what torch already says.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Call:
+    """The arguments of one call."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+    def differentiable(self) -> list[int | str]:
+        """Where the tensors stand that have a gradient."""
+        places = [*enumerate(self.args), *self.kwargs.items()]
+        return [
+            place
+            for place, value in places
+            if isinstance(value, Tensor)
+            and (value.is_floating_point() or value.is_complex())
+            and not hasattr(value, "fixed")
+        ]
+
+    def __getitem__(self, place: int | str) -> Any:
+        return self.args[place] if isinstance(place, int) else self.kwargs[place]
+
+    def replace(self, places: Iterable[int | str], values: Iterable[Any]) -> Call:
+        """The same call with other arguments at some places."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for place, value in zip(places, values, strict=True):
+            if isinstance(place, int):
+                args[place] = value
+            else:
+                kwargs[place] = value
+        return Call(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        def show(value: Any) -> str:
+            if isinstance(value, Tensor):
+                return f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}]"
+            return repr(value)
+
+        named = [f"{name}={show(value)}" for name, value in self.kwargs.items()]
+        return ", ".join([*map(show, self.args), *named])
+
+
+@dataclass
+class Maker:
+    """Makes the tensors of a sample: random, of one dtype and device, the same for the same seed."""
+
+    dtype: torch.dtype = torch.float64
+    device: torch.device | str = "cpu"
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def __call__(self, *shape: int, low: float | None = None, high: float | None = None) -> Tensor:
+        """Standard normal, or uniform on [low, high)."""
+        if low is None or high is None:
+            drawn = torch.randn(shape, dtype=torch.float64, generator=self.generator)
+        else:
+            drawn = torch.rand(shape, dtype=torch.float64, generator=self.generator) * (high - low) + low
+        return drawn.to(self.dtype).to(self.device)
+
+    def fixed(self, *shape: int, low: float | None = None, high: float | None = None) -> Tensor:
+        """The same, for an argument that has no gradient (as in torch)."""
+        tensor = self(*shape, low=low, high=high)
+        tensor.fixed = True  # type: ignore[attr-defined]
+        return tensor
+
+    def index(self, below: int, *shape: int) -> Tensor:
+        """Integers in [0, below)."""
+        return torch.randint(below, shape, generator=self.generator).to(self.device)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One function of torch.nn.functional (and its module) with what is needed to try it."""
+
+    function: Callable[..., Any]
+    module: type[nn.Module] | None
+    samples: Callable[[Maker], Iterable[Call]]
+    big: Callable[[Maker], Call]
+    random: bool
+    complex: bool
+    special: bool
+    lacks: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return getattr(torch.nn.functional, self.name)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+_table: dict[str, Op] = {}
+
+
+def register(
+    function: Callable[..., Any],
+    module: type[nn.Module] | None = None,
+    *,
+    samples: Callable[[Maker], Iterable[Call]],
+    big: Callable[[Maker], Call],
+    random: bool = False,
+    complex: bool = False,
+    special: bool = True,
+    lacks: Mapping[str, str] | None = None,
+) -> None:
+    """Enter an operation into the table.
+
+    Args:
+        function: ours, named as in torch.nn.functional.
+        module: ours, named as in torch.nn.
+        samples: small inputs, away from kinks, on which every law is tried.
+        big: an input of the size that real models have, for the benchmark.
+        random: the result depends on the random state.
+        complex: torch differentiates it for complex inputs too.
+        special: ±0, ±inf, nan and the kinks may stand in its floating inputs.
+        lacks: laws that do not hold for it, each with the reason (shown to users; a stale one fails a test).
+    """
+    _table[function.__name__] = Op(function, module, samples, big, random, complex, special, lacks or {})
+
+
+def ops() -> dict[str, Op]:
+    """Every operation by its name in torch.nn.functional, in alphabetical order."""
+    package = importlib.import_module("manualgrad.ops")
+    for found in pkgutil.iter_modules(package.__path__, "manualgrad.ops."):
+        importlib.import_module(found.name)
+    return dict(sorted(_table.items()))

@@ -1,0 +1,302 @@
+r"""A rule: a formula, and by hand the gradient for each of its inputs. Everything else follows.
+
+A `Rule` is a `torch.autograd.Function` written as a set of pure functions that speak to each other **by
+name**. Nothing in it ever sees ``ctx``:
+
+    class LinearFunction(Rule):
+        def forward(input: Tensor, weight: Tensor, bias: Tensor | None): return F.linear(input, weight, bias)
+        def grad_input(grad: Tensor, weight: Tensor):                    return grad @ weight
+        def grad_weight(grad: Tensor, input: Tensor):                    return rows(grad).mT @ rows(input)
+        def grad_bias(grad: Tensor):                                     return rows(grad).sum(0)
+
+The names a rule's functions may ask for:
+
+    an input of `forward`       a tensor, or a setting (whatever is not annotated as a Tensor)
+    ``output``                  what `forward` returned
+    a *statistic*               what `forward` returned besides the output, named in `statistics`
+    ``grad``                    ∂L/∂output, in the gradients alone
+    any method of the rule      its value, computed once in each backward and shared by all that name it
+
+``grad_x`` is ∂L/∂x. An input without a ``grad_`` method has no gradient. The names that a gradient asks
+for, followed down to inputs, output and statistics, are exactly what is kept for it; what no *needed*
+gradient names is not kept.
+
+A statistic that depends on a differentiable input *moves* with it (a mean, a logsumexp), so its own
+derivative counts as soon as the backward is itself differentiated. A method of the statistic's name says how
+to compute it from the inputs, and takes its place then. A statistic without such a method is a constant.
+
+What follows from these alone, for every rule:
+
+    reverse mode     the gradients, in an order that computes shared quantities once
+    forward mode     a backward is linear in ``grad``, L = Jᵀ; so the pushforward is its transpose, J = (Jᵀ)ᵀ,
+                     which `torch.func.vjp` takes of the formula in ``grad``, at zero
+    higher orders    the formulas are torch operations (or rules), so they are differentiated again
+    vmap             `generate_vmap_rule`
+    autocast         the cast that `autocast` declares, made before the Function, so it is differentiated too
+    torch.compile    a twin without ``jvp`` (which Dynamo refuses), put into the graph as it is
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import Function, forward_ad
+
+
+class Formula(NamedTuple):
+    """``target = function(*names)``"""
+
+    target: str
+    function: Callable[..., Any]
+    names: tuple[str, ...]
+
+
+class Plan(NamedTuple):
+    """What one set of needed gradients takes: which values to keep, and what to compute from them."""
+
+    tensors: tuple[int, ...]  # kept, as positions in inputs + outputs
+    settings: tuple[int, ...]
+    names: tuple[str, ...]  # of the tensors, then of the settings
+    formulas: tuple[Formula, ...]  # the backward, statistics as kept
+    differentiable: tuple[Formula, ...]  # the same with moving statistics computed anew
+
+
+class Rule:
+    """A `torch.autograd.Function` from pure functions that name what they need; see the module's text."""
+
+    statistics: ClassVar[tuple[str, ...]] = ()
+    """Names of what `forward` returns besides the output (it then returns a tuple)."""
+
+    autocast: ClassVar[Mapping[str, str]] = {}
+    """By device type, what autocast does to floating inputs: "lower" (to autocast's dtype), "float32" or
+    "promote" (to the widest among them). Absent: nothing, as for torch's own operation."""
+
+    in_float32: ClassVar[bool] = True
+    """Gradients of bfloat16 and float16 are computed in float32 and rounded once, as torch's kernels do."""
+
+    complex: ClassVar[bool] = False
+    """The gradients hold for complex numbers."""
+
+    forward: ClassVar[Callable[..., Any]]
+    function: ClassVar[type[Function]]
+    apply: ClassVar[Callable[..., Any]]
+
+    def __init_subclass__(cls) -> None:
+        for name, method in list(vars(cls).items()):
+            if inspect.isfunction(method):
+                setattr(cls, name, staticmethod(method))
+        if "forward" in vars(cls):
+            _complete(cls)
+
+
+_LOW = (torch.bfloat16, torch.float16)
+LOWER = {"cpu": "lower", "cuda": "lower"}
+FLOAT32 = {"cpu": "float32", "cuda": "float32"}
+
+
+def _complete(rule: type[Rule]) -> None:
+    """Give `rule` what a `torch.autograd.Function` has: setup_context, backward, jvp, and an entry, apply."""
+    parameters = inspect.signature(rule.forward).parameters
+    inputs = tuple(parameters)
+    values = (*inputs, "output", *rule.statistics)
+    is_tensor = {name: name not in inputs or "Tensor" in parameters[name].annotation for name in values}
+    methods = {
+        name: Formula(name, method, tuple(inspect.signature(method).parameters))
+        for name in dir(rule)
+        if not hasattr(Rule, name) and inspect.isfunction(method := getattr(rule, name))
+    }
+    gradients = tuple(f"grad_{name}" for name in inputs)
+    has_statistics = bool(rule.statistics)
+    given = frozenset((*values, "grad"))
+    moving = frozenset(rule.statistics) & frozenset(methods)
+
+    def in_order(targets: Iterable[str], given: frozenset[str]) -> tuple[Formula, ...]:
+        """The formulas that compute `targets` from what is given, each after those it names."""
+        order: dict[str, Formula] = {}
+
+        def visit(name: str) -> None:
+            if name not in given and name not in order:
+                for needed in methods[name].names:
+                    visit(needed)
+                order[name] = methods[name]
+
+        for target in targets:
+            visit(target)
+        return tuple(order.values())
+
+    @cache
+    def plan(needed: tuple[bool, ...], forward_mode: bool) -> Plan:
+        wanted = []
+        for name, need in zip(gradients, needed, strict=True):
+            if name in methods and (need or forward_mode):
+                wanted.append(name)
+            elif need:
+                raise RuntimeError(
+                    f"{rule.__name__} is not differentiable with respect to {name.removeprefix('grad_')!r}: "
+                    "pass a tensor that does not require a gradient"
+                )
+        formulas = in_order(wanted, given)
+        differentiable = in_order(wanted, given - moving)
+        named = {name for formula in (*formulas, *differentiable) for name in formula.names}
+        kept = [n for n in values if n in named or (n == "output" and forward_mode)]
+        tensors = [name for name in kept if is_tensor[name]]
+        settings = [name for name in kept if not is_tensor[name]]
+        return Plan(
+            tuple(values.index(name) for name in tensors),
+            tuple(values.index(name) for name in settings),
+            (*tensors, *settings),
+            formulas,
+            differentiable,
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if inputs[0].is_complex() and not rule.complex:
+            raise RuntimeError(f"{rule.__name__} does not support automatic differentiation for complex numbers")
+        forward_mode = _forward_mode()
+        ctx.plan = chosen = plan(ctx.needs_input_grad, forward_mode)
+        if has_statistics:
+            every = inputs + output
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)  # or backward is given zeros for the statistics
+        else:
+            every = (*inputs, output)
+        ctx.save_for_backward(*[every[i] for i in chosen.tensors])
+        ctx.settings = [every[i] for i in chosen.settings]
+        ctx.rounded = every[len(inputs)].dtype in _LOW and rule.in_float32
+        if ctx.rounded:
+            ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
+        if forward_mode:
+            ctx.save_for_forward(*[every[i] for i in chosen.tensors])  # the same: else grad(vmap) goes wrong
+            ctx.set_materialize_grads(False)
+
+    def evaluate(ctx: Any, formulas: tuple[Formula, ...], known: dict[str, Any]) -> list[Tensor | None]:
+        """The gradients of the inputs (None where no formula computes one)."""
+        if _autocasting():  # the casts have been made, outside
+            with torch.autocast(known["grad"].device.type, enabled=False):
+                return compute(ctx, formulas, known)
+        return compute(ctx, formulas, known)
+
+    def compute(ctx: Any, formulas: tuple[Formula, ...], known: dict[str, Any]) -> list[Tensor | None]:
+        if ctx.rounded:
+            for name, value in known.items():
+                if isinstance(value, Tensor) and value.dtype in _LOW:
+                    known[name] = value.float()
+        for target, function, names in formulas:
+            known[target] = function(*[known[name] for name in names])
+        found = [known.get(name) for name in gradients]
+        if ctx.rounded:
+            return [x if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True)]
+        return found
+
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(inputs)
+        chosen = ctx.plan
+        known = dict(zip(chosen.names, (*ctx.saved_tensors, *ctx.settings), strict=True), grad=grad)
+        return tuple(evaluate(ctx, chosen.differentiable if _differentiated() else chosen.formulas, known))
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | tuple[Tensor | None, ...]:
+        with _outer_tangents():
+            kept = (*[_primal(t) for t in ctx.saved_tensors], *ctx.settings)
+            known = dict(zip(ctx.plan.names, kept, strict=True))
+            moved = [i for i, tangent in enumerate(tangents) if tangent is not None and gradients[i] in methods]
+            formulas = in_order([gradients[i] for i in moved], given - moving)
+
+            def transpose(grad: Tensor) -> list[Tensor | None]:
+                found = evaluate(ctx, formulas, known | {"grad": grad})
+                return [found[i] for i in moved]
+
+            pushforward = torch.func.vjp(transpose, torch.zeros_like(known["output"]))[1]
+            tangent = pushforward([_primal(tangents[i]) for i in moved])[0]
+        return (tangent, *[None] * len(rule.statistics)) if has_statistics else tangent
+
+    functions = {f.__name__: staticmethod(f) for f in (rule.forward, setup_context, backward)}
+    rule.function = type(rule.__name__, (Function,), functions | {"jvp": staticmethod(jvp), "generate_vmap_rule": True})
+    rule.apply = staticmethod(_entry(rule, type(rule.__name__, (Function,), functions)))
+
+
+def _entry(rule: type[Rule], twin: Any) -> Callable[..., Any]:
+    @torch.compiler.allow_in_graph
+    def compiled(*args: Any) -> Any:
+        return twin.apply(*args)
+
+    general = rule.function.apply
+    direct = super(Function, rule.function).apply  # without the 10 µs in which Function.apply reads the signature
+    forward = rule.forward
+    has_statistics = bool(rule.statistics)
+
+    def apply(*args: Any) -> Any:
+        if _autocasting():
+            args = _cast(rule.autocast, args)
+        if torch.compiler.is_compiling():
+            result = compiled(*args)
+        elif _transformed():
+            result = general(*args)
+        elif torch.is_grad_enabled() or _forward_mode():
+            result = direct(*args)
+        else:
+            result = forward(*args)
+        return result[0] if has_statistics else result
+
+    # Dynamo keeps what it compiled with the code object, and two rules may not share it.
+    apply.__code__ = apply.__code__.replace(co_name=f"{rule.__name__}.apply")
+    return apply
+
+
+def _cast(policies: Mapping[str, str], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cast floating tensors as autocast does (float64 it leaves alone)."""
+    device = next(a.device.type for a in args if isinstance(a, Tensor))
+    policy = policies.get(device)
+    if policy is None or not torch.is_autocast_enabled(device):
+        return args
+    floats = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+    if policy == "lower":
+        to = torch.get_autocast_dtype(device)
+    elif policy == "float32" or torch.float32 in floats:
+        to = torch.float32
+    else:
+        to = torch.get_autocast_dtype(device)
+    return tuple(
+        a.to(to) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
+        for a in args
+    )
+
+
+# What torch keeps private, each behind one name.
+
+
+_autocasting = torch._C._is_any_autocast_enabled
+_transformed = torch._C._are_functorch_transforms_active  # a torch.func transform is active
+
+
+def _forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _differentiated() -> bool:
+    """The backward that runs now may itself be differentiated. Grad mode alone does not tell."""
+    return torch.is_grad_enabled() or _forward_mode() or _transformed()
+
+
+def _nested_forward_mode() -> bool:
+    return eager_transforms.JVP_NESTING > 1
+
+
+def _outer_tangents() -> AbstractContextManager[None]:
+    """torch turns forward mode off while it calls `jvp`, which loses the tangents of the levels around it
+    (pytorch#197867): turn it on again."""
+    return forward_ad._set_fwd_grad_enabled(True) if _nested_forward_mode() else nullcontext()
+
+
+def _primal(tensor: Any) -> Any:
+    """`tensor` without its tangent of the innermost level, but with those of the levels around it."""
+    if isinstance(tensor, Tensor) and _nested_forward_mode():
+        return forward_ad.unpack_dual(tensor, level=0).primal
+    return tensor
