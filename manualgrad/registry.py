@@ -25,16 +25,27 @@ class Call:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
         self.kwargs = kwargs
+        self.gradient_is_derivative = True
+
+    def with_gradient_by_definition(self) -> Call:
+        """The gradient is what torch defines it to be, not the derivative: no finite difference shows it."""
+        self.gradient_is_derivative = False
+        return self
 
     def differentiable(self) -> list[int | str]:
         """Where the tensors stand that have a gradient."""
+        return [place for place in self._floating() if not hasattr(self[place], "fixed")]
+
+    def fixed(self) -> list[int | str]:
+        """Where the tensors of numbers stand that have no gradient."""
+        return [place for place in self._floating() if hasattr(self[place], "fixed")]
+
+    def _floating(self) -> list[int | str]:
         places = [*enumerate(self.args), *self.kwargs.items()]
         return [
             place
             for place, value in places
-            if isinstance(value, Tensor)
-            and (value.is_floating_point() or value.is_complex())
-            and not hasattr(value, "fixed")
+            if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
         ]
 
     def __getitem__(self, place: int | str) -> Any:
@@ -44,6 +55,8 @@ class Call:
         """The same call with other arguments at some places."""
         args, kwargs = list(self.args), dict(self.kwargs)
         for place, value in zip(places, values, strict=True):
+            if hasattr(self[place], "fixed") and isinstance(value, Tensor):
+                value.fixed = True  # type: ignore[attr-defined]
             if isinstance(place, int):
                 args[place] = value
             else:

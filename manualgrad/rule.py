@@ -46,6 +46,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
 
@@ -75,8 +76,8 @@ class Rule:
     """Names of what `forward` returns besides the output (it then returns a tuple)."""
 
     autocast: ClassVar[Mapping[str, str]] = {}
-    """By device type, what autocast does to floating inputs: "lower" (to autocast's dtype), "float32" or
-    "promote" (to the widest among them). Absent: nothing, as for torch's own operation."""
+    """By device type, what autocast does to floating inputs: "lower" (to autocast's dtype), "float32",
+    "promote" (to the widest among them) or "refuse". Absent: nothing, as for torch's own operation."""
 
     in_float32: ClassVar[bool] = True
     """Gradients of bfloat16 and float16 are computed in float32 and rounded once, as torch's kernels do."""
@@ -92,7 +93,7 @@ class Rule:
         for name, method in list(vars(cls).items()):
             if inspect.isfunction(method):
                 setattr(cls, name, staticmethod(method))
-        if "forward" in vars(cls):
+        if hasattr(cls, "forward"):
             _complete(cls)
 
 
@@ -116,6 +117,7 @@ def _complete(rule: type[Rule]) -> None:
     has_statistics = bool(rule.statistics)
     given = frozenset((*values, "grad"))
     moving = frozenset(rule.statistics) & frozenset(methods)
+    constants = frozenset(rule.statistics) - moving
 
     def in_order(targets: Iterable[str], given: frozenset[str]) -> tuple[Formula, ...]:
         """The formulas that compute `targets` from what is given, each after those it names."""
@@ -133,21 +135,20 @@ def _complete(rule: type[Rule]) -> None:
 
     @cache
     def plan(needed: tuple[bool, ...], forward_mode: bool) -> Plan:
-        wanted = []
-        for name, need in zip(gradients, needed, strict=True):
-            if name in methods and (need or forward_mode):
-                wanted.append(name)
-            elif need:
+        for name, need in zip(inputs, needed, strict=True):
+            if need and f"grad_{name}" not in methods:
                 raise RuntimeError(
-                    f"{rule.__name__} is not differentiable with respect to {name.removeprefix('grad_')!r}: "
+                    f"{rule.__name__} is not differentiable with respect to {name!r}: "
                     "pass a tensor that does not require a gradient"
                 )
-        formulas = in_order(wanted, given)
-        differentiable = in_order(wanted, given - moving)
+        wanted = [name for name, need in zip(gradients, needed, strict=True) if need]
+        formulas, differentiable = in_order(wanted, given), in_order(wanted, given - moving)
         named = {name for formula in (*formulas, *differentiable) for name in formula.names}
-        kept = [n for n in values if n in named or (n == "output" and forward_mode)]
-        tensors = [name for name in kept if is_tensor[name]]
-        settings = [name for name in kept if not is_tensor[name]]
+        if forward_mode:  # any input may have a tangent
+            any_of = in_order([name for name in gradients if name in methods], given - moving)
+            named |= {name for formula in any_of for name in formula.names} | {"output"}
+        tensors = [name for name in values if name in named and is_tensor[name]]
+        settings = [name for name in values if name in named and not is_tensor[name]]
         return Plan(
             tuple(values.index(name) for name in tensors),
             tuple(values.index(name) for name in settings),
@@ -178,8 +179,8 @@ def _complete(rule: type[Rule]) -> None:
 
     def evaluate(ctx: Any, formulas: tuple[Formula, ...], known: dict[str, Any]) -> list[Tensor | None]:
         """The gradients of the inputs (None where no formula computes one)."""
-        if _autocasting():  # the casts have been made, outside
-            with torch.autocast(known["grad"].device.type, enabled=False):
+        if _autocasting():
+            with _without_autocast([known["grad"]]):
                 return compute(ctx, formulas, known)
         return compute(ctx, formulas, known)
 
@@ -200,7 +201,11 @@ def _complete(rule: type[Rule]) -> None:
             return (None,) * len(inputs)
         chosen = ctx.plan
         known = dict(zip(chosen.names, (*ctx.saved_tensors, *ctx.settings), strict=True), grad=grad)
-        return tuple(evaluate(ctx, chosen.differentiable if _differentiated() else chosen.formulas, known))
+        if not _differentiated():
+            return tuple(evaluate(ctx, chosen.formulas, known))
+        for name in constants & known.keys():
+            known[name] = known[name].detach()  # vmap forgets that they are marked as not differentiable
+        return tuple(evaluate(ctx, chosen.differentiable, known))
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | tuple[Tensor | None, ...]:
         with _outer_tangents():
@@ -234,7 +239,9 @@ def _entry(rule: type[Rule], twin: Any) -> Callable[..., Any]:
 
     def apply(*args: Any) -> Any:
         if _autocasting():
-            args = _cast(rule.autocast, args)
+            args = _cast(rule, args)
+            with _without_autocast(args):
+                return apply(*args)
         if torch.compiler.is_compiling():
             result = compiled(*args)
         elif _transformed():
@@ -250,23 +257,32 @@ def _entry(rule: type[Rule], twin: Any) -> Callable[..., Any]:
     return apply
 
 
-def _cast(policies: Mapping[str, str], args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _device(args: Iterable[Any]) -> str:
+    return next(x.device.type for x in args if isinstance(x, Tensor))
+
+
+def _cast(rule: type[Rule], args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Cast floating tensors as autocast does (float64 it leaves alone)."""
-    device = next(a.device.type for a in args if isinstance(a, Tensor))
-    policy = policies.get(device)
+    device = _device(args)
+    policy = rule.autocast.get(device)
     if policy is None or not torch.is_autocast_enabled(device):
         return args
-    floats = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-    if policy == "lower":
-        to = torch.get_autocast_dtype(device)
-    elif policy == "float32" or torch.float32 in floats:
+    if policy == "refuse":
+        raise RuntimeError(f"{rule.__name__} is unsafe to autocast on {device}")
+    floats = [x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()]
+    if policy == "float32" or (policy == "promote" and torch.float32 in floats):
         to = torch.float32
     else:
         to = torch.get_autocast_dtype(device)
     return tuple(
-        a.to(to) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
-        for a in args
+        x.to(to) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in args
     )
+
+
+def _without_autocast(args: Iterable[Any]) -> torch.autocast:
+    """The casts have been made: what runs inside takes its inputs as they are, in forward and in backward."""
+    return torch.autocast(_device(args), enabled=False)
 
 
 # What torch keeps private, each behind one name.
@@ -274,6 +290,14 @@ def _cast(policies: Mapping[str, str], args: tuple[Any, ...]) -> tuple[Any, ...]
 
 _autocasting = torch._C._is_any_autocast_enabled
 _transformed = torch._C._are_functorch_transforms_active  # a torch.func transform is active
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Neither tensor subclasses nor wrapped by a transform: their memory may be taken as it is."""
+    return not any(
+        type(x) is not Tensor or functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
+        for x in tensors
+    )
 
 
 def _forward_mode() -> bool:
@@ -297,6 +321,6 @@ def _outer_tangents() -> AbstractContextManager[None]:
 
 def _primal(tensor: Any) -> Any:
     """`tensor` without its tangent of the innermost level, but with those of the levels around it."""
-    if isinstance(tensor, Tensor) and _nested_forward_mode():
+    if isinstance(tensor, Tensor) and _nested_forward_mode() and not functorch.is_batchedtensor(tensor):
         return forward_ad.unpack_dual(tensor, level=0).primal
     return tensor

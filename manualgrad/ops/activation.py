@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import Pointwise, choose
+from manualgrad.ops.elementary import Pointwise, choose, drop_in
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -36,6 +36,7 @@ class ReLUFunction(Rule):
         return choose(output.bool(), grad)
 
 
+@drop_in
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """max(x, 0), as `torch.nn.functional.relu`. Any shape."""
     return _written(input, ReLUFunction.apply(input), inplace)
@@ -56,6 +57,7 @@ class LeakyReLUFunction(Rule):
         return choose(input > 0, grad, grad * negative_slope)
 
 
+@drop_in
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """x where x > 0, else s x, as `torch.nn.functional.leaky_relu`. Any shape."""
     return _written(input, LeakyReLUFunction.apply(_own(input, inplace), negative_slope), inplace)
@@ -72,12 +74,13 @@ class SigmoidFunction(Pointwise):
     complex = True
 
     def forward(input: Tensor) -> Tensor:
-        return torch.sigmoid(input)
+        return input.sigmoid()
 
     def derivative(output: Tensor) -> Tensor:
         return output * (1 - output)
 
 
+@drop_in
 def sigmoid(input: Tensor) -> Tensor:
     """1 / (1 + e⁻ˣ), as `torch.nn.functional.sigmoid`. Any shape."""
     return SigmoidFunction.apply(input)
@@ -94,12 +97,13 @@ class TanhFunction(Pointwise):
     complex = True
 
     def forward(input: Tensor) -> Tensor:
-        return torch.tanh(input)
+        return input.tanh()
 
     def derivative(output: Tensor) -> Tensor:
         return 1 - output * output
 
 
+@drop_in
 def tanh(input: Tensor) -> Tensor:
     """tanh x, as `torch.nn.functional.tanh`. Any shape."""
     return TanhFunction.apply(input)
@@ -141,6 +145,7 @@ class GELUTanhFunction(Pointwise):
         return 0.5 * (1 + t) + 0.5 * input * (1 - t * t) * (scale * (1 + 3 * cubic * square))
 
 
+@drop_in
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     """x Φ(x), or with ``approximate="tanh"`` its approximation, as `torch.nn.functional.gelu`. Any shape."""
     if approximate == "none":
@@ -166,6 +171,7 @@ class SiLUFunction(Pointwise):
         return s * (1 + input * (1 - s))
 
 
+@drop_in
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """x σ(x), as `torch.nn.functional.silu`. Any shape."""
     return _written(input, SiLUFunction.apply(_own(input, inplace)), inplace)
@@ -189,6 +195,7 @@ class SoftplusFunction(Pointwise):
         return choose(scaled > threshold, torch.ones_like(scaled), torch.sigmoid(scaled))
 
 
+@drop_in
 def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """(1/β) log(1 + e^(βx)), as `torch.nn.functional.softplus`. Any shape."""
     return SoftplusFunction.apply(input, beta, threshold)
@@ -209,9 +216,10 @@ class ELUFunction(Pointwise):
         return F.elu(input, alpha)
 
     def derivative(input: Tensor, alpha: float) -> Tensor:
-        return choose(input > 0, torch.ones_like(input), alpha * input.clamp(max=0).exp())
+        return choose(input <= 0, alpha * input.clamp(max=0).exp(), torch.ones_like(input))
 
 
+@drop_in
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """x where x > 0, else α (eˣ - 1), as `torch.nn.functional.elu`. Any shape."""
     return _written(input, ELUFunction.apply(_own(input, inplace), alpha), inplace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import choose
+from manualgrad.ops.elementary import choose, drop_in
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -20,16 +20,19 @@ class DropoutFunction(Rule):
     """
 
     statistics = ("mask",)
+    complex = True
 
     def forward(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
         if p == 1:  # torch draws nothing then
             return input * torch.zeros_like(input), torch.zeros_like(input, dtype=torch.bool)
-        return torch.native_dropout(input, p, True)
+        output, mask = torch.native_dropout(input, p, True)
+        return output, mask.bool()  # vmap returns it in the input's dtype
 
     def grad_input(grad: Tensor, mask: Tensor, p: float) -> Tensor:
         return choose(mask, grad * (0 if p == 1 else 1 / (1 - p)))
 
 
+@drop_in
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Zero each element with probability p, scale the others, as `torch.nn.functional.dropout`. Any shape.
 
@@ -37,10 +40,13 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
     Raises:
         ValueError: p is not a probability.
+        TypeError: training is not a bool.
     """
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be a bool, but is {training!r}")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    if not training or p == 0 or input.numel() == 0:
+    if input.numel() == 0 or p == 0 or not training:
         return input
     output = DropoutFunction.apply(input, p)
     return input.copy_(output) if inplace else output

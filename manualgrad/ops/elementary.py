@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.rule import Rule
+from manualgrad.rule import Rule, is_plain
+
+_REFUSALS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+
+def drop_in(function: Function) -> Function:
+    """A function of torch.nn.functional by ours. Where ours fails torch's own is called, for its error.
+
+    So bad input is refused with torch's type of error and words, whatever stumbled over it here.
+    """
+    reference = getattr(F, function.__name__)
+
+    @functools.wraps(function)
+    def run(*args: object, **kwargs: object) -> Tensor:
+        try:
+            return function(*args, **kwargs)
+        except _REFUSALS:
+            reference(*args, **kwargs)
+            raise
+
+    return run  # type: ignore[return-value]
+
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -31,7 +57,7 @@ class ChooseFunction(Rule):
     """
 
     def forward(mask: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
-        if mask.is_cpu and a.is_floating_point():
+        if mask.is_cpu and a.is_floating_point() and is_plain(mask, a) and (b is None or is_plain(b)):
             # torch.where is scalar on the CPU (10 times the memory's speed is lost). Integer arithmetic on the
             # bits is vectorized and as exact: whatever is not chosen, infinities and nan too, leaves no trace.
             bits = _BITS[a.element_size()]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import rows
+from manualgrad.ops.elementary import choose, drop_in
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -21,7 +20,7 @@ class EmbeddingFunction(Rule):
     def forward(
         weight: Tensor, index: Tensor, count: int, padding: int, by_frequency: bool, sparse: bool
     ) -> Tensor:
-        return F.embedding(index, weight)
+        return torch.embedding(weight, index, padding, by_frequency, sparse)
 
     def grad_weight(
         grad: Tensor, index: Tensor, count: int, padding: int, by_frequency: bool, sparse: bool
@@ -34,15 +33,15 @@ class EmbeddingFunction(Rule):
             return torch.sparse_coo_tensor(
                 flat.unsqueeze(0), sent, (count, sent.shape[-1]), check_invariants=False
             )
-        share = (flat != padding).to(grad.dtype)
+        table = torch.zeros(count, sent.shape[-1], dtype=grad.dtype, device=grad.device)
         if by_frequency:
-            uses = torch.zeros(count, dtype=grad.dtype, device=grad.device).index_add(0, flat, torch.ones_like(share))
-            share = share / uses[flat]
-        if padding >= 0 or by_frequency:
-            sent = sent * share.unsqueeze(-1)
-        return torch.zeros(count, sent.shape[-1], dtype=grad.dtype, device=grad.device).index_add(0, flat, sent)
+            sent = sent / torch.bincount(flat, minlength=count)[flat].unsqueeze(-1)
+        if padding >= 0:
+            sent = choose((flat != padding).unsqueeze(-1).expand_as(sent), sent)
+        return table.index_add(0, flat, sent)
 
 
+@drop_in
 def embedding(
     input: Tensor,
     weight: Tensor,
@@ -64,8 +63,6 @@ def embedding(
         if not -weight.size(0) <= padding_idx < weight.size(0):
             raise AssertionError("Padding_idx must be within num_embeddings")
         padding_idx %= weight.size(0)
-    if weight.dim() != 2 or input.dtype not in (torch.int32, torch.int64):
-        return F.embedding(input, weight)  # raises what torch raises
     if max_norm is not None:
         with torch.no_grad():
             torch.embedding_renorm_(weight, input.contiguous(), max_norm, norm_type)
@@ -91,8 +88,8 @@ register(
     Embedding,
     samples=lambda t: [
         Call(t.index(6, 4, 3), t(6, 2)),
-        Call(t.index(6, 7), t(6, 2), padding_idx=-2),
-        Call(t.index(3, 7), t(3, 2), scale_grad_by_freq=True, padding_idx=1),
+        Call(t.index(6, 7), t(6, 2), padding_idx=-2).with_gradient_by_definition(),
+        Call(t.index(3, 7), t(3, 2), scale_grad_by_freq=True, padding_idx=1).with_gradient_by_definition(),
         Call(t.index(6), t(6, 2)),
     ],
     big=lambda t: Call(t.index(8192, 4096), t(8192, 512)),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import rows
+from manualgrad.ops.elementary import drop_in, rows
 from manualgrad.registry import Call, register
 from manualgrad.rule import LOWER, Rule
 
@@ -38,17 +38,25 @@ class LinearFunction(Rule):
         return rows(grad).sum(0)
 
 
+@drop_in
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""y = x Wᵀ + b, as `torch.nn.functional.linear`.
 
     Shapes: input (*, in), weight (out, in) or (in), bias (out); the result (*, out) or (*).
     """
-    if weight.dim() == 1:  # torch also takes a single row
-        return linear(input, weight.unsqueeze(0), bias).squeeze(-1)
-    if bias is not None and bias.shape != weight.shape[:1]:  # and any bias that broadcasts
-        output = LinearFunction.apply(input, weight, None)
-        return output + bias.expand(output.shape)
+    if weight.dim() == 1 or (bias is not None and bias.shape != weight.shape[:1]):
+        return _linear_of_unusual_shape(input, weight, bias)
     return LinearFunction.apply(input, weight, bias)
+
+
+def _linear_of_unusual_shape(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What torch takes besides: a weight of a single row, a bias that broadcasts."""
+    with torch.no_grad():
+        expected = F.linear(input, weight, bias)
+    output = LinearFunction.apply(input, torch.atleast_2d(weight), None)
+    if bias is not None:
+        output = output + bias.to(expected.dtype)
+    return output.reshape(expected.shape)
 
 
 class Linear(torch.nn.Linear):
@@ -80,24 +88,36 @@ class BilinearFunction(Rule):
     """
 
     autocast = {"cuda": "promote"}
-    in_float32 = False
 
     def forward(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.bilinear(input1, input2, weight, bias)
 
     def grad_input1(grad: Tensor, input2: Tensor, weight: Tensor) -> Tensor:
-        return torch.einsum("...k,kmn,...n->...m", grad, weight, input2)
+        return _mixed(grad, input2 @ rows(weight).mT, weight.shape[1])
 
     def grad_input2(grad: Tensor, input1: Tensor, weight: Tensor) -> Tensor:
-        return torch.einsum("...k,...m,kmn->...n", grad, input1, weight)
+        return _mixed(grad, input1 @ rows(weight.mT).mT, weight.shape[2])
 
     def grad_weight(grad: Tensor, input1: Tensor, input2: Tensor) -> Tensor:
-        return torch.einsum("rk,rm,rn->kmn", rows(grad), rows(input1), rows(input2))
+        flat = rows(grad).mT @ rows(_outer(input1, input2))
+        return flat.reshape(grad.shape[-1], input1.shape[-1], input2.shape[-1])
 
     def grad_bias(grad: Tensor) -> Tensor:
         return rows(grad).sum(0)
 
 
+def _mixed(grad: Tensor, images: Tensor, size: int) -> Tensor:
+    """Σₖ gₖ zₖ of the images z under each Wₖ, which stand side by side: (*, o), (*, o size) -> (*, size)."""
+    return (grad.unsqueeze(-2) @ images.reshape(*grad.shape, size)).squeeze(-2)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """All products of a row of `a` with the same row of `b`: (*, m), (*, n) -> (*, m n)."""
+    products = a.unsqueeze(-1) * b.unsqueeze(-2)
+    return products.reshape(*products.shape[:-2], a.shape[-1] * b.shape[-1])
+
+
+@drop_in
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""yₖ = u Wₖ vᵀ + bₖ, as `torch.nn.functional.bilinear`.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from manualgrad.ops.elementary import DifferenceLoss, PointwiseLoss, choose
+from manualgrad.ops.elementary import DifferenceLoss, PointwiseLoss, choose, drop_in
 from manualgrad.registry import Call, register
 from manualgrad.rule import FLOAT32, Rule
 
@@ -60,6 +60,21 @@ class MSELossFunction(DifferenceLoss):
         return 2 * difference
 
 
+class WeightedMSELossFunction(MSELossFunction):
+    """With a weight torch computes it by other operations: autocast treats them otherwise, and they take
+    complex numbers (the square is holomorphic, so its slope is conjugated)."""
+
+    autocast = {"cuda": "float32"}
+    complex = True
+
+    def forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+        return torch.pow(input - target, 2)
+
+    def slope(difference: Tensor) -> Tensor:
+        return 2 * difference.conj()
+
+
+@drop_in
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -76,7 +91,7 @@ def mse_loss(
     reduction = _named(reduction, size_average, reduce)
     x, t = _paired(input, target)
     if weight is not None:
-        return _weighted(MSELossFunction.apply(x, t, "none"), weight, input, reduction, by_weight=True)
+        return _weighted(WeightedMSELossFunction.apply(x, t, "none"), weight, input, reduction, by_weight=True)
     return MSELossFunction.apply(x, t, reduction)
 
 
@@ -98,6 +113,13 @@ class L1LossFunction(DifferenceLoss):
         return difference.sgn()
 
 
+class WeightedL1LossFunction(L1LossFunction):
+    """With a weight torch computes it by other operations, which autocast leaves alone."""
+
+    autocast = {}
+
+
+@drop_in
 def l1_loss(
     input: Tensor,
     target: Tensor,
@@ -114,7 +136,7 @@ def l1_loss(
     reduction = _named(reduction, size_average, reduce)
     x, t = _paired(input, target)
     if weight is not None:
-        return _weighted(L1LossFunction.apply(x, t, "none"), weight, input, reduction, by_weight=True)
+        return _weighted(WeightedL1LossFunction.apply(x, t, "none"), weight, input, reduction, by_weight=True)
     return L1LossFunction.apply(x, t, reduction)
 
 
@@ -138,6 +160,7 @@ class SmoothL1LossFunction(DifferenceLoss):
         return (difference / beta).clamp(-1, 1)
 
 
+@drop_in
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -180,6 +203,7 @@ class HuberLossFunction(DifferenceLoss):
         return difference.clamp(-delta, delta)
 
 
+@drop_in
 def huber_loss(
     input: Tensor,
     target: Tensor,
@@ -226,6 +250,12 @@ for _function, _module, _variants in (
         ],
         big=lambda t: Call(t(1024, 1024), t(1024, 1024)),
         complex=_function is l1_loss,
+        lacks={
+            "kept_for_backward": "keeps input and target where torch keeps their difference: one more tensor, "
+            "but the target is the caller's"
+        }
+        if _function is l1_loss
+        else {},
     )
 
 
@@ -236,7 +266,7 @@ class BCELossFunction(PointwiseLoss):
     ∂ℓ/∂t = -w (log x - log(1 - x))
     """
 
-    autocast = {"cpu": "float32"}  # on CUDA torch refuses to run it under autocast
+    autocast = {"cpu": "float32", "cuda": "refuse"}
 
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
         return F.binary_cross_entropy(input, target, weight, reduction=reduction)
@@ -250,6 +280,7 @@ class BCELossFunction(PointwiseLoss):
         return spread * (slope if weight is None else slope * weight)
 
 
+@drop_in
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -324,6 +355,7 @@ class BCEWithLogitsLossFunction(PointwiseLoss):
         return spread * (slope if weight is None else slope * weight)
 
 
+@drop_in
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -411,6 +443,7 @@ class NLLLossFunction(ClassLoss):
         return torch.zeros_like(input).scatter(axis, place.unsqueeze(axis), sent)
 
 
+@drop_in
 def nll_loss(
     input: Tensor,
     target: Tensor,
@@ -463,23 +496,27 @@ class CrossEntropyLossFunction(ClassLoss):
             label_smoothing=label_smoothing,
         )
 
+    def mass(weight: Tensor | None, row_weight: Tensor, label_smoothing: float) -> Tensor:
+        """Σ q, of each row."""
+        if weight is None or not label_smoothing:
+            return row_weight
+        return row_weight * (1 - label_smoothing) + weight.mean() * label_smoothing
+
     def grad_input(
         input: Tensor,
         weight: Tensor | None,
         place: Tensor,
         spread: Tensor,
         row_weight: Tensor,
+        mass: Tensor,
         label_smoothing: float,
     ) -> Tensor:
         axis = _class_axis(input)
-        classes = input.shape[axis]
-        hard = (spread * row_weight * (1 - label_smoothing)).unsqueeze(axis)
-        total = hard
+        hard = spread * row_weight * (1 - label_smoothing)
+        gradient = torch.softmax(input, axis) * (spread * mass).unsqueeze(axis)
+        gradient = gradient.scatter_add(axis, place.unsqueeze(axis), -hard.unsqueeze(axis))
         if label_smoothing:
-            soft = (spread * (label_smoothing / classes)).unsqueeze(axis)
-            total = hard + soft * (classes if weight is None else weight.sum())
-        gradient = (torch.softmax(input, axis) * total).scatter_add(axis, place.unsqueeze(axis), -hard)
-        if label_smoothing:
+            soft = (spread * (label_smoothing / input.shape[axis])).unsqueeze(axis)
             gradient = gradient - (soft if weight is None else soft * _along(weight, input, axis))
         return gradient
 
@@ -536,6 +573,7 @@ def _along(weight: Tensor, input: Tensor, axis: int) -> Tensor:
     return weight.reshape(-1, *[1] * (input.dim() - axis - 1))
 
 
+@drop_in
 def cross_entropy(
     input: Tensor,
     target: Tensor,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import last, rows
+from manualgrad.ops.elementary import drop_in, last, rows
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -54,6 +54,7 @@ class LayerNormFunction(Rule):
         return rows(grad, k).sum(0)
 
 
+@drop_in
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -104,10 +105,12 @@ class RMSNormFunction(Rule):
     dz    = r dx + x dr = r (dx - z E[z dx]) =: P dx,   and P is symmetric, so
     ∂L/∂x = P (w g)            ∂L/∂w = Σ g z
 
+    (For complex numbers P is symmetric, not Hermitian, so its adjoint conjugates z and r.)
     Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
 
     autocast = {"cuda": "float32"}
+    complex = True
 
     def forward(input: Tensor, weight: Tensor | None, k: int, eps: float | None) -> Tensor:
         return F.rms_norm(input, input.shape[input.dim() - k :], weight, eps)
@@ -121,13 +124,15 @@ class RMSNormFunction(Rule):
         return input * rstd
 
     def grad_input(grad: Tensor, weight: Tensor | None, normalized: Tensor, rstd: Tensor, k: int) -> Tensor:
-        g = grad if weight is None else grad * weight
-        return rstd * (g - normalized * (g * normalized).mean(last(k), keepdim=True))
+        g = grad if weight is None else grad * weight.conj()
+        z = normalized.conj()
+        return rstd.conj() * (g - z * (g * z).mean(last(k), keepdim=True))
 
     def grad_weight(grad: Tensor, normalized: Tensor, k: int) -> Tensor:
-        return rows(grad * normalized, k).sum(0)
+        return rows(grad * normalized.conj(), k).sum(0)
 
 
+@drop_in
 def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:

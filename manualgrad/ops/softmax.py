@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualgrad.ops.elementary import drop_in
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -45,6 +46,7 @@ def _axis(name: str, input: Tensor, dim: int | None, stacklevel: int) -> int:
     return F._get_softmax_dim(name, input.dim(), stacklevel + 1) if dim is None else dim
 
 
+@drop_in
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """e^xᵢ / Σ e^x along `dim`, as `torch.nn.functional.softmax`. Any shape; computed in `dtype` if given."""
     dim = _axis("softmax", input, dim, _stacklevel)
@@ -56,6 +58,7 @@ class Softmax(torch.nn.Softmax):
         return softmax(input, self.dim, _stacklevel=5)
 
 
+@drop_in
 def log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:

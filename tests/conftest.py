@@ -1,0 +1,45 @@
+"""One table, one law a function: a test that asks for `op` and `call` runs on every sample of every operation."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from manualgrad.registry import Maker, Op, ops
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+SAMPLES = [
+    pytest.param(op, number, id=f"{op.name}-{number}")
+    for op in ops().values()
+    for number, _ in enumerate(op.samples(Maker()))
+]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the laws are tried: cpu or cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--device")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "number" in metafunc.fixturenames:
+        metafunc.parametrize(("op", "number"), SAMPLES)
+    elif "op" in metafunc.fixturenames:
+        metafunc.parametrize("op", [pytest.param(op, id=op.name) for op in ops().values()])
+
+
+@pytest.fixture(autouse=True)
+def declared(request: pytest.FixtureRequest) -> None:
+    """A law that an operation declares to lack must fail: xfail_strict finds a stale declaration."""
+    op = getattr(request.node, "callspec", None) and request.node.callspec.params.get("op")
+    if isinstance(op, Op):
+        reason = op.lacks.get(request.function.__name__.removeprefix("test_"))
+        if reason:
+            request.node.add_marker(pytest.mark.xfail(reason=reason))
