@@ -13,6 +13,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class Maker:
 class Op:
     """One function of torch.nn.functional (and its module) with what is needed to try it."""
 
-    function: Callable[..., Any]
+    function: FunctionType
     module: type[nn.Module] | None
     samples: Callable[[Maker], Iterable[Call]]
     big: Callable[[Maker], Call]
@@ -129,7 +130,7 @@ _table: dict[str, Op] = {}
 
 
 def register(
-    function: Callable[..., Any],
+    function: Any,
     module: type[nn.Module] | None = None,
     *,
     samples: Callable[[Maker], Iterable[Call]],

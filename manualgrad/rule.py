@@ -46,7 +46,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
 
@@ -60,13 +60,13 @@ class Formula(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one set of needed gradients takes: which values to keep, and what to compute from them."""
+    """What one set of needed gradients takes: which values to keep, and how to compute from them."""
 
     tensors: tuple[int, ...]  # kept, as positions in inputs + outputs
     settings: tuple[int, ...]
     names: tuple[str, ...]  # of the tensors, then of the settings
-    formulas: tuple[Formula, ...]  # the backward, statistics as kept
-    differentiable: tuple[Formula, ...]  # the same with moving statistics computed anew
+    backward: Callable[..., tuple[Tensor | None, ...]]  # (*kept, grad) -> a gradient, or None, for each input
+    differentiable: Callable[..., tuple[Tensor | None, ...]]  # the same, with moving statistics computed anew
 
 
 class Rule:
@@ -107,7 +107,7 @@ def _complete(rule: type[Rule]) -> None:
     parameters = inspect.signature(rule.forward).parameters
     inputs = tuple(parameters)
     values = (*inputs, "output", *rule.statistics)
-    is_tensor = {name: name not in inputs or "Tensor" in parameters[name].annotation for name in values}
+    is_tensor = {name: name not in inputs or "Tensor" in str(parameters[name].annotation) for name in values}
     methods = {
         name: Formula(name, method, tuple(inspect.signature(method).parameters))
         for name in dir(rule)
@@ -117,9 +117,10 @@ def _complete(rule: type[Rule]) -> None:
     has_statistics = bool(rule.statistics)
     given = frozenset((*values, "grad"))
     moving = frozenset(rule.statistics) & frozenset(methods)
-    constants = frozenset(rule.statistics) - moving
+    constant = frozenset(rule.statistics) - moving
+    _check(rule, inputs, parameters, given, methods)
 
-    def in_order(targets: Iterable[str], given: frozenset[str]) -> tuple[Formula, ...]:
+    def in_order(targets: Iterable[str], given: frozenset[str]) -> list[Formula]:
         """The formulas that compute `targets` from what is given, each after those it names."""
         order: dict[str, Formula] = {}
 
@@ -131,100 +132,142 @@ def _complete(rule: type[Rule]) -> None:
 
         for target in targets:
             visit(target)
-        return tuple(order.values())
+        return list(order.values())
 
     @cache
     def plan(needed: tuple[bool, ...], forward_mode: bool) -> Plan:
-        for name, need in zip(inputs, needed, strict=True):
-            if need and f"grad_{name}" not in methods:
-                raise RuntimeError(
-                    f"{rule.__name__} is not differentiable with respect to {name!r}: "
-                    "pass a tensor that does not require a gradient"
-                )
         wanted = [name for name, need in zip(gradients, needed, strict=True) if need]
-        formulas, differentiable = in_order(wanted, given), in_order(wanted, given - moving)
-        named = {name for formula in (*formulas, *differentiable) for name in formula.names}
+        for name in wanted:
+            check_differentiable(name)
+        formulas, anew = in_order(wanted, given), in_order(wanted, given - moving)
+        named = {name for formula in (*formulas, *anew) for name in formula.names}
         if forward_mode:  # any input may have a tangent
             any_of = in_order([name for name in gradients if name in methods], given - moving)
             named |= {name for formula in any_of for name in formula.names} | {"output"}
         tensors = [name for name in values if name in named and is_tensor[name]]
         settings = [name for name in values if name in named and not is_tensor[name]]
+        names = (*tensors, *settings)
         return Plan(
             tuple(values.index(name) for name in tensors),
             tuple(values.index(name) for name in settings),
-            (*tensors, *settings),
-            formulas,
-            differentiable,
+            names,
+            _written(formulas, (*names, "grad"), gradients),
+            _written(anew, (*names, "grad"), gradients),
         )
+
+    @cache
+    def transposed(names: tuple[str, ...], targets: tuple[str, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
+        for name in targets:
+            check_differentiable(name)
+        return _written(in_order(targets, given - moving), (*names, "grad"), targets)
+
+    def check_differentiable(gradient: str) -> None:
+        if gradient not in methods:
+            raise RuntimeError(
+                f"{rule.__name__} is not differentiable with respect to {gradient.removeprefix('grad_')!r}: "
+                "pass a tensor that does not require a gradient"
+            )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if inputs[0].is_complex() and not rule.complex:
             raise RuntimeError(f"{rule.__name__} does not support automatic differentiation for complex numbers")
+        every = inputs + output if has_statistics else (*inputs, output)
         forward_mode = _forward_mode()
-        ctx.plan = chosen = plan(ctx.needs_input_grad, forward_mode)
+        chosen = plan(ctx.needs_input_grad, forward_mode)
+        tensors = [every[i] for i in chosen.tensors]
+        ctx.save_for_backward(*tensors)
+        dtypes = None
+        if every[len(inputs)].dtype in _LOW and rule.in_float32:
+            dtypes = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
+        ctx.kept = chosen, [every[i] for i in chosen.settings], dtypes
         if has_statistics:
-            every = inputs + output
             ctx.mark_non_differentiable(*output[1:])
             ctx.set_materialize_grads(False)  # or backward is given zeros for the statistics
-        else:
-            every = (*inputs, output)
-        ctx.save_for_backward(*[every[i] for i in chosen.tensors])
-        ctx.settings = [every[i] for i in chosen.settings]
-        ctx.rounded = every[len(inputs)].dtype in _LOW and rule.in_float32
-        if ctx.rounded:
-            ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
         if forward_mode:
-            ctx.save_for_forward(*[every[i] for i in chosen.tensors])  # the same: else grad(vmap) goes wrong
+            ctx.save_for_forward(*tensors)  # the same: else grad(vmap) goes wrong
             ctx.set_materialize_grads(False)
-
-    def evaluate(ctx: Any, formulas: tuple[Formula, ...], known: dict[str, Any]) -> list[Tensor | None]:
-        """The gradients of the inputs (None where no formula computes one)."""
-        if _autocasting():
-            with _without_autocast([known["grad"]]):
-                return compute(ctx, formulas, known)
-        return compute(ctx, formulas, known)
-
-    def compute(ctx: Any, formulas: tuple[Formula, ...], known: dict[str, Any]) -> list[Tensor | None]:
-        if ctx.rounded:
-            for name, value in known.items():
-                if isinstance(value, Tensor) and value.dtype in _LOW:
-                    known[name] = value.float()
-        for target, function, names in formulas:
-            known[target] = function(*[known[name] for name in names])
-        found = [known.get(name) for name in gradients]
-        if ctx.rounded:
-            return [x if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True)]
-        return found
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(inputs)
-        chosen = ctx.plan
-        known = dict(zip(chosen.names, (*ctx.saved_tensors, *ctx.settings), strict=True), grad=grad)
-        if not _differentiated():
-            return tuple(evaluate(ctx, chosen.formulas, known))
-        for name in constants & known.keys():
-            known[name] = known[name].detach()  # vmap forgets that they are marked as not differentiable
-        return tuple(evaluate(ctx, chosen.differentiable, known))
+        chosen, settings, dtypes = ctx.kept
+        known = (*ctx.saved_tensors, *settings, grad)
+        compute = chosen.backward
+        if _differentiated():
+            compute = chosen.differentiable
+            if constant:  # vmap forgets that they are marked as not differentiable
+                known = [
+                    x.detach() if n in constant else x for n, x in zip((*chosen.names, ""), known, strict=True)
+                ]
+        if dtypes or _autocasting():
+            return _computed_in_float32(compute, known, dtypes)
+        return compute(*known)
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | tuple[Tensor | None, ...]:
+        chosen, settings, dtypes = ctx.kept
         with _outer_tangents():
-            kept = (*[_primal(t) for t in ctx.saved_tensors], *ctx.settings)
-            known = dict(zip(ctx.plan.names, kept, strict=True))
-            moved = [i for i, tangent in enumerate(tangents) if tangent is not None and gradients[i] in methods]
-            formulas = in_order([gradients[i] for i in moved], given - moving)
-
-            def transpose(grad: Tensor) -> list[Tensor | None]:
-                found = evaluate(ctx, formulas, known | {"grad": grad})
-                return [found[i] for i in moved]
-
-            pushforward = torch.func.vjp(transpose, torch.zeros_like(known["output"]))[1]
-            tangent = pushforward([_primal(tangents[i]) for i in moved])[0]
+            known = [*[_primal(x) for x in ctx.saved_tensors], *settings]
+            moved = [i for i, tangent in enumerate(tangents) if tangent is not None]
+            compute = transposed(chosen.names, tuple(gradients[i] for i in moved))
+            rounded = [dtypes[i] for i in moved] if dtypes else None
+            output = known[chosen.names.index("output")]
+            pushforward = torch.func.vjp(
+                lambda grad: _computed_in_float32(compute, [*known, grad], rounded), torch.zeros_like(output)
+            )[1]
+            tangent = pushforward(tuple(_primal(tangents[i]) for i in moved))[0]
         return (tangent, *[None] * len(rule.statistics)) if has_statistics else tangent
 
-    functions = {f.__name__: staticmethod(f) for f in (rule.forward, setup_context, backward)}
-    rule.function = type(rule.__name__, (Function,), functions | {"jvp": staticmethod(jvp), "generate_vmap_rule": True})
+    parts: dict[str, Any] = {"forward": rule.forward, "setup_context": setup_context, "backward": backward}
+    functions = {name: staticmethod(part) for name, part in parts.items()}
+    rule.function = type(
+        rule.__name__, (Function,), functions | {"jvp": staticmethod(jvp), "generate_vmap_rule": True}
+    )
     rule.apply = staticmethod(_entry(rule, type(rule.__name__, (Function,), functions)))
+
+
+def _check(
+    rule: type[Rule],
+    inputs: tuple[str, ...],
+    parameters: Mapping[str, inspect.Parameter],
+    given: frozenset[str],
+    methods: Mapping[str, Formula],
+) -> None:
+    """Tell the author of a rule at once what it lacks."""
+    for name, parameter in parameters.items():
+        if parameter.annotation is inspect.Parameter.empty:
+            raise TypeError(f"{rule.__name__}.forward: annotate {name!r} (a Tensor, or the type of a setting)")
+    for target, _, names in methods.values():
+        if target.startswith("grad_") and target.removeprefix("grad_") not in inputs:
+            raise TypeError(f"{rule.__name__}.{target}: forward has no input {target.removeprefix('grad_')!r}")
+        for name in set(names) - given - set(methods) if target != "forward" else ():
+            raise TypeError(
+                f"{rule.__name__}.{target} asks for {name!r}, which is no input, output, statistic or method"
+            )
+
+
+def _written(
+    formulas: Iterable[Formula], names: Iterable[str], results: Iterable[str]
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The formulas as one function, as one would write it: a line each, then all results (None: not computed)."""
+    lines = [f"    {target} = _{target}({', '.join(args)})" for target, _, args in formulas]
+    computed = {target for target, _, _ in formulas}
+    returned = ", ".join(name if name in computed else "None" for name in results)
+    scope: dict[str, Any] = {f"_{target}": function for target, function, _ in formulas}
+    exec("\n".join([f"def compute({', '.join(names)}):", *lines, f"    return ({returned},)"]), scope)
+    return scope["compute"]
+
+
+def _computed_in_float32(
+    compute: Callable[..., tuple[Tensor | None, ...]], known: Iterable[Any], dtypes: Iterable[Any] | None
+) -> tuple[Tensor | None, ...]:
+    """`compute` without autocast, and if there are `dtypes` in float32, rounded to them once at the end."""
+    if dtypes:
+        known = [x.float() if isinstance(x, Tensor) and x.dtype in _LOW else x for x in known]
+    with _without_autocast(known):
+        found = compute(*known)
+    if dtypes:
+        return tuple(x if x is None else x.to(dtype) for x, dtype in zip(found, dtypes, strict=True))
+    return found
 
 
 def _entry(rule: type[Rule], twin: Any) -> Callable[..., Any]:
@@ -294,10 +337,14 @@ _transformed = torch._C._are_functorch_transforms_active  # a torch.func transfo
 
 def is_plain(*tensors: Tensor) -> bool:
     """Neither tensor subclasses nor wrapped by a transform: their memory may be taken as it is."""
-    return not any(
-        type(x) is not Tensor or functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
-        for x in tensors
-    )
+    for x in tensors:
+        if (
+            type(x) is not Tensor
+            or functorch.is_functorch_wrapped_tensor(x)
+            or functorch.is_legacy_batchedtensor(x)
+        ):
+            return False
+    return True
 
 
 def _forward_mode() -> bool:

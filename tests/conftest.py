@@ -1,4 +1,4 @@
-"""One table, one law a function: a test that asks for `op` and `call` runs on every sample of every operation."""
+"""One law a function, one table: a test that asks for `op` (and `number`) runs on every operation (and sample)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    return request.config.getoption("--device")
+    return str(request.config.getoption("--device"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

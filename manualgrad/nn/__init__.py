@@ -1,10 +1,11 @@
 """Every public name of `torch.nn`: ours where a rule exists, torch's own otherwise.
 
-    import manualgrad.nn as nn      # instead of import torch.nn as nn
+import manualgrad.nn as nn      # instead of import torch.nn as nn
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 import torch.nn as _torch
@@ -17,4 +18,4 @@ if TYPE_CHECKING:  # ours have torch's signatures
 globals().update({name: value for name, value in vars(_torch).items() if not name.startswith("_")})
 globals().update({op.module.__name__: op.module for op in registry.ops().values() if op.module is not None})
 
-from manualgrad.nn import functional as functional  # noqa: E402  (after torch's, whose name it takes)
+functional = importlib.import_module("manualgrad.nn.functional")  # in place of torch's, taken over above

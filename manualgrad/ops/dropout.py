@@ -60,7 +60,12 @@ class Dropout(torch.nn.Dropout):
 register(
     dropout,
     Dropout,
-    samples=lambda t: [Call(t(5, 3), p=0.4), Call(t(5, 3)), Call(t(5, 3), p=1.0), Call(t(5, 3), training=False)],
+    samples=lambda t: [
+        Call(t(5, 3), p=0.4),
+        Call(t(5, 3)),
+        Call(t(5, 3), p=1.0),
+        Call(t(5, 3), training=False),
+    ],
     big=lambda t: Call(t(1024, 1024), p=0.1),
     random=True,
 )

