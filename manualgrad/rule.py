@@ -111,7 +111,9 @@ def _complete(rule: type[Rule]) -> None:
     methods = {
         name: Formula(name, method, tuple(inspect.signature(method).parameters))
         for name in dir(rule)
-        if not hasattr(Rule, name) and inspect.isfunction(method := getattr(rule, name))
+        if name not in Rule.__annotations__
+        and not hasattr(Rule, name)
+        and inspect.isfunction(method := getattr(rule, name))
     }
     gradients = tuple(f"grad_{name}" for name in inputs)
     has_statistics = bool(rule.statistics)
@@ -239,7 +241,7 @@ def _check(
     for target, _, names in methods.values():
         if target.startswith("grad_") and target.removeprefix("grad_") not in inputs:
             raise TypeError(f"{rule.__name__}.{target}: forward has no input {target.removeprefix('grad_')!r}")
-        for name in set(names) - given - set(methods) if target != "forward" else ():
+        for name in set(names) - given - set(methods):
             raise TypeError(
                 f"{rule.__name__}.{target} asks for {name!r}, which is no input, output, statistic or method"
             )
@@ -276,7 +278,8 @@ def _entry(rule: type[Rule], twin: Any) -> Callable[..., Any]:
         return twin.apply(*args)
 
     general = rule.function.apply
-    direct = super(Function, rule.function).apply  # without the 10 µs in which Function.apply reads the signature
+    parent: Any = super(Function, rule.function)
+    direct = parent.apply  # Function.apply without the 10 µs in which it reads the signature
     forward = rule.forward
     has_statistics = bool(rule.statistics)
 

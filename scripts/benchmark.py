@@ -1,7 +1,7 @@
 """Time and memory of manualgrad against torch.nn, side by side in one process.
 
-Gradients are compared first, and a difference ends the report. Then forward and backward of both run in turn, and
-what is shown is the median of each and the median of the ratios pair by pair: below 1 ours is faster, or keeps less.
+Gradients are compared first, and a difference ends the report. Then forward and backward of both run in turn: the
+medians of each are shown, and that of the ratios pair by pair. Below 1 ours is faster, or keeps less.
 """
 
 from __future__ import annotations
@@ -149,10 +149,8 @@ def main() -> None:
     rows = []
     for name, pair in subjects(settings):
         rows.append(row := measure(name, pair, settings))
-        print(
-            f"| {row.name} | {row.ours_ms:.3f} | {row.torch_ms:.3f} | {row.time_ratio:.2f} | {row.kept_ratio:.2f} |",
-            flush=True,
-        )
+        print(f"| {row.name} |", " | ".join(f"{x:.3f}" for x in row[1:3]), end=" | ")
+        print(" | ".join(f"{x:.2f}" for x in row[3:]), "|", flush=True)
     if settings.json_file:
         settings.json_file.write_text(json.dumps([row._asdict() for row in rows], indent=1))
 

@@ -106,9 +106,9 @@ def test_a_statistic_without_its_method_is_taken_as_a_constant() -> None:
 def test_a_tensor_without_a_gradient_is_refused_when_it_requires_one() -> None:
     nll_loss = registry.ops()["nll_loss"].function
     x, target, weight = leaf(4, 3), torch.tensor([0, 1, 2, 1]), torch.ones(3, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="not differentiable with respect to .*'weight'"):
+    with pytest.raises(RuntimeError, match=r"not differentiable with respect to .*'weight'"):
         nll_loss(x, target, weight.requires_grad_()).backward()
-    with pytest.raises(RuntimeError, match="not differentiable with respect to .*'weight'"):
+    with pytest.raises(RuntimeError, match=r"not differentiable with respect to .*'weight'"):
         jvp(lambda w: nll_loss(x, target, w), (weight.detach(),), (weight.detach(),))
 
 
@@ -169,24 +169,18 @@ def test_two_rules_compiled_one_after_the_other_are_not_mistaken() -> None:
 def test_cuda_autocast_as_torch_registers_it() -> None:
     """Which operations autocast treats on CUDA, read off torch's dispatcher, without a GPU."""
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
-    schemas = {
-        **{"softmax": "softmax.int", "log_softmax": "log_softmax.int", "nll_loss": "nll_loss"},
-        **{"cross_entropy": "log_softmax.int"},  # on CUDA torch composes it of these
-    }
+    schemas = {"softmax": "softmax.int", "log_softmax": "log_softmax.int"}
+    schemas["cross_entropy"] = "log_softmax.int"  # of which torch composes it on CUDA
+    begins = {"binary_cross_entropy": "bceloss", "binary_cross_entropy_with_logits": "bcewithlogits"}
+    begins["cross_entropy"] = "crossentropyloss"
     for name, op in registry.ops().items():
         rules = [
             v
             for v in inspect.unwrap(op.function).__globals__.values()
             if isinstance(v, type) and issubclass(v, Rule)
         ]
-        mine = next(r for r in rules if r.__name__.lower().startswith(RULES.get(name, name).replace("_", "")))
+        mine = next(r for r in rules if r.__name__.lower().startswith(begins.get(name, name).replace("_", "")))
         assert ("cuda" in mine.autocast) == registered(f"aten::{schemas.get(name, name)}", "AutocastCUDA"), name
-
-
-RULES = {
-    **{"binary_cross_entropy": "bceloss", "binary_cross_entropy_with_logits": "bcewithlogits"},
-    **{"cross_entropy": "crossentropyloss"},
-}
 
 
 # --- the private names of torch, each with what is taken from it ---
