@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -117,7 +118,7 @@ def test_gradgradcheck(op: Op, call: Call) -> None:
 def test_complex(op: Op, call: Call) -> None:
     """Differentiated wherever torch does, as torch does; never silently wrong."""
     places = call.differentiable()
-    changed = call.replace(places, [call[place].to(torch.complex128) for place in places])
+    changed = call.replace(places, [torch.complex(call[place], like(call[place])) for place in places])
 
     def outcome(function: Callable[..., Tensor]) -> Any:
         try:
@@ -182,6 +183,27 @@ def test_first_order_in_both_modes(op: Op, call: Call) -> None:
 
 def test_second_order_in_all_mixtures(op: Op, call: Call) -> None:
     check_order(op, call, ["rr", "rf", "fr", "ff"])
+
+
+def test_hessian_vector_product_without_create_graph(op: Op, call: Call) -> None:
+    """A backward inside a forward-mode level: differentiated, though grad mode is off."""
+    if not call.gradient_is_derivative:
+        return
+    function, tensors = of_tensors(op, call), tensors_of(call)
+    directions = [like(x, seed=5 + i) for i, x in enumerate(tensors)]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, v) for x, v in zip(tensors, directions, strict=True)]
+        output = function(*duals)
+        if not output.requires_grad:
+            return
+        found = torch.autograd.grad((like(output) * torch.sin(output)).sum(), tensors)
+        products = [forward_ad.unpack_dual(x).tangent for x in found]
+    each = grad(scalar(function), tuple(range(len(tensors))))
+    points = tuple(x.detach() for x in tensors)
+    expected = jvp(each, points, tuple(directions))[1]
+    assert_close(
+        [torch.zeros_like(x) if p is None else p for p, x in zip(products, points, strict=True)], list(expected)
+    )
 
 
 def test_third_order(op: Op, call: Call) -> None:
@@ -290,22 +312,38 @@ def test_autocast(op: Op, number: int, device: str) -> None:
         assert_close((ours, found), (torch_s, expected), rtol=rounding, atol=rounding)
 
 
+def low_precision_errors(op: Op, call: Call, dtype: torch.dtype) -> list[tuple[float, float, float]]:
+    """For each gradient the error against float64 of ours and of torch's, and the size of its last place."""
+    places = [*call.differentiable(), *call.fixed()]
+    exact = call.replace(places, [call[place].double() for place in places])
+    output = seeded(op.function)(*exact.args, **exact.kwargs)
+    upstream = like(output).to(dtype)
+    truth = gradients(of_tensors(op, exact), tensors_of(exact), upstream.double().to(output.dtype))[1]
+    ours = gradients(of_tensors(op, call), tensors_of(call), upstream)[1]
+    torch_s = gradients(of_tensors(op, call, op.reference), tensors_of(call), upstream)[1]
+    assert [x.dtype for x in ours] == [x.dtype for x in torch_s]
+    return [
+        (
+            (our.double() - true).norm().item(),
+            (their.double() - true).norm().item(),
+            torch.finfo(dtype).eps * true.norm().item(),
+        )
+        for true, our, their in zip(truth, ours, torch_s, strict=True)
+    ]
+
+
 def test_low_precision(op: Op, number: int, device: str) -> None:
-    """The gradients' error against float64 is no worse than torch's."""
     for dtype in (torch.bfloat16, torch.float16):
         call = list(op.samples(Maker(dtype, device)))[number]
-        places = [*call.differentiable(), *call.fixed()]
-        exact = call.replace(places, [call[place].double() for place in places])
-        output = seeded(op.function)(*exact.args, **exact.kwargs)
-        upstream = like(output).to(dtype)
-        truth = gradients(of_tensors(op, exact), tensors_of(exact), upstream.double().to(output.dtype))[1]
-        ours = gradients(of_tensors(op, call), tensors_of(call), upstream)[1]
-        torch_s = gradients(of_tensors(op, call, op.reference), tensors_of(call), upstream)[1]
-        for true, our, their in zip(truth, ours, torch_s, strict=True):
-            assert our.dtype == their.dtype
-            error, allowed = ((x.double() - true).norm().item() for x in (our, their))
-            last_place = torch.finfo(dtype).eps * true.norm().item()
-            assert error <= 1.1 * allowed + last_place, (dtype, error, allowed, last_place)
+        for ours, allowed, last_place in low_precision_errors(op, call, dtype):
+            assert ours <= 1.1 * allowed + last_place, dtype
+
+
+def test_low_precision_at_full_size(op: Op, device: str) -> None:
+    """Over many elements chance averages out: the error is no worse than torch's, with nothing added."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for ours, allowed, _ in low_precision_errors(op, op.big(Maker(dtype, device)), dtype):
+            assert ours <= 1.01 * allowed, dtype
 
 
 # --- strides, sizes, special values ---
