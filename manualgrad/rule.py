@@ -42,6 +42,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -62,8 +63,8 @@ class Formula(NamedTuple):
 class Plan(NamedTuple):
     """What one set of needed gradients takes: which values to keep, and how to compute from them."""
 
-    tensors: tuple[int, ...]  # kept, as positions in inputs + outputs
-    settings: tuple[int, ...]
+    tensors: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]  # out of inputs and outputs, what to keep
+    settings: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     names: tuple[str, ...]  # of the tensors, then of the settings
     backward: Callable[..., tuple[Tensor | None, ...]]  # (*kept, grad) -> a gradient, or None, for each input
     differentiable: Callable[..., tuple[Tensor | None, ...]]  # the same, with moving statistics computed anew
@@ -116,7 +117,8 @@ def _complete(rule: type[Rule]) -> None:
         and inspect.isfunction(method := getattr(rule, name))
     }
     gradients = tuple(f"grad_{name}" for name in inputs)
-    has_statistics = bool(rule.statistics)
+    n, has_statistics, in_float32 = len(inputs), bool(rule.statistics), rule.in_float32
+    refuses_complex = not rule.complex
     given = frozenset((*values, "grad"))
     moving = frozenset(rule.statistics) & frozenset(methods)
     constant = frozenset(rule.statistics) - moving
@@ -150,8 +152,8 @@ def _complete(rule: type[Rule]) -> None:
         settings = [name for name in values if name in named and not is_tensor[name]]
         names = (*tensors, *settings)
         return Plan(
-            tuple(values.index(name) for name in tensors),
-            tuple(values.index(name) for name in settings),
+            _taking([values.index(name) for name in tensors]),
+            _taking([values.index(name) for name in settings]),
             names,
             _written(formulas, (*names, "grad"), gradients),
             _written(anew, (*names, "grad"), gradients),
@@ -171,17 +173,17 @@ def _complete(rule: type[Rule]) -> None:
             )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if inputs[0].is_complex() and not rule.complex:
+        if refuses_complex and inputs[0].is_complex():
             raise RuntimeError(f"{rule.__name__} does not support automatic differentiation for complex numbers")
         every = inputs + output if has_statistics else (*inputs, output)
         forward_mode = _forward_mode()
         chosen = plan(ctx.needs_input_grad, forward_mode)
-        tensors = [every[i] for i in chosen.tensors]
+        tensors = chosen.tensors(every)
         ctx.save_for_backward(*tensors)
         dtypes = None
-        if every[len(inputs)].dtype in _LOW and rule.in_float32:
+        if in_float32 and every[n].dtype in _LOW:
             dtypes = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
-        ctx.kept = chosen, [every[i] for i in chosen.settings], dtypes
+        ctx.kept = chosen, chosen.settings(every), dtypes
         if has_statistics:
             ctx.mark_non_differentiable(*output[1:])
             ctx.set_materialize_grads(False)  # or backward is given zeros for the statistics
@@ -245,6 +247,13 @@ def _check(
             raise TypeError(
                 f"{rule.__name__}.{target} asks for {name!r}, which is no input, output, statistic or method"
             )
+
+
+def _taking(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """The function that takes the values at `places` out of a tuple."""
+    if not places:
+        return lambda values: ()
+    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
 
 
 def _written(
@@ -336,18 +345,7 @@ def _without_autocast(args: Iterable[Any]) -> torch.autocast:
 
 _autocasting = torch._C._is_any_autocast_enabled
 _transformed = torch._C._are_functorch_transforms_active  # a torch.func transform is active
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Neither tensor subclasses nor wrapped by a transform: their memory may be taken as it is."""
-    for x in tensors:
-        if (
-            type(x) is not Tensor
-            or functorch.is_functorch_wrapped_tensor(x)
-            or functorch.is_legacy_batchedtensor(x)
-        ):
-            return False
-    return True
+_batched = functorch.is_legacy_batchedtensor
 
 
 def _forward_mode() -> bool:
@@ -357,6 +355,17 @@ def _forward_mode() -> bool:
 def _differentiated() -> bool:
     """The backward that runs now may itself be differentiated. Grad mode alone does not tell."""
     return torch.is_grad_enabled() or _forward_mode() or _transformed()
+
+
+def nothing_looks_on(a: Tensor, b: Tensor) -> bool:
+    """Neither differentiated nor transformed, compiled or a subclass: memory may be taken and written as it is."""
+    return not (
+        _differentiated()
+        or type(a) is not Tensor
+        or type(b) is not Tensor
+        or _batched(a)
+        or _batched(b)  # by the older vmap, of torch.autograd.grad(is_grads_batched=True)
+    )
 
 
 def _nested_forward_mode() -> bool:

@@ -212,17 +212,26 @@ def test_private_modes() -> None:
         assert rule._autocasting()
 
 
-def test_private_is_plain() -> None:
+def test_private_nothing_looks_on() -> None:
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(rule.nothing_looks_on(x, x))
+        return x
+
     x = torch.ones(3)
-    assert rule.is_plain(x, x)
-    assert not rule.is_plain(x, torch.nn.Parameter(x))
-    seen = []
-    torch.vmap(lambda t: (seen.append(rule.is_plain(t)), t)[1])(x)
-    grad(lambda t: (seen.append(rule.is_plain(t)), t.sum())[1])(x)
+    look(x)
+    with torch.no_grad():
+        look(x)
+        look(torch.nn.Parameter(x))
+        torch.vmap(look)(x)
+        with forward_ad.dual_level():
+            look(forward_ad.make_dual(x, x))
     y = (x.requires_grad_() * 2).sum()
-    y.register_hook(lambda g: seen.append(rule.is_plain(g)))
+    y.register_hook(look)
+    torch.autograd.grad(y, x, retain_graph=True)
     torch.autograd.grad(y, x, torch.ones(2), is_grads_batched=True)
-    assert seen == [False, False, False]
+    assert seen == [False, True, False, False, False, True, False]
 
 
 def test_nested_forward_mode_through_a_plain_function_still_loses_its_outer_tangent() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import Pointwise, choose, drop_in
+from manualgrad.ops.elementary import Pointwise, choose, drop_in, times
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -77,7 +77,7 @@ class SigmoidFunction(Pointwise):
         return input.sigmoid()
 
     def derivative(output: Tensor) -> Tensor:
-        return output * (1 - output)
+        return times(1 - output, output)
 
 
 @drop_in

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.rule import Rule, is_plain
+from manualgrad.rule import Rule, nothing_looks_on
 
 _REFUSALS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 Function = TypeVar("Function", bound=Callable[..., Tensor])
@@ -35,7 +35,7 @@ def drop_in(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: Tensor.byte, 2: Tensor.short, 4: Tensor.int, 8: Tensor.long}  # by size in bytes
 
 
 def rows(tensor: Tensor, k: int = 1) -> Tensor:
@@ -57,14 +57,6 @@ class ChooseFunction(Rule):
     """
 
     def forward(mask: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
-        if mask.is_cpu and a.is_floating_point() and is_plain(mask, a, mask if b is None else b):
-            # torch.where is scalar on the CPU (10 times the memory's speed is lost). Integer arithmetic on the
-            # bits is vectorized and as exact: whatever is not chosen, infinities and nan too, leaves no trace.
-            bits = _BITS[a.element_size()]
-            chosen = mask.to(bits)
-            if b is None:
-                return chosen.mul_(a.view(bits)).view(a.dtype)
-            return chosen.mul_(a.view(bits) - b.view(bits)).add_(b.view(bits)).view(a.dtype)
         return torch.where(mask, a, 0 if b is None else b)
 
     def grad_a(grad: Tensor, mask: Tensor) -> Tensor:
@@ -76,32 +68,54 @@ class ChooseFunction(Rule):
 
 def choose(mask: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
     """`a` where `mask`, else `b` (None: zero). Unlike a product with the mask, exact for inf and nan."""
+    if mask.is_cpu and a.is_floating_point() and nothing_looks_on(mask, a):
+        # torch.where is scalar on the CPU (10 times the memory's speed is lost). Integer arithmetic on the bits is
+        # vectorized and as exact: whatever is not chosen, infinities and nan too, leaves no trace.
+        chosen = _INTEGERS[a.element_size()](mask)
+        bits = chosen.dtype
+        if b is None:
+            return chosen.mul_(a.view(bits)).view(a.dtype)
+        return chosen.mul_(a.view(bits) - b.view(bits)).add_(b.view(bits)).view(a.dtype)
     return ChooseFunction.apply(mask, a, b)
 
 
+def times(temporary: Tensor, factor: Tensor) -> Tensor:
+    """temporary · factor, written over `temporary`, which the caller has just made, where nothing looks on.
+
+    On the CPU the pages of one more fresh tensor cost as much as the product.
+    """
+    if temporary.dtype == factor.dtype and nothing_looks_on(temporary, factor):
+        return temporary.mul_(factor)
+    return temporary * factor
+
+
 class Pointwise(Rule):
-    r"""yᵢ = f(xᵢ)      the rule gives ``derivative``, f′
+    r"""yᵢ = f(xᵢ)      the rule gives ``derivative``, f′, as a tensor of its own
 
     dyᵢ = f′(xᵢ) dxᵢ,  a diagonal map: its own transpose (for complex x, f holomorphic: conjugate).
     """
 
     def grad_input(grad: Tensor, derivative: Tensor) -> Tensor:
-        return grad * derivative.conj()
+        return times(derivative.conj(), grad)
 
 
 class PointwiseLoss(Rule):
-    r"""L = reduction of ℓᵢ = ℓ(xᵢ, tᵢ)      the rule gives ``slope``, ∂ℓ/∂x
+    r"""L = reduction of ℓᵢ = ℓ(xᵢ, tᵢ)      the rule gives ``slope``, ∂ℓ/∂x, as a tensor of its own
 
     reduction   "none": Lᵢ = ℓᵢ     "sum": L = Σ ℓᵢ     "mean": L = (1/n) Σ ℓᵢ
-    each element is sent          g       or gᵢ          g/n                      =: spread
-    ∂L/∂xᵢ = spread · ∂ℓ/∂xᵢ
+    scale              1                   1                    1/n
+    ∂L/∂xᵢ = scale · g · ∂ℓ/∂xᵢ      (g: gᵢ without a reduction)
     """
 
-    def spread(grad: Tensor, input: Tensor, reduction: str) -> Tensor:
-        return grad / input.numel() if reduction == "mean" else grad
+    def scale(input: Tensor, reduction: str) -> float:
+        return 1 / max(input.numel(), 1) if reduction == "mean" else 1.0
 
-    def grad_input(spread: Tensor, slope: Tensor) -> Tensor:
-        return spread * slope
+    def grad_input(grad: Tensor, slope: Tensor, scale: float) -> Tensor:
+        return times(slope, scaled(grad, scale))
+
+
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1 else tensor * scale
 
 
 class DifferenceLoss(PointwiseLoss):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from manualgrad.ops.elementary import DifferenceLoss, PointwiseLoss, choose, drop_in
+from manualgrad.ops.elementary import DifferenceLoss, PointwiseLoss, choose, drop_in, scaled, times
 from manualgrad.registry import Call, register
 from manualgrad.rule import FLOAT32, Rule
 
@@ -59,8 +59,8 @@ class MSELossFunction(DifferenceLoss):
     def forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
         return _mse_loss(input, target, _reduction.get_enum(reduction))
 
-    def grad_input(spread: Tensor, difference: Tensor) -> Tensor:
-        return (2 * spread) * difference.conj()
+    def grad_input(grad: Tensor, input: Tensor, target: Tensor, scale: float) -> Tensor:
+        return times((input - target).conj(), grad * (2 * scale))
 
 
 class WeightedMSELossFunction(MSELossFunction):
@@ -275,9 +275,9 @@ class BCELossFunction(PointwiseLoss):
         slope = (input - target) / (input * (1 - input)).clamp(min=1e-12)
         return slope if weight is None else slope * weight
 
-    def grad_target(spread: Tensor, input: Tensor, weight: Tensor | None) -> Tensor:
+    def grad_target(grad: Tensor, input: Tensor, weight: Tensor | None, scale: float) -> Tensor:
         slope = (1 - input).log().clamp(min=-100) - input.log().clamp(min=-100)
-        return spread * (slope if weight is None else slope * weight)
+        return scaled(grad, scale) * (slope if weight is None else slope * weight)
 
 
 @drop_in
@@ -349,10 +349,10 @@ class BCEWithLogitsLossFunction(PointwiseLoss):
         return slope if weight is None else slope * weight
 
     def grad_target(
-        spread: Tensor, input: Tensor, weight: Tensor | None, positive_weight: Tensor | None
+        grad: Tensor, input: Tensor, weight: Tensor | None, positive_weight: Tensor | None, scale: float
     ) -> Tensor:
         slope = -input if positive_weight is None else (positive_weight - 1) * F.softplus(-input) - input
-        return spread * (slope if weight is None else slope * weight)
+        return scaled(grad, scale) * (slope if weight is None else slope * weight)
 
 
 @drop_in

@@ -24,7 +24,7 @@ class SoftmaxFunction(Rule):
 
     def grad_input(grad: Tensor, output: Tensor, dim: int) -> Tensor:
         weighted = grad * output
-        return weighted - output * weighted.sum(dim, keepdim=True)
+        return weighted.addcmul(output, weighted.sum(dim, keepdim=True), value=-1)
 
 
 class LogSoftmaxFunction(Rule):
@@ -39,7 +39,7 @@ class LogSoftmaxFunction(Rule):
         return torch.log_softmax(input, dim)
 
     def grad_input(grad: Tensor, output: Tensor, dim: int) -> Tensor:
-        return grad - output.exp() * grad.sum(dim, keepdim=True)
+        return grad.addcmul(output.exp(), grad.sum(dim, keepdim=True), value=-1)
 
 
 def _axis(name: str, input: Tensor, dim: int | None, stacklevel: int) -> int:
