@@ -1,0 +1,71 @@
+"""How far training has come, and what it came to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+Figures = dict[str, float]
+"""The "loss" and each metric by name: means over examples."""
+
+
+@dataclass
+class Averages:
+    """Means over examples, of figures that come as means over batches."""
+
+    totals: Figures = field(default_factory=dict)
+    examples: int = 0
+
+    def add(self, means: Mapping[str, float], examples: int) -> None:
+        """Count the means of a batch of so many examples."""
+        for name, mean in means.items():
+            self.totals[name] = self.totals.get(name, 0.0) + mean * examples
+        self.examples += examples
+
+    def means(self) -> Figures:
+        """The mean of each figure over all examples so far."""
+        return {name: total / self.examples for name, total in self.totals.items()}
+
+
+@dataclass
+class Progress:
+    """All that a checkpoint needs besides weights, optimizer and random states; plain data throughout."""
+
+    step: int = 0
+    """Updates done since the start: the horizontal axis of every curve."""
+    epoch: int = 0
+    """Whole epochs done."""
+    updates: int = 0
+    """Updates done in the epoch under way."""
+    running: Averages = field(default_factory=Averages)
+    """The figures of the epoch under way."""
+    train: Figures = field(default_factory=dict)
+    """Means over the last whole epoch of training, taken while the weights changed."""
+    best: Figures = field(default_factory=dict)
+    """Means over the validation data after the best epoch."""
+    best_epoch: int = 0
+    """The epoch with the lowest validation loss, counted from 1; 0 before there is one."""
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**saved, "running": Averages(**saved["running"])})
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What `Trainer.fit` came to."""
+
+    epochs: int
+    """Epochs trained, those before a resume included."""
+    steps: int
+    """Updates made, likewise."""
+    best_epoch: int
+    """The epoch whose weights the model now has: the best one, or without validation the last."""
+    stopped_early: bool
+    """Whether `patience` ended training."""
+    train: Figures
+    """Means over the last epoch of training, taken while the weights changed."""
+    validation: Figures
+    """Means over the validation data after the best epoch; empty without validation."""
+    summary: Figures
+    """What the `summary` function of the trainer returned."""
