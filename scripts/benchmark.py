@@ -16,19 +16,16 @@ from typing import Literal, NamedTuple
 
 import torch
 from pydantic import PositiveFloat
-from pydantic_settings import BaseSettings
 from torch import Tensor
 from torch.testing import assert_close
 
 from manualgrad import nn, registry
 from manualgrad.saving import kept_bytes
-from manualgrad.training import TrainingSettings, parse_settings
+from manualgrad.training import CommandLine, parse_settings
 
 
-class Settings(BaseSettings):
+class Settings(CommandLine):
     """Time and memory of manualgrad against torch.nn, as ratios (below 1: ours is faster, or keeps less)."""
-
-    model_config = TrainingSettings.model_config
 
     what: Literal["all", "networks", "operations"] = "all"
     """Whole networks, single operations at the size that real models have, or both."""
