@@ -230,6 +230,33 @@ class ELU(torch.nn.ELU):
         return elu(input, self.alpha, self.inplace)
 
 
+class MishFunction(Pointwise):
+    r"""y = x t,  t = tanh s,  s = log(1 + eˣ)
+
+    ds = σ(x) dx,  dt = (1 - t²) ds      y′ = t + x σ(x) (1 - t²)
+
+    Misra, "Mish: A Self Regularized Non-Monotonic Activation Function", 2019.
+    """
+
+    def forward(input: Tensor) -> Tensor:
+        return F.mish(input)
+
+    def derivative(input: Tensor) -> Tensor:
+        t = torch.tanh(F.softplus(input))
+        return t + input * torch.sigmoid(input) * (1 - t * t)
+
+
+@drop_in
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    """x tanh(log(1 + eˣ)), as `torch.nn.functional.mish`. Any shape."""
+    return _written(input, MishFunction.apply(_own(input, inplace)), inplace)
+
+
+class Mish(torch.nn.Mish):
+    def forward(self, input: Tensor) -> Tensor:
+        return mish(input, self.inplace)
+
+
 for _function, _module, _variants in (
     (relu, ReLU, [{}]),
     (leaky_relu, LeakyReLU, [{}, {"negative_slope": 0.3}, {"negative_slope": 0.0}]),
@@ -239,6 +266,7 @@ for _function, _module, _variants in (
     (silu, SiLU, [{}]),
     (softplus, Softplus, [{}, {"beta": 2.0, "threshold": 1.0}]),
     (elu, ELU, [{}, {"alpha": 0.5}]),
+    (mish, Mish, [{}]),
 ):
     register(
         _function,
