@@ -161,3 +161,13 @@ def ops() -> dict[str, Op]:
     for found in pkgutil.iter_modules(package.__path__, "manualgrad.ops."):
         importlib.import_module(found.name)
     return dict(sorted(_table.items()))
+
+
+def markdown() -> str:
+    """The table as the README shows it (`python -m manualgrad coverage`)."""
+    rows = ["| function | module | derived in | what it lacks, and why |", "|---|---|---|---|"]
+    for op in ops().values():
+        where = f"{op.function.__module__.rpartition('.')[2]}.py"
+        lacks = "; ".join(f"`{law}`: {reason}" for law, reason in op.lacks.items())
+        rows.append(f"| `{op.name}` | `{op.module.__name__ if op.module else ''}` | `ops/{where}` | {lacks} |")
+    return "\n".join(rows)

@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -22,13 +23,15 @@ from torch.testing import assert_close
 from manualgrad import nn, registry
 from manualgrad.saving import kept_bytes
 from manualgrad.training import CommandLine, parse_settings
+from manualgrad.verification import derivative, line
 
 
 class Settings(CommandLine):
     """Time and memory of manualgrad against torch.nn, as ratios (below 1: ours is faster, or keeps less)."""
 
-    what: Literal["all", "networks", "operations"] = "all"
-    """Whole networks, single operations at the size that real models have, or both."""
+    what: Literal["all", "networks", "operations", "orders"] = "all"
+    """Whole networks, single operations at the size that real models have, both of these, or the derivatives of
+    layer norm of orders 1 to 4."""
     device: str = "cpu"
     """Where to measure: cpu or cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -39,7 +42,14 @@ class Settings(CommandLine):
     """Write the figures there as well."""
 
 
-Step = Callable[[], list[Tensor]]  # forward and backward; gives the gradients
+Step = Callable[[], list[Tensor]]
+"""Forward and backward; gives the gradients."""
+
+Subject = tuple[Step, Callable[[], Tensor]]
+"""The step, and its forward alone."""
+
+REPEATS = 5
+"""How often a row is made anew: how its memory happens to lie counts for a few percent."""
 
 
 class Row(NamedTuple):
@@ -50,7 +60,7 @@ class Row(NamedTuple):
     kept_ratio: float
 
 
-def mlp(nn: ModuleType, width: int, batch: int, settings: Settings) -> tuple[Step, Callable[[], Tensor]]:
+def mlp(nn: ModuleType, width: int, batch: int, settings: Settings) -> Subject:
     """Three linear layers with ReLU between, and the mean squared error."""
     where = {"device": settings.device, "dtype": getattr(torch, settings.dtype)}
     torch.manual_seed(0)
@@ -73,9 +83,7 @@ def mlp(nn: ModuleType, width: int, batch: int, settings: Settings) -> tuple[Ste
     return step, forward
 
 
-def operation(
-    op: registry.Op, function: Callable[..., Tensor], settings: Settings
-) -> tuple[Step, Callable[[], Tensor]]:
+def operation(op: registry.Op, function: Callable[..., Tensor], settings: Settings) -> Subject:
     """One operation on its big sample, and a gradient for every input that has one."""
     call = op.big(registry.Maker(getattr(torch, settings.dtype), settings.device))
     places = call.differentiable()
@@ -95,38 +103,45 @@ def operation(
     return step, forward
 
 
-def subjects(settings: Settings) -> Iterator[tuple[str, list[tuple[Step, Callable[[], Tensor]]]]]:
-    """Each row's name, with ours and torch's."""
+def subjects(settings: Settings) -> Iterator[tuple[str, Callable[[], tuple[Subject, Subject]]]]:
+    """Each row's name, and what makes ours and torch's."""
     if settings.what != "operations":
         for width, batch in ((64, 64), (1024, 256)):
-            yield (
-                f"MLP, 3 layers, width {width}, batch {batch}",
-                [mlp(module, width, batch, settings) for module in (nn, torch.nn)],
-            )
+            make = partial(mlp, width=width, batch=batch, settings=settings)
+            yield f"MLP, 3 layers, width {width}, batch {batch}", lambda make=make: (make(nn), make(torch.nn))
     if settings.what != "networks":
         for op in registry.ops().values():
-            yield op.name, [operation(op, function, settings) for function in (op.function, op.reference)]
+            make = partial(operation, op, settings=settings)
+            yield op.name, lambda op=op, make=make: (make(op.function), make(op.reference))
 
 
-def measure(name: str, pair: list[tuple[Step, Callable[[], Tensor]]], settings: Settings) -> Row:
-    (ours, our_forward), (torch_s, torch_forward) = pair
-    tolerance = 16 * torch.finfo(getattr(torch, settings.dtype)).eps
-    found, expected = ours(), torch_s()
-    for a, b in zip(found, expected, strict=True):
-        scale = b.abs().max().item()
-        assert_close(a, b, rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{name}: gradients differ: {m}")
+def measure(name: str, make: Callable[[], tuple[Subject, Subject]], settings: Settings) -> Row:
     times: list[tuple[float, float]] = []
-    begin = time.perf_counter()
-    while len(times) < 10 or time.perf_counter() - begin < settings.seconds:
-        times.append((timed(ours, settings), timed(torch_s, settings)))
-    times = times[len(times) // 10 :]  # the first are warm-up
+    kept = 1.0
+    for _ in range(REPEATS):
+        (ours, our_forward), (torch_s, torch_forward) = make()
+        compare(name, ours(), torch_s(), settings)
+        kept = kept_bytes(our_forward) / kept_bytes(torch_forward)
+        begin = time.perf_counter()
+        fresh: list[tuple[float, float]] = []
+        while len(fresh) < 5 or time.perf_counter() - begin < settings.seconds / REPEATS:
+            fresh.append((timed(ours, settings), timed(torch_s, settings)))
+        times += fresh[1 + len(fresh) // 10 :]  # the first are warm-up
     return Row(
         name,
         1e3 * statistics.median(a for a, _ in times),
         1e3 * statistics.median(b for _, b in times),
         statistics.median(a / b for a, b in times),
-        kept_bytes(our_forward) / kept_bytes(torch_forward),
+        kept,
     )
+
+
+def compare(name: str, found: list[Tensor], expected: list[Tensor], settings: Settings) -> None:
+    """End the report where a gradient differs by more than rounding."""
+    tolerance = 16 * torch.finfo(getattr(torch, settings.dtype)).eps
+    for a, b in zip(found, expected, strict=True):
+        scale = b.abs().max().item()
+        assert_close(a, b, rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{name}: gradients differ: {m}")
 
 
 def timed(step: Step, settings: Settings) -> float:
@@ -137,15 +152,48 @@ def timed(step: Step, settings: Settings) -> float:
     return time.perf_counter() - begin
 
 
+def layer_norm_derivatives() -> list[tuple[str, float, float, float]]:
+    """Derivatives along a line, by the modes they are taken in ("rf": forward over reverse): of the plain formula,
+    whose every step torch differentiates, of ours, and of torch's layer norm."""
+    make = registry.Maker()
+    points, directions, upstream = [make(4, 6)], [make(4, 6)], make(4, 6)
+
+    def plain(x: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+    functions = [
+        plain,
+        lambda x: nn.functional.layer_norm(x, (6,)),
+        lambda x: torch.nn.functional.layer_norm(x, (6,)),
+    ]
+    lines = [line(function, points, directions, lambda y: (upstream * y).sum()) for function in functions]
+    rows = []
+    for modes in ("r", "f", "rr", "rf", "fr", "ff", "rrr", "rrf", "fff", "rrrr", "ffff"):
+        plain_s, ours, torch_s = (derivative(along, modes) for along in lines)
+        rows.append((modes, plain_s, ours, torch_s))
+    return rows
+
+
+def layer_norm_table() -> str:
+    rows = ["| derivative of layer norm | plain formula | ours | torch |", "|---|---|---|---|"]
+    for modes, *figures in layer_norm_derivatives():
+        words = " over ".join({"r": "reverse", "f": "forward"}[mode] for mode in reversed(modes))
+        rows.append(f"| {len(modes)}: {words} | {' | '.join(f'{figure:.4f}' for figure in figures)} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     settings = parse_settings(Settings)
+    if settings.what == "orders":
+        print(layer_norm_table())
+        return
     where = "CPU" if settings.device == "cpu" else torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, {settings.dtype}\n")
     print("| forward + backward | ours, ms | torch, ms | time, ours / torch | kept for backward, ours / torch |")
     print("|---|---|---|---|---|")
     rows = []
-    for name, pair in subjects(settings):
-        rows.append(row := measure(name, pair, settings))
+    for name, make in subjects(settings):
+        rows.append(row := measure(name, make, settings))
         print(f"| {row.name} |", " | ".join(f"{x:.3f}" for x in row[1:3]), end=" | ")
         print(" | ".join(f"{x:.2f}" for x in row[3:]), "|", flush=True)
     if settings.json_file:

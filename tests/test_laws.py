@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from manualgrad.registry import Call, Maker, Op
 from manualgrad.saving import kept_bytes
+from manualgrad.verification import derivative, line
 
 SEED = 7
 
@@ -140,41 +141,23 @@ def test_complex(op: Op, call: Call) -> None:
 STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
 
 
-def along_a_line(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+def along_a_line(op: Op, call: Call) -> Callable[[Tensor], Tensor]:
     """t -> Σ c sin f(x + t v): sin, so that no derivative of a linear f is zero."""
-    tensors = [x.detach() for x in tensors]
-    directions = [like(x, seed=5 + i) for i, x in enumerate(tensors)]
-
-    def at(t: Tensor) -> Tensor:
-        output = function(*[x + t * v for x, v in zip(tensors, directions, strict=True)])
-        return (like(output) * torch.sin(output)).sum()
-
-    return at
-
-
-def derivative(function: Callable[[Tensor], Tensor], mode: str) -> Callable[[Tensor], Tensor]:
-    if mode == "r":
-        return grad(function)
-    return lambda t: jvp(function, (t,), (torch.ones_like(t),))[1]
-
-
-def derivatives(function: Callable[[Tensor], Tensor], modes: str, at: float = 0.0) -> float:
-    """The derivative of order len(modes), the innermost by the first mode."""
-    for mode in modes:
-        function = derivative(function, mode)
-    return function(torch.tensor(at, dtype=torch.float64)).item()
+    points = [x.detach() for x in tensors_of(call)]
+    directions = [like(x, seed=5 + i) for i, x in enumerate(points)]
+    return line(of_tensors(op, call), points, directions, lambda y: (like(y) * torch.sin(y)).sum())
 
 
 def check_order(op: Op, call: Call, mixtures: Sequence[str], step: float = 1e-4) -> None:
     if not call.gradient_is_derivative:
         return
-    line = along_a_line(of_tensors(op, call), tensors_of(call))
+    along = along_a_line(op, call)
     below = "r" * (len(mixtures[0]) - 1)
-    values = [derivatives(line, below, at=k * step) for k, _ in STENCIL]
+    values = [derivative(along, below, at=k * step) for k, _ in STENCIL]
     expected = sum(weight * value for (_, weight), value in zip(STENCIL, values, strict=True)) / step
     scale = max(abs(expected), *map(abs, values), 1)
     for modes in mixtures:
-        assert derivatives(line, modes) == pytest.approx(expected, abs=1e-8 * scale), modes
+        assert derivative(along, modes) == pytest.approx(expected, abs=1e-8 * scale), modes
 
 
 def test_first_order_in_both_modes(op: Op, call: Call) -> None:
@@ -216,13 +199,13 @@ def test_fourth_order(op: Op, call: Call) -> None:
 
 def test_backward_of_backward(op: Op, call: Call) -> None:
     """The same without torch.func: create_graph, three times over, against torch.func."""
-    line = along_a_line(of_tensors(op, call), tensors_of(call))
+    along = along_a_line(op, call)
     t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    value = line(t)
+    value = along(t)
     for order in range(1, 4):
         if value.requires_grad:
             (value,) = torch.autograd.grad(value, t, create_graph=True)
-        assert value.item() == pytest.approx(derivatives(line, "r" * order), abs=1e-10, rel=1e-8)
+        assert value.item() == pytest.approx(derivative(along, "r" * order), abs=1e-10, rel=1e-8)
 
 
 # --- torch.func, compile, autocast ---

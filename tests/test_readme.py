@@ -1,0 +1,38 @@
+"""The README says what the code says."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import runpy
+from pathlib import Path
+
+import manualgrad
+from manualgrad import registry
+from manualgrad.ops.linear import LinearFunction
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_generated_tables() -> None:
+    """After a change: run the command that stands above the table, and paste what it prints."""
+    script = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
+    assert registry.markdown() in README
+    assert script["layer_norm_table"]() in README
+
+
+def test_the_rule_shown_is_the_rule() -> None:
+    """Up to the conjugates, which only complex numbers need."""
+    shown = README[README.index("class LinearFunction") : README.index("A rule is a set of pure functions")]
+    for name in ("forward", "grad_input", "grad_weight", "grad_bias"):
+        body = inspect.getsource(getattr(LinearFunction, name)).splitlines()[-1].strip().replace(".conj()", "")
+        assert body in shown
+
+
+def test_links_and_commands() -> None:
+    for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (ROOT / target).exists(), target
+    for target in re.findall(r"(?:python )((?:scripts|tests)/\S+\.py)", README):
+        assert (ROOT / target).exists(), target
+    assert inspect.getdoc(manualgrad)
