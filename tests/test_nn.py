@@ -143,6 +143,22 @@ def test_in_place_variants() -> None:
         assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("name", ["relu_", "leaky_relu_", "elu_"])
+def test_in_place_functions_are_ours(name: str) -> None:
+    hidden = torch.randn(5, 3, requires_grad=True) * 2
+    output = getattr(nn.functional, name)(hidden)
+    assert output is hidden
+    copied = output.grad_fn.next_functions[-1][0]
+    assert copied.name().endswith("FunctionBackward")
+
+
+def test_a_broadcast_target_is_warned_of_where_it_is_passed() -> None:
+    for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"):
+        with pytest.warns(UserWarning, match="Using a target size") as caught:
+            getattr(nn.functional, name)(torch.zeros(4, 1), torch.zeros(4))
+        assert caught[0].filename == __file__
+
+
 def test_sparse_embedding_and_max_norm() -> None:
     results = []
     for functional in (nn.functional, torch.nn.functional):

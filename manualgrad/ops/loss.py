@@ -33,22 +33,34 @@ def _paired(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
         "This will likely lead to incorrect results due to broadcasting. "
         "Please ensure they have the same size.",
-        stacklevel=3,
+        stacklevel=5,
     )
     broadcast = torch.broadcast_tensors(input, target)
     return broadcast[0], broadcast[1]
 
 
-def _weighted(losses: Tensor, weight: Tensor, input: Tensor, reduction: str, by_weight: bool) -> Tensor:
-    """The losses of all elements, weighted, then reduced; a mean `by_weight` divides by the sum of weights."""
+def _reduced(
+    rule: type[Rule],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    *settings: float,
+    mean_by_weight: bool = True,
+) -> Tensor:
+    """A loss of pairs. With a weight for each: the losses of all, weighted, and a mean that divides by the sum of
+    the weights, or by their number."""
+    x, t = _paired(input, target)
+    if weight is None:
+        return rule.apply(x, t, reduction, *settings)
     if weight.size() != input.size():
         raise ValueError("Weights and input must have the same size.")
-    losses = losses * weight
+    losses = rule.apply(x, t, "none", *settings) * weight
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / weight.sum() if by_weight else losses.mean()
+    return losses.sum() / weight.sum() if mean_by_weight else losses.mean()
 
 
 class MSELossFunction(DifferenceLoss):
@@ -88,11 +100,8 @@ def mse_loss(
     Raises:
         ValueError: an unknown reduction, or a weight of another shape.
     """
-    reduction = _named(reduction, size_average, reduce)
-    x, t = _paired(input, target)
-    if weight is not None:
-        return _weighted(WeightedMSELossFunction.apply(x, t, "none"), weight, input, reduction, by_weight=True)
-    return MSELossFunction.apply(x, t, reduction)
+    rule = MSELossFunction if weight is None else WeightedMSELossFunction
+    return _reduced(rule, input, target, weight, _named(reduction, size_average, reduce))
 
 
 class MSELoss(torch.nn.MSELoss):
@@ -133,11 +142,8 @@ def l1_loss(
     Raises:
         ValueError: an unknown reduction, or a weight of another shape.
     """
-    reduction = _named(reduction, size_average, reduce)
-    x, t = _paired(input, target)
-    if weight is not None:
-        return _weighted(WeightedL1LossFunction.apply(x, t, "none"), weight, input, reduction, by_weight=True)
-    return L1LossFunction.apply(x, t, reduction)
+    rule = L1LossFunction if weight is None else WeightedL1LossFunction
+    return _reduced(rule, input, target, weight, _named(reduction, size_average, reduce))
 
 
 class L1Loss(torch.nn.L1Loss):
@@ -177,10 +183,9 @@ def smooth_l1_loss(
         RuntimeError: β is negative.
     """
     reduction = _named(reduction, size_average, reduce)
-    x, t = _paired(input, target)
     if beta == 0:
-        return L1LossFunction.apply(x, t, reduction)
-    return SmoothL1LossFunction.apply(x, t, reduction, beta)
+        return _reduced(L1LossFunction, input, target, None, reduction)
+    return _reduced(SmoothL1LossFunction, input, target, None, reduction, beta)
 
 
 class SmoothL1Loss(torch.nn.SmoothL1Loss):
@@ -219,10 +224,7 @@ def huber_loss(
         RuntimeError: δ is not positive.
     """
     reduction = _named(reduction, None, None)
-    x, t = _paired(input, target)
-    if weight is not None:
-        return _weighted(HuberLossFunction.apply(x, t, "none", delta), weight, input, reduction, by_weight=False)
-    return HuberLossFunction.apply(x, t, reduction, delta)
+    return _reduced(HuberLossFunction, input, target, weight, reduction, delta, mean_by_weight=False)
 
 
 class HuberLoss(torch.nn.HuberLoss):
