@@ -345,6 +345,7 @@ def _without_autocast(args: Iterable[Any]) -> torch.autocast:
 
 _autocasting = torch._C._is_any_autocast_enabled
 _transformed = torch._C._are_functorch_transforms_active  # a torch.func transform is active
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _batched = functorch.is_legacy_batchedtensor
 
 
@@ -355,6 +356,11 @@ def _forward_mode() -> bool:
 def _differentiated() -> bool:
     """The backward that runs now may itself be differentiated. Grad mode alone does not tell."""
     return torch.is_grad_enabled() or _forward_mode() or _transformed()
+
+
+def cuda_autocasts(operation: str) -> bool:
+    """CUDA's autocast treats this operation of torch (read off the dispatcher, with or without a GPU)."""
+    return _has_kernel(f"aten::{operation}", "AutocastCUDA")
 
 
 def nothing_looks_on(a: Tensor, b: Tensor) -> bool:

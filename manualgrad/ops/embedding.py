@@ -30,9 +30,7 @@ class EmbeddingFunction(Rule):
             if padding >= 0:
                 kept = flat != padding
                 flat, sent = flat[kept], sent[kept]
-            return torch.sparse_coo_tensor(
-                flat.unsqueeze(0), sent, (count, sent.shape[-1]), check_invariants=False
-            )
+            return torch.sparse_coo_tensor(flat.unsqueeze(0), sent, (count, sent.shape[-1]), check_invariants=True)
         table = torch.zeros(count, sent.shape[-1], dtype=grad.dtype, device=grad.device)
         if by_frequency:
             sent = sent / torch.bincount(flat, minlength=count)[flat].unsqueeze(-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manualgrad.ops.elementary import drop_in, last, rows
 from manualgrad.registry import Call, register
-from manualgrad.rule import Rule
+from manualgrad.rule import Rule, cuda_autocasts
 
 
 class LayerNormFunction(Rule):
@@ -109,7 +109,7 @@ class RMSNormFunction(Rule):
     Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
 
-    autocast = {"cuda": "float32"}
+    autocast = {"cuda": "float32"} if cuda_autocasts("rms_norm") else {}  # torch 2.11 leaves it alone
     complex = True
 
     def forward(input: Tensor, weight: Tensor | None, k: int, eps: float | None) -> Tensor:
