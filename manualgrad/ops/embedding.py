@@ -10,6 +10,10 @@ from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
 
+# torch.sparse_coo_tensor without its checks, nor torch 2.11's warning of them: the forward has checked the indices
+_sparse = torch.ops.aten._sparse_coo_tensor_unsafe
+
+
 class EmbeddingFunction(Rule):
     r"""yᵢ = W[tᵢ]        W: (count, d)   t: (*) of indices   y: (*, d)
 
@@ -30,7 +34,7 @@ class EmbeddingFunction(Rule):
             if padding >= 0:
                 kept = flat != padding
                 flat, sent = flat[kept], sent[kept]
-            return torch.sparse_coo_tensor(flat.unsqueeze(0), sent, (count, sent.shape[-1]), check_invariants=True)
+            return _sparse(flat.unsqueeze(0), sent, (count, sent.shape[-1]))
         table = torch.zeros(count, sent.shape[-1], dtype=grad.dtype, device=grad.device)
         if by_frequency:
             sent = sent / torch.bincount(flat, minlength=count)[flat].unsqueeze(-1)
