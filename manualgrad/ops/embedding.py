@@ -9,7 +9,6 @@ from manualgrad.ops.elementary import choose, drop_in
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
-
 # torch.sparse_coo_tensor without its checks, nor torch 2.11's warning of them: the forward has checked the indices
 _sparse = torch.ops.aten._sparse_coo_tensor_unsafe
 
