@@ -121,7 +121,6 @@ def _complete(rule: type[Rule]) -> None:
     refuses_complex = not rule.complex
     given = frozenset((*values, "grad"))
     moving = frozenset(rule.statistics) & frozenset(methods)
-    constant = frozenset(rule.statistics) - moving
     _check(rule, inputs, parameters, given, methods)
 
     def in_order(targets: Iterable[str], given: frozenset[str]) -> list[Formula]:
@@ -196,13 +195,7 @@ def _complete(rule: type[Rule]) -> None:
             return (None,) * len(inputs)
         chosen, settings, dtypes = ctx.kept
         known = (*ctx.saved_tensors, *settings, grad)
-        compute = chosen.backward
-        if _differentiated():
-            compute = chosen.differentiable
-            if constant:  # vmap forgets that they are marked as not differentiable
-                known = [
-                    x.detach() if n in constant else x for n, x in zip((*chosen.names, ""), known, strict=True)
-                ]
+        compute = chosen.differentiable if _differentiated() else chosen.backward
         if dtypes or _autocasting():
             return _computed_in_float32(compute, known, dtypes)
         return compute(*known)
