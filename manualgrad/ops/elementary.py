@@ -14,10 +14,10 @@ from torch import Tensor
 from manualgrad.rule import Rule, nothing_looks_on
 
 _REFUSALS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
-Function = TypeVar("Function", bound=Callable[..., Tensor])
+Wrapped = TypeVar("Wrapped", bound=Callable[..., Tensor])
 
 
-def drop_in(function: Function) -> Function:
+def drop_in(function: Wrapped) -> Wrapped:
     """A function of torch.nn.functional by ours. Where ours fails torch's own is called, for its error.
 
     So bad input is refused with torch's type of error and words, whatever stumbled over it here.
