@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import drop_in, last, rows
+from manualgrad.ops.elementary import drop_in, last, rows, times
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule, cuda_autocasts
 
@@ -40,12 +40,13 @@ class LayerNormFunction(Rule):
         return (input.var(last(k), correction=0, keepdim=True) + eps).rsqrt()
 
     def normalized(input: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        return (input - mean) * rstd
+        return times(input - mean, rstd)
 
     def grad_input(grad: Tensor, weight: Tensor | None, normalized: Tensor, rstd: Tensor, k: int) -> Tensor:
         g = grad if weight is None else grad * weight
         along = (g * normalized).mean(last(k), keepdim=True)
-        return rstd * (g - g.mean(last(k), keepdim=True) - normalized * along)
+        centered = g - g.mean(last(k), keepdim=True)
+        return times(centered.addcmul(normalized, along, value=-1), rstd)
 
     def grad_weight(grad: Tensor, normalized: Tensor, k: int) -> Tensor:
         return rows(grad * normalized, k).sum(0)
