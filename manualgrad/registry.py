@@ -110,7 +110,6 @@ class Op:
     samples: Callable[[Maker], Iterable[Call]]
     big: Callable[[Maker], Call]
     random: bool
-    complex: bool
     special: bool
     lacks: Mapping[str, str]
 
@@ -136,7 +135,6 @@ def register(
     samples: Callable[[Maker], Iterable[Call]],
     big: Callable[[Maker], Call],
     random: bool = False,
-    complex: bool = False,
     special: bool = True,
     lacks: Mapping[str, str] | None = None,
 ) -> None:
@@ -148,11 +146,10 @@ def register(
         samples: small inputs, away from kinks, on which every law is tried.
         big: an input of the size that real models have, for the benchmark.
         random: the result depends on the random state.
-        complex: torch differentiates it for complex inputs too.
         special: ±0, ±inf, nan and the kinks may stand in its floating inputs.
         lacks: laws that do not hold for it, each with the reason (shown to users; a stale one fails a test).
     """
-    _table[function.__name__] = Op(function, module, samples, big, random, complex, special, lacks or {})
+    _table[function.__name__] = Op(function, module, samples, big, random, special, lacks or {})
 
 
 def ops() -> dict[str, Op]:

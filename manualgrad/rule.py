@@ -121,7 +121,7 @@ def _complete(rule: type[Rule]) -> None:
     refuses_complex = not rule.complex
     given = frozenset((*values, "grad"))
     moving = frozenset(rule.statistics) & frozenset(methods)
-    _check(rule, inputs, parameters, given, methods)
+    _check(rule, parameters, given, methods)
 
     def in_order(targets: Iterable[str], given: frozenset[str]) -> list[Formula]:
         """The formulas that compute `targets` from what is given, each after those it names."""
@@ -224,7 +224,6 @@ def _complete(rule: type[Rule]) -> None:
 
 def _check(
     rule: type[Rule],
-    inputs: tuple[str, ...],
     parameters: Mapping[str, inspect.Parameter],
     given: frozenset[str],
     methods: Mapping[str, Formula],
@@ -234,7 +233,7 @@ def _check(
         if parameter.annotation is inspect.Parameter.empty:
             raise TypeError(f"{rule.__name__}.forward: annotate {name!r} (a Tensor, or the type of a setting)")
     for target, _, names in methods.values():
-        if target.startswith("grad_") and target.removeprefix("grad_") not in inputs:
+        if target.startswith("grad_") and target.removeprefix("grad_") not in parameters:
             raise TypeError(f"{rule.__name__}.{target}: forward has no input {target.removeprefix('grad_')!r}")
         for name in set(names) - given - set(methods):
             raise TypeError(

@@ -27,9 +27,13 @@ from manualgrad.verification import derivative, line
 SEED = 7
 
 
+def sample(op: Op, number: int, device: str, dtype: torch.dtype = torch.float64) -> Call:
+    return list(op.samples(Maker(dtype, device)))[number]
+
+
 @pytest.fixture
 def call(op: Op, number: int, device: str) -> Call:
-    return list(op.samples(Maker(device=device)))[number]
+    return sample(op, number, device)
 
 
 def seeded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,14 +69,14 @@ def like(output: Tensor, seed: int = 3) -> Tensor:
 
 
 def gradients(
-    function: Callable[..., Tensor], tensors: Sequence[Tensor], upstream: Tensor | None = None, **kwargs: Any
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], upstream: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     output = function(*tensors)
     needed = [x for x in tensors if x.requires_grad]
     if not output.requires_grad:
         return output.detach(), []
     upstream = like(output) if upstream is None else upstream
-    return output.detach(), list(torch.autograd.grad(output, needed, upstream, **kwargs))
+    return output.detach(), list(torch.autograd.grad(output, needed, upstream))
 
 
 # --- value and first order: as torch's own ---
@@ -80,7 +84,7 @@ def gradients(
 
 def test_value(op: Op, number: int, device: str) -> None:
     for dtype in (torch.float64, torch.float32):
-        call = list(op.samples(Maker(dtype, device)))[number]
+        call = sample(op, number, device, dtype)
         ours = seeded(op.function)(*call.args, **call.kwargs)
         state = torch.get_rng_state()
         torch_s = seeded(op.reference)(*call.args, **call.kwargs)
@@ -270,7 +274,7 @@ def test_vmap(op: Op, call: Call) -> None:
 def test_compile(op: Op, number: int, device: str) -> None:
     """One graph without a break, the same gradients."""
     torch._dynamo.reset()
-    call = list(op.samples(Maker(torch.float32, device)))[number]
+    call = sample(op, number, device, torch.float32)
     places = call.differentiable()
 
     def function(*tensors: Tensor) -> Tensor:
@@ -284,7 +288,7 @@ def test_compile(op: Op, number: int, device: str) -> None:
 def test_autocast(op: Op, number: int, device: str) -> None:
     """Forward and backward in the dtypes that torch's own operation takes there."""
     for dtype, lower in itertools.product((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
-        call = list(op.samples(Maker(dtype, device)))[number]
+        call = sample(op, number, device, dtype)
         results = []
         for function in (op.function, op.reference):
             with torch.autocast(device, lower):
@@ -317,7 +321,7 @@ def low_precision_errors(op: Op, call: Call, dtype: torch.dtype) -> list[tuple[f
 
 def test_low_precision(op: Op, number: int, device: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        call = list(op.samples(Maker(dtype, device)))[number]
+        call = sample(op, number, device, dtype)
         for ours, allowed, last_place in low_precision_errors(op, call, dtype):
             assert ours <= 1.1 * allowed + last_place, dtype
 
@@ -401,7 +405,7 @@ SPECIAL = (
 def test_special_values(op: Op, number: int, device: str) -> None:
     """±0, ±inf, nan and the kinks, in each input and upstream: torch's value, or better where torch has nan."""
     for dtype in (torch.float64, torch.float32):
-        call = list(op.samples(Maker(dtype, device)))[number]
+        call = sample(op, number, device, dtype)
         if not op.special:
             return
         function, reference = of_tensors(op, call), of_tensors(op, call, op.reference)

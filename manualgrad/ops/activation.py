@@ -8,14 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import Pointwise, choose, drop_in, times
+from manualgrad.ops.elementary import Pointwise, choose, drop_in, times, written
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
-
-
-def _written(input: Tensor, output: Tensor, inplace: bool) -> Tensor:
-    """`output`, or with ``inplace`` the input that it was written into."""
-    return input.copy_(output) if inplace else output
 
 
 def _own(input: Tensor, inplace: bool) -> Tensor:
@@ -39,7 +34,7 @@ class ReLUFunction(Rule):
 @drop_in
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """max(x, 0), as `torch.nn.functional.relu`. Any shape."""
-    return _written(input, ReLUFunction.apply(input), inplace)
+    return written(input, ReLUFunction.apply(input), inplace)
 
 
 class ReLU(torch.nn.ReLU):
@@ -60,7 +55,7 @@ class LeakyReLUFunction(Rule):
 @drop_in
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """x where x > 0, else s x, as `torch.nn.functional.leaky_relu`. Any shape."""
-    return _written(input, LeakyReLUFunction.apply(_own(input, inplace), negative_slope), inplace)
+    return written(input, LeakyReLUFunction.apply(_own(input, inplace), negative_slope), inplace)
 
 
 class LeakyReLU(torch.nn.LeakyReLU):
@@ -174,7 +169,7 @@ class SiLUFunction(Pointwise):
 @drop_in
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """x σ(x), as `torch.nn.functional.silu`. Any shape."""
-    return _written(input, SiLUFunction.apply(_own(input, inplace)), inplace)
+    return written(input, SiLUFunction.apply(_own(input, inplace)), inplace)
 
 
 class SiLU(torch.nn.SiLU):
@@ -222,7 +217,7 @@ class ELUFunction(Pointwise):
 @drop_in
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """x where x > 0, else α (eˣ - 1), as `torch.nn.functional.elu`. Any shape."""
-    return _written(input, ELUFunction.apply(_own(input, inplace), alpha), inplace)
+    return written(input, ELUFunction.apply(_own(input, inplace), alpha), inplace)
 
 
 class ELU(torch.nn.ELU):
@@ -249,7 +244,7 @@ class MishFunction(Pointwise):
 @drop_in
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """x tanh(log(1 + eˣ)), as `torch.nn.functional.mish`. Any shape."""
-    return _written(input, MishFunction.apply(_own(input, inplace)), inplace)
+    return written(input, MishFunction.apply(_own(input, inplace)), inplace)
 
 
 class Mish(torch.nn.Mish):
@@ -273,5 +268,4 @@ for _function, _module, _variants in (
         _module,
         samples=lambda t, variants=_variants: [Call(t(5, 3), **v) for v in variants] + [Call(t())],
         big=lambda t: Call(t(1024, 1024)),
-        complex=_function in (sigmoid, tanh),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import choose, drop_in
+from manualgrad.ops.elementary import choose, drop_in, written
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -48,8 +48,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if input.numel() == 0 or p == 0 or not training:
         return input
-    output = DropoutFunction.apply(input, p)
-    return input.copy_(output) if inplace else output
+    return written(input, DropoutFunction.apply(input, p), inplace)
 
 
 class Dropout(torch.nn.Dropout):

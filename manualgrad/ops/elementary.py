@@ -35,6 +35,11 @@ def drop_in(function: Wrapped) -> Wrapped:
     return run  # type: ignore[return-value]
 
 
+def written(input: Tensor, output: Tensor, inplace: bool) -> Tensor:
+    """`output`, or with ``inplace`` the input that it was written into."""
+    return input.copy_(output) if inplace else output
+
+
 _INTEGERS = {1: Tensor.byte, 2: Tensor.short, 4: Tensor.int, 8: Tensor.long}  # by size in bytes
 
 

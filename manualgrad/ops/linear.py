@@ -75,7 +75,6 @@ register(
         Call(t(5, 3), t(4, 3), t(1)),
     ],
     big=lambda t: Call(t(512, 1024), t(1024, 1024), t(1024)),
-    complex=True,
 )
 
 

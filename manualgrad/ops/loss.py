@@ -16,6 +16,8 @@ from manualgrad.rule import FLOAT32, Rule
 # F.mse_loss without the checks that have been made
 _mse_loss = torch._C._nn.mse_loss  # pyright: ignore[reportAttributeAccessIssue]
 
+_REDUCTIONS = ("mean", "sum", "none")
+
 
 def _named(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
     """The reduction, also from torch's two older arguments; an unknown one raises ValueError."""
@@ -242,16 +244,15 @@ for _function, _module, _variants in (
         _function,
         _module,
         samples=lambda t, variants=_variants, weighted=_function is not smooth_l1_loss: [
-            *(Call(t(5, 3), t(5, 3), reduction=reduction) for reduction in ("mean", "sum", "none")),
+            *(Call(t(5, 3), t(5, 3), reduction=reduction) for reduction in _REDUCTIONS),
             *(Call(t(5, 3), t(5, 3), **variant) for variant in variants),
             *(
                 Call(t(5, 3), t(5, 3), weight=t(5, 3, low=0.5, high=2), reduction=reduction)
-                for reduction in ("mean", "sum", "none")
+                for reduction in _REDUCTIONS
                 if weighted
             ),
         ],
         big=lambda t: Call(t(1024, 1024), t(1024, 1024)),
-        complex=_function is l1_loss,
         lacks={
             "kept_for_backward": "keeps input and target where torch keeps their difference: one more tensor, "
             "but the target is the caller's"
@@ -259,6 +260,10 @@ for _function, _module, _variants in (
         if _function is l1_loss
         else {},
     )
+
+
+def _weighing(slope: Tensor, weight: Tensor | None) -> Tensor:
+    return slope if weight is None else slope * weight
 
 
 class BCELossFunction(PointwiseLoss):
@@ -275,11 +280,11 @@ class BCELossFunction(PointwiseLoss):
 
     def slope(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         slope = (input - target) / (input * (1 - input)).clamp(min=1e-12)
-        return slope if weight is None else slope * weight
+        return _weighing(slope, weight)
 
     def grad_target(grad: Tensor, input: Tensor, weight: Tensor | None, scale: float) -> Tensor:
         slope = (1 - input).log().clamp(min=-100) - input.log().clamp(min=-100)
-        return scaled(grad, scale) * (slope if weight is None else slope * weight)
+        return scaled(grad, scale) * _weighing(slope, weight)
 
 
 @drop_in
@@ -318,7 +323,7 @@ register(
     samples=lambda t: [
         *(
             Call(t(5, 3, low=0.05, high=0.95), t(5, 3, low=0, high=1), reduction=reduction)
-            for reduction in ("mean", "sum", "none")
+            for reduction in _REDUCTIONS
         ),
         Call(t(5, 3, low=0.05, high=0.95), t(5, 3, low=0, high=1), t.fixed(3, low=0.5, high=2)),
     ],
@@ -348,13 +353,13 @@ class BCEWithLogitsLossFunction(PointwiseLoss):
             slope = torch.sigmoid(input) - target
         else:
             slope = 1 - target - (1 + (positive_weight - 1) * target) * torch.sigmoid(-input)
-        return slope if weight is None else slope * weight
+        return _weighing(slope, weight)
 
     def grad_target(
         grad: Tensor, input: Tensor, weight: Tensor | None, positive_weight: Tensor | None, scale: float
     ) -> Tensor:
         slope = -input if positive_weight is None else (positive_weight - 1) * F.softplus(-input) - input
-        return scaled(grad, scale) * (slope if weight is None else slope * weight)
+        return scaled(grad, scale) * _weighing(slope, weight)
 
 
 @drop_in
@@ -391,7 +396,7 @@ register(
     binary_cross_entropy_with_logits,
     BCEWithLogitsLoss,
     samples=lambda t: [
-        *(Call(t(5, 3), t(5, 3, low=0, high=1), reduction=reduction) for reduction in ("mean", "sum", "none")),
+        *(Call(t(5, 3), t(5, 3, low=0, high=1), reduction=reduction) for reduction in _REDUCTIONS),
         Call(
             t(5, 3),
             t(5, 3, low=0, high=1),
@@ -613,8 +618,6 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             label_smoothing=self.label_smoothing,
         )
 
-
-_REDUCTIONS = ("mean", "sum", "none")
 
 register(
     nll_loss,
