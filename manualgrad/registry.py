@@ -13,7 +13,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -152,12 +152,27 @@ def register(
     _table[function.__name__] = Op(function, module, samples, big, random, special, lacks or {})
 
 
+def _areas() -> list[ModuleType]:
+    package = importlib.import_module("manualgrad.ops")
+    return [
+        importlib.import_module(area.name) for area in pkgutil.iter_modules(package.__path__, "manualgrad.ops.")
+    ]
+
+
 def ops() -> dict[str, Op]:
     """Every operation by its name in torch.nn.functional, in alphabetical order."""
-    package = importlib.import_module("manualgrad.ops")
-    for found in pkgutil.iter_modules(package.__path__, "manualgrad.ops."):
-        importlib.import_module(found.name)
+    _areas()
     return dict(sorted(_table.items()))
+
+
+def modules() -> dict[str, type[nn.Module]]:
+    """Every module by its name in torch.nn: the public classes that the areas define."""
+    return {
+        name: value
+        for area in _areas()
+        for name, value in vars(area).items()
+        if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == area.__name__
+    }
 
 
 def markdown() -> str:

@@ -16,6 +16,6 @@ if TYPE_CHECKING:  # ours have torch's signatures
     from torch.nn import *  # noqa: F403
 
 globals().update({name: value for name, value in vars(_torch).items() if not name.startswith("_")})
-globals().update({op.module.__name__: op.module for op in registry.ops().values() if op.module is not None})
+globals().update({name: module for name, module in registry.modules().items() if hasattr(_torch, name)})
 
 functional = importlib.import_module("manualgrad.nn.functional")  # in place of torch's, taken over above
