@@ -3,10 +3,12 @@
     import manualgrad.nn as nn      # instead of import torch.nn as nn
 
 Each layer and loss is a `torch.autograd.Function` whose gradient is written by hand, its derivation beside it
-(`manualgrad.ops`). `Rule` makes one from pure functions; `registry.ops` lists them all.
+(`manualgrad.ops`). `Rule` makes one from pure functions; `registry.ops` lists them all; `verify` tries the laws
+that they hold on anyone's.
 """
 
 from manualgrad import nn, registry
 from manualgrad.rule import Rule
+from manualgrad.verification import verify
 
-__all__ = ["Rule", "nn", "registry"]
+__all__ = ["Rule", "nn", "registry", "verify"]

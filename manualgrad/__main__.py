@@ -1,11 +1,67 @@
-"""python -m manualgrad coverage: the table of operations that have a hand-written gradient."""
+"""python -m manualgrad verify PACKAGE.MODULE:FUNCTION --inputs PACKAGE.MODULE:MAKER, or coverage."""
+
+from __future__ import annotations
 
 import argparse
+import importlib
+import sys
+from typing import Any
 
 from manualgrad import registry
+from manualgrad.verification import LAWS, verify
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m manualgrad", description="Gradients by hand.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("coverage", help="the table of operations that have a hand-written gradient")
+    check = commands.add_parser(
+        "verify",
+        help="try every law on a function",
+        description="Exit status: 0 sound, 1 a law fails, 2 it could not be tried.",
+    )
+    check.add_argument("function", metavar="PACKAGE.MODULE:NAME", help="a Function, function or module")
+    check.add_argument(
+        "--inputs", required=True, metavar="PACKAGE.MODULE:NAME", help="makes the inputs: one, or a tuple"
+    )
+    check.add_argument("--reference", metavar="PACKAGE.MODULE:NAME", help="a plain implementation")
+    check.add_argument(
+        "--require", nargs="*", default=[], metavar="LAW", help=f"that must hold: {', '.join(LAWS)}"
+    )
+    check.add_argument("--laws", nargs="*", metavar="LAW", help="only these")
+    check.add_argument("--surrogate", action="store_true", help="the gradient is by definition not the derivative")
+    check.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    given = parser.parse_args()
+    if given.command == "coverage":
+        print(registry.markdown())
+        return 0
+    try:
+        inputs = _named(given.inputs)()
+        report = verify(
+            _named(given.function),
+            *(inputs if isinstance(inputs, tuple) else (inputs,)),
+            reference=None if given.reference is None else _named(given.reference),
+            require=given.require,
+            laws=given.laws,
+            surrogate=given.surrogate,
+        )
+    except Exception as error:
+        print(f"{parser.prog} verify: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(report.to_json() if given.json else report)
+    return 0 if report.ok else 1
+
+
+def _named(path: str) -> Any:
+    module, _, name = path.partition(":")
+    if not name:
+        raise ValueError(f"{path!r} does not name anything: write package.module:name")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m manualgrad", description=__doc__)
-    parser.add_argument("command", choices=["coverage"])
-    parser.parse_args()
-    print(registry.markdown())
+    sys.path.insert(0, "")
+    sys.exit(main())

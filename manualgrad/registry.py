@@ -41,6 +41,12 @@ class Call:
         """Where the tensors of numbers stand that have no gradient."""
         return [place for place in self._floating() if hasattr(self[place], "fixed")]
 
+    def marked(self) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments, those tensors requiring a gradient that have one."""
+        places = self.differentiable()
+        leaves = self.replace(places, [self[place].detach().clone().requires_grad_() for place in places])
+        return list(leaves.args), leaves.kwargs
+
     def _floating(self) -> list[int | str]:
         places = [*enumerate(self.args), *self.kwargs.items()]
         return [

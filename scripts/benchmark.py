@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from manualgrad import nn, registry
 from manualgrad.saving import kept_bytes
 from manualgrad.training import CommandLine, parse_settings
-from manualgrad.verification import derivative, line
+from manualgrad.verification.derivatives import derivative, line
 
 
 class Settings(CommandLine):

@@ -38,8 +38,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def declared(request: pytest.FixtureRequest) -> None:
     """A law that an operation declares to lack must fail: xfail_strict finds a stale declaration."""
-    op = getattr(request.node, "callspec", None) and request.node.callspec.params.get("op")
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    op = parameters.get("op")
     if isinstance(op, Op):
-        reason = op.lacks.get(request.function.__name__.removeprefix("test_"))
+        reason = op.lacks.get(parameters.get("law", request.function.__name__.removeprefix("test_")))
         if reason:
             request.node.add_marker(pytest.mark.xfail(reason=reason))

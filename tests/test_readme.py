@@ -7,6 +7,10 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
+from defects import by_law
+from sound import SOUND
+
 import manualgrad
 from manualgrad import registry
 from manualgrad.ops.linear import LinearFunction
@@ -15,11 +19,22 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:ctx.mark_dirty")
 def test_generated_tables() -> None:
     """After a change: run the command that stands above the table, and paste what it prints."""
     script = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
     assert registry.markdown() in README
     assert script["layer_norm_table"]() in README
+    assert by_law() in README
+    assert f"over\n{len(SOUND)} sound Functions" in README
+
+
+def test_the_example_of_verify() -> None:
+    """The code as it stands, and what it says."""
+    code, said = re.findall(r"```(?:python\nimport torch\n|text\n)(.*?)```", README, re.S)
+    with pytest.raises(AssertionError) as failure:
+        exec("import torch\n" + code, {"__name__": "example"})
+    assert str(failure.value) == said.rstrip()
 
 
 def test_the_rule_shown_is_the_rule() -> None:

@@ -11,7 +11,7 @@ from torch.nn import _reduction
 
 from manualgrad.ops.elementary import DifferenceLoss, PointwiseLoss, choose, drop_in, scaled, times
 from manualgrad.registry import Call, register
-from manualgrad.rule import FLOAT32, Rule
+from manualgrad.rule import FLOAT32, Rule, nothing_looks_on
 
 # F.mse_loss without the checks that have been made
 _mse_loss = torch._C._nn.mse_loss  # pyright: ignore[reportAttributeAccessIssue]
@@ -510,6 +510,7 @@ class CrossEntropyLossFunction(ClassLoss):
     def grad_input(
         input: Tensor,
         weight: Tensor | None,
+        valid: Tensor,
         place: Tensor,
         spread: Tensor,
         row_weight: Tensor,
@@ -523,7 +524,9 @@ class CrossEntropyLossFunction(ClassLoss):
         if label_smoothing:
             soft = (spread * (label_smoothing / input.shape[axis])).unsqueeze(axis)
             gradient = gradient - (soft if weight is None else soft * _along(weight, input, axis))
-        return gradient
+        if input.is_cpu and nothing_looks_on(input, valid) and bool(valid.all()):
+            return gradient
+        return choose(valid.unsqueeze(axis).expand_as(gradient), gradient)  # zero, though an ignored row hold inf
 
 
 class SoftCrossEntropyLossFunction(Rule):

@@ -1,0 +1,490 @@
+"""What is verified: a function and the inputs it is tried on, brought into one form.
+
+Whatever was given, an `autograd.Function`'s apply, a function or a module, becomes a function of its
+*differentiable* tensors alone that returns a tuple of tensors and draws the same random numbers in every call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction, FunctionCtx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+SAMPLED = 32
+"""Of a larger tensor this many elements are tried one by one (and all of them together along a line)."""
+
+_STEPS = {torch.float64: (1e-3, 1e-4, 1e-5), torch.float32: (3e-2, 1e-2, 3e-3)}
+_STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
+
+
+class Subject:
+    """A function of some tensors, and where it is tried.
+
+    Args:
+        function: called with the arguments that follow.
+        args, kwargs: tensors, structures of tensors, and settings. Differentiable are the floating tensors that
+            require a gradient; if none does, all of them.
+        reference: a plain implementation with the same arguments.
+        surrogate: the gradient is what its author defines, not the derivative.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any] | None = None,
+        reference: Callable[..., Any] | None = None,
+        surrogate: bool = False,
+        seed: int = 7,
+    ) -> None:
+        if not callable(function):
+            raise TypeError(
+                f"a function, a Function's apply or a module is verified, not a {type(function).__name__}"
+            )
+        if isinstance(function, type) and issubclass(function, Function):
+            function = function.apply
+        self.names = _names(function, args, kwargs or {})
+        state: dict[str, Tensor] = {}
+        if isinstance(function, nn.Module):
+            function, state = _without_state(function)
+            kwargs = {**(kwargs or {}), "state": state}
+            reference = None if reference is None else _ignoring_state(reference)
+            self.names += list(state)
+        self.function = function
+        self.reference = reference
+        self.surrogate = surrogate
+        self.seed = seed
+        self.leaves, self.structure = tree_flatten((tuple(args), kwargs or {}))
+        floating = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and _has_gradient(x)]
+        marked = [i for i in floating if self.leaves[i].requires_grad]
+        given = len(self.leaves) - len(state)
+        if not any(i < given for i in marked):  # of the inputs all, of a module's state its parameters
+            marked = [i for i in floating if i < given or self.leaves[i].requires_grad]
+        self.places = marked
+        if not self.places:
+            raise ValueError("nothing to differentiate: no input is a tensor of floating or complex numbers")
+        self.leaves = [x.detach() if isinstance(x, Tensor) else x for x in self.leaves]
+        self._check_that_it_runs()
+
+    def _check_that_it_runs(self) -> None:
+        """Settle once whether inputs are written in place, and in which precision the exact laws run."""
+        self.writes_in_place = False
+        try:
+            outputs = self(*self.tensors())
+        except RuntimeError as error:
+            if "leaf Variable" not in str(error):
+                raise
+            self.writes_in_place = True
+            outputs = self(*self.tensors())
+        if not any(_has_gradient(y) for y in outputs):
+            raise ValueError("nothing to differentiate: no output is a tensor of floating or complex numbers")
+
+    # --- the tensors ---
+
+    @property
+    def points(self) -> list[Tensor]:
+        """The values of the differentiable tensors."""
+        return [self.leaves[i] for i in self.places]
+
+    def tensors(self, needed: Sequence[bool] | None = None) -> list[Tensor]:
+        """Fresh leaves of these values, with their strides."""
+        fresh = [_copied(x) for x in self.points]
+        return [x.requires_grad_(needed is None or needed[i]) for i, x in enumerate(fresh)]
+
+    def named(self, k: int) -> str:
+        return repr(self.names[self.places[k]])
+
+    # --- the function ---
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.call(self.function, tensors)
+
+    def call(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """`function` on these tensors and the other arguments; all tensors that it returns."""
+        leaves = [x.clone() if isinstance(x, Tensor) else x for x in self.leaves]
+        for i, x in zip(self.places, tensors, strict=True):
+            leaves[i] = x.clone() if self.writes_in_place else x
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        torch.manual_seed(self.seed)
+        return tuple(x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, Tensor))
+
+    def differentiable(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        return [y for y in outputs if y.requires_grad]
+
+    def scalar(self, *tensors: Tensor) -> Tensor:
+        """Σ ⟨u, sin y⟩ of the differentiable outputs: no derivative vanishes even where the function is linear."""
+        outputs = self(*tensors)
+        chosen = [outputs[i] for i in self.differentiable_places]
+        return sum(
+            ((upstream(y) * torch.sin(y)).real.sum() for y in chosen),
+            torch.zeros((), dtype=self.points[0].dtype).real,
+        )
+
+    @cached_property
+    def differentiable_places(self) -> list[int]:
+        """Which of the outputs require a gradient."""
+        return [i for i, y in enumerate(self(*self.tensors())) if y.requires_grad]
+
+    # --- the same function elsewhere ---
+
+    def at(self, points: Sequence[Tensor]) -> Subject:
+        """The same function, tried at other values of the differentiable tensors."""
+        return self.replaced(dict(zip(self.places, points, strict=True)))
+
+    def replaced(self, leaves: dict[int, Tensor]) -> Subject:
+        other = self._copy()
+        other.leaves = [leaves.get(i, x) for i, x in enumerate(self.leaves)]
+        return other
+
+    def cast(self, dtype: torch.dtype) -> Subject:
+        """All floating tensors in `dtype` (complex ones in the complex dtype of that precision)."""
+        return self.replaced({i: _cast(x, dtype) for i, x in enumerate(self.leaves) if isinstance(x, Tensor)})
+
+    def to(self, device: str) -> Subject:
+        return self.replaced({i: x.to(device) for i, x in enumerate(self.leaves) if isinstance(x, Tensor)})
+
+    def of(self, function: Callable[..., Any]) -> Subject:
+        """Another function on the same arguments."""
+        other = self._copy()
+        other.function = function
+        return other
+
+    def _copy(self) -> Subject:
+        other = object.__new__(Subject)
+        kept = ("names", "function", "reference", "surrogate", "seed", "structure", "places", "writes_in_place")
+        other.__dict__.update({name: self.__dict__[name] for name in (*kept, "leaves")})
+        return other
+
+    @cached_property
+    def exact(self) -> Subject:
+        """In float64, or where the function refuses that, as it was given."""
+        double = self.cast(torch.float64)
+        try:
+            gradients(double, double.tensors())
+            outputs = double.differentiable(double(*double.tensors()))
+        except Exception:
+            return self
+        wide = all(y.dtype in (torch.float64, torch.complex128) for y in outputs)
+        return double if wide else self.cast(torch.float32)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.empty((), dtype=self.points[0].dtype).real.dtype
+
+    @property
+    def tolerance(self) -> float:
+        """What a finite difference can tell."""
+        return 1e-6 if self.dtype == torch.float64 else 3e-2
+
+    @property
+    def rounding(self) -> float:
+        """By how much, of the largest element, two ways to compute one thing may differ."""
+        return 1e-9 if self.dtype == torch.float64 else 1e-3
+
+    @cached_property
+    def random(self) -> bool:
+        """It draws random numbers."""
+        torch.manual_seed(self.seed)
+        before = torch.get_rng_state()
+        self(*self.tensors())
+        return not torch.equal(before, torch.get_rng_state())
+
+    def runs(self, dtype: torch.dtype) -> bool:
+        try:
+            other = self.cast(dtype)
+            other(*other.tensors())
+        except Exception:
+            return False
+        return True
+
+    @cached_property
+    def plain(self) -> Subject | None:
+        """The same values by plain operations that torch differentiates: the reference if there is one, else the
+        Functions' own forwards without their backwards; None if torch cannot follow those."""
+        if self.reference is not None:
+            return self.of(self.reference)
+        other = self.of(_unwrapped(self.function))
+        try:
+            found, expected = other(*other.tensors()), self(*self.tensors())
+            if len(found) != len(expected) or not all(map(_same, found, expected)):
+                return None
+            if functions_of(found) or not all(found[i].requires_grad for i in self.differentiable_places):
+                return None
+            gradients(other, other.tensors())
+        except Exception:
+            return None
+        return other
+
+    # --- what is true, by the function's values alone ---
+
+    @cached_property
+    def jacobian(self) -> list[Columns]:
+        """∂y/∂x by finite differences, for each differentiable tensor."""
+        return [self._columns(k) for k in range(len(self.places))]
+
+    def _columns(self, k: int) -> Columns:
+        point = self.points[k]
+        chosen = range(numbers(point).numel())
+        if len(chosen) > SAMPLED:
+            drawn = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(1))
+            chosen = sorted(drawn[:SAMPLED].tolist())
+        found = []
+        for index in chosen:
+            direction = torch.zeros_like(numbers(point))
+            direction[index] = 1
+            scale = max(1.0, abs(numbers(point)[index].item()))
+            found.append(self.difference({k: direction.view_as(numbers(point))}, scale))
+        empty = torch.zeros(0, 0, dtype=torch.float64)
+        values = torch.stack([value for value, _ in found]) if found else empty
+        errors = torch.stack([error for _, error in found]) if found else empty
+        return Columns(list(chosen), values, errors)
+
+    def difference(
+        self,
+        directions: dict[int, Tensor],
+        scale: float = 1.0,
+        of: Callable[[Sequence[Tensor]], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The derivative of all outputs, as one vector, along a direction, and how far it can be trusted.
+
+        Two step sizes that agree are believed; how they differ is the error of the better.
+        """
+        of = of or self.values
+        best: tuple[Tensor, Tensor] | None = None
+        previous: Tensor | None = None
+        for step in _STEPS[torch.float64 if self.dtype == torch.float64 else torch.float32]:
+            h = step * scale
+            try:
+                value = sum(
+                    (of(self.moved(directions, n * h)) * (w / h) for n, w in _STENCIL), torch.zeros(()).double()
+                )
+            except Exception:  # out of the function's domain: nearer
+                continue
+            if previous is not None:
+                error = (value - previous).abs().nan_to_num(math.inf, math.inf, math.inf)
+                if best is None:
+                    best = value, error
+                else:
+                    better = error < best[1]
+                    best = torch.where(better, value, best[0]), torch.where(better, error, best[1])
+                if not best[1].numel() or best[1].amax() <= 1e-9 * (1 + value.abs().amax()):
+                    break
+            previous = value
+        if best is None:
+            value = self.values(self.points)
+            best = torch.full_like(value, math.nan), torch.full_like(value, math.inf)
+        return best
+
+    def moved(self, directions: dict[int, Tensor], step: float) -> list[Tensor]:
+        moved = list(self.points)
+        for k, direction in directions.items():
+            moved[k] = from_numbers(numbers(moved[k]) + step * direction.to(numbers(moved[k])), moved[k])
+        return moved
+
+    def values(self, points: Sequence[Tensor]) -> Tensor:
+        """The differentiable outputs as one vector of float64."""
+        with torch.no_grad():
+            outputs = self(*[_copied(x) for x in points])
+        return torch.cat([numbers(outputs[i]).double() for i in self.differentiable_places])
+
+
+class Columns(NamedTuple):
+    """Rows of the transposed Jacobian: for the tried elements of one input, the derivative of every output."""
+
+    chosen: list[int]
+    values: Tensor
+    errors: Tensor
+
+
+# --- gradients, as autograd gives them ---
+
+
+def upstream(output: Tensor, seed: int = 3) -> Tensor:
+    """An upstream gradient that differs for each element."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*output.shape, 2) if output.is_complex() else output.shape
+    drawn = torch.randn(shape, dtype=torch.float64, generator=generator)
+    drawn = torch.view_as_complex(drawn) if output.is_complex() else drawn
+    return drawn.to(output.dtype).to(output.device)
+
+
+def with_upstream(outputs: Sequence[Tensor], seed: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    return list(outputs), [upstream(y, seed + i) for i, y in enumerate(outputs)]
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """For a backward that writes into its upstream gradient, which is one law's business, not every law's."""
+    return [x.clone() for x in tensors]
+
+
+def gradients(
+    subject: Subject, tensors: Sequence[Tensor], upstreams: Sequence[Tensor] | None = None
+) -> list[Tensor | None]:
+    """Of the tensors that need one, for the upstream gradients of the differentiable outputs."""
+    outputs, default = with_upstream(subject.differentiable(subject(*tensors)))
+    needed = [x for x in tensors if x.requires_grad]
+    if not outputs:
+        return [None] * len(needed)
+    return list(
+        torch.autograd.grad(outputs, needed, default if upstreams is None else upstreams, allow_unused=True)
+    )
+
+
+# --- the Functions inside ---
+
+
+def functions_of(outputs: Sequence[Tensor]) -> list[BackwardCFunction]:
+    """The nodes that Python Functions left in the graph of these outputs."""
+    found: list[Any] = []
+    seen: set[Any] = set()
+    waiting: list[Any] = [y.grad_fn for y in outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            found.append(node)
+        waiting += [before for before, _ in node.next_functions]
+    return found
+
+
+@contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """For a while an attribute is another."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+def class_of(node: Any) -> type[Function]:
+    return node._forward_cls
+
+
+def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with every Function's forward in place of the Function."""
+
+    def forward(cls: Any, *args: Any) -> Any:
+        ctx: Any = FunctionCtx()
+        ctx.needs_input_grad = tuple(isinstance(x, Tensor) and x.requires_grad for x in args)
+        if cls.setup_context is Function.setup_context:
+            return cls.forward(ctx, *args)
+        return cls.forward(*args)
+
+    own = getattr(function, "__self__", None)
+    if isinstance(own, type) and issubclass(own, Function):
+        return lambda *args: forward(own, *args)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with patched(Function, "apply", classmethod(forward)):
+            return function(*args, **kwargs)
+
+    return run
+
+
+# --- tensors as numbers ---
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """The real numbers in a tensor, as a vector."""
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
+
+
+def from_numbers(flat: Tensor, like: Tensor) -> Tensor:
+    if like.is_complex():
+        return torch.view_as_complex(flat.reshape(*like.shape, 2).contiguous())
+    return flat.reshape(like.shape)
+
+
+def position(tensor: Tensor, index: int) -> str:
+    """Where the number of this index stands in the tensor."""
+    part = ""
+    if tensor.is_complex():
+        index, part = index // 2, (".real", ".imag")[index % 2]
+    where = []
+    for size in reversed(tensor.shape):
+        index, at = divmod(index, size)
+        where.append(str(at))
+    return f"[{', '.join(reversed(where))}]{part}"
+
+
+def kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.shape))}]"
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-6, atol=1e-8, equal_nan=True)
+
+
+def _has_gradient(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to({torch.float64: torch.complex128}.get(dtype, torch.complex64))
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, gaps and repetitions too."""
+    source = tensor.detach()
+    if source.device.type == "meta" or not source.numel():
+        return source.clone()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(source.shape, source.stride(), strict=True))
+    storage = torch.as_strided(source, (extent,), (1,)).clone()
+    return torch.as_strided(storage, source.shape, source.stride())
+
+
+def _names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
+    """A name for each leaf of the arguments: the parameter's where one can be read off the signature."""
+    target = getattr(function, "__self__", None)
+    parameters: list[str] = []
+    if isinstance(target, type) and issubclass(target, Function):
+        parameters = list(inspect.signature(target.forward).parameters)
+        if target.setup_context is Function.setup_context:
+            parameters = parameters[1:]
+    else:
+        called = function.forward if isinstance(function, nn.Module) else function
+        try:
+            found = inspect.signature(called).parameters.values()
+        except (TypeError, ValueError):
+            found = []
+        parameters = [p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [parameters[i] if i < len(parameters) else f"input {i}" for i in range(len(args))]
+    found_names = []
+    for name, value in [*zip(names, args, strict=True), *kwargs.items()]:
+        n = len(tree_leaves(value))
+        found_names += [name] if n == 1 else [f"{name}.{i}" for i in range(n)]
+    return found_names
+
+
+def _without_state(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """The module as a function of its parameters and buffers too."""
+    state: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    def run(*args: Any, state: dict[str, Tensor], **kwargs: Any) -> Any:
+        return torch.func.functional_call(module, state, args, kwargs)
+
+    return run, state
+
+
+def _ignoring_state(reference: Callable[..., Any]) -> Callable[..., Any]:
+    if isinstance(reference, nn.Module):
+        return _without_state(reference)[0]
+    return lambda *args, state, **kwargs: reference(*args, **kwargs)

@@ -1,0 +1,361 @@
+"""As torch.nn.functional: what every operation shares with torch's own, tried on every sample of the table.
+
+The oracle for values and first derivatives is torch's own operation; above first order it is not (torch is wrong
+there in places), so there the oracle is the finite difference of the derivative one order below.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from manualgrad.registry import Call, Maker, Op
+from manualgrad.saving import kept_bytes
+
+SEED = 7
+
+
+def sample(op: Op, number: int, device: str, dtype: torch.dtype = torch.float64) -> Call:
+    return list(op.samples(Maker(dtype, device)))[number]
+
+
+@pytest.fixture
+def call(op: Op, number: int, device: str) -> Call:
+    return sample(op, number, device)
+
+
+def seeded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, drawing the same random numbers in every call."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        torch.manual_seed(SEED)
+        return function(*args, **kwargs)
+
+    return run
+
+
+def of_tensors(op: Op, call: Call, function: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
+    """The operation as a function of the tensors that have a gradient."""
+    places, chosen = call.differentiable(), seeded(function or op.function)
+
+    def run(*tensors: Tensor) -> Tensor:
+        full = call.replace(places, tensors)
+        return chosen(*full.args, **full.kwargs)
+
+    return run
+
+
+def tensors_of(call: Call, needed: Sequence[bool] | None = None) -> list[Tensor]:
+    found = [call[place].detach().clone() for place in call.differentiable()]
+    return [x.requires_grad_(needed is None or needed[i]) for i, x in enumerate(found)]
+
+
+def like(output: Tensor, seed: int = 3) -> Tensor:
+    """An upstream gradient: different for each element."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(output.shape, dtype=torch.float64, generator=generator).to(output)
+
+
+def gradients(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], upstream: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    output = function(*tensors)
+    needed = [x for x in tensors if x.requires_grad]
+    if not output.requires_grad:
+        return output.detach(), []
+    upstream = like(output) if upstream is None else upstream
+    return output.detach(), list(torch.autograd.grad(output, needed, upstream))
+
+
+# --- value and first order: as torch's own ---
+
+
+def test_value(op: Op, number: int, device: str) -> None:
+    for dtype in (torch.float64, torch.float32):
+        call = sample(op, number, device, dtype)
+        ours = seeded(op.function)(*call.args, **call.kwargs)
+        state = torch.get_rng_state()
+        torch_s = seeded(op.reference)(*call.args, **call.kwargs)
+        assert torch.equal(ours, torch_s), "value"
+        assert (ours.dtype, ours.shape, ours.stride()) == (torch_s.dtype, torch_s.shape, torch_s.stride())
+        assert torch.equal(state, torch.get_rng_state()), "random stream"
+
+
+def test_gradient_of_each_subset(op: Op, call: Call) -> None:
+    for needed in itertools.product((False, True), repeat=len(call.differentiable())):
+        ours, found = gradients(of_tensors(op, call), tensors_of(call, needed))
+        torch_s, expected = gradients(of_tensors(op, call, op.reference), tensors_of(call, needed))
+        assert_close(ours, torch_s, rtol=0, atol=0)
+        assert_close(found, expected)
+
+
+def test_gradcheck(op: Op, call: Call) -> None:
+    if not call.gradient_is_derivative:
+        return
+    torch.autograd.gradcheck(
+        of_tensors(op, call),
+        tensors_of(call),
+        check_forward_ad=True,
+        check_batched_grad=not op.random,  # legacy vmap refuses random numbers
+        check_batched_forward_grad=not op.random,
+    )
+
+
+def test_gradgradcheck(op: Op, call: Call) -> None:
+    torch.autograd.gradgradcheck(
+        of_tensors(op, call), tensors_of(call), check_fwd_over_rev=True, check_batched_grad=not op.random
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+def test_complex(op: Op, call: Call) -> None:
+    """Differentiated wherever torch does, as torch does; never silently wrong."""
+    places = call.differentiable()
+    changed = call.replace(places, [torch.complex(call[place], like(call[place])) for place in places])
+
+    def outcome(function: Callable[..., Tensor]) -> Any:
+        try:
+            return gradients(of_tensors(op, changed, function), tensors_of(changed))
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            return type(error)
+
+    ours, torch_s = outcome(op.function), outcome(op.reference)
+    if isinstance(ours, type):
+        assert isinstance(torch_s, type), "torch differentiates it"
+    else:
+        torch.autograd.gradcheck(of_tensors(op, changed), tensors_of(changed), check_forward_ad=True)
+        if not isinstance(torch_s, type):
+            assert_close(ours, torch_s)
+
+
+# --- higher orders: along a line, where a derivative is one number ---
+
+# --- torch.func, compile, autocast ---
+
+
+def test_autocast(op: Op, number: int, device: str) -> None:
+    """Forward and backward in the dtypes that torch's own operation takes there."""
+    for dtype, lower in itertools.product((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        call = sample(op, number, device, dtype)
+        results = []
+        for function in (op.function, op.reference):
+            with torch.autocast(device, lower):
+                results.append(gradients(of_tensors(op, call, function), tensors_of(call)))
+        (ours, found), (torch_s, expected) = results
+        assert (ours.dtype, [x.dtype for x in found]) == (torch_s.dtype, [x.dtype for x in expected])
+        rounding = 16 * torch.finfo(lower).eps
+        assert_close((ours, found), (torch_s, expected), rtol=rounding, atol=rounding)
+
+
+def low_precision_errors(op: Op, call: Call, dtype: torch.dtype) -> list[tuple[float, float, float]]:
+    """For each gradient the error against float64 of ours and of torch's, and the size of its last place."""
+    places = [*call.differentiable(), *call.fixed()]
+    exact = call.replace(places, [call[place].double() for place in places])
+    output = seeded(op.function)(*exact.args, **exact.kwargs)
+    upstream = like(output).to(dtype)
+    truth = gradients(of_tensors(op, exact), tensors_of(exact), upstream.double().to(output.dtype))[1]
+    ours = gradients(of_tensors(op, call), tensors_of(call), upstream)[1]
+    torch_s = gradients(of_tensors(op, call, op.reference), tensors_of(call), upstream)[1]
+    assert [x.dtype for x in ours] == [x.dtype for x in torch_s]
+    return [
+        (
+            (our.double() - true).norm().item(),
+            (their.double() - true).norm().item(),
+            torch.finfo(dtype).eps * true.norm().item(),
+        )
+        for true, our, their in zip(truth, ours, torch_s, strict=True)
+    ]
+
+
+def test_low_precision(op: Op, number: int, device: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        call = sample(op, number, device, dtype)
+        for ours, allowed, last_place in low_precision_errors(op, call, dtype):
+            assert ours <= 1.1 * allowed + last_place, dtype
+
+
+def test_low_precision_at_full_size(op: Op, device: str) -> None:
+    """Over many elements chance averages out: the error is no worse than torch's, with nothing added."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for ours, allowed, _ in low_precision_errors(op, op.big(Maker(dtype, device)), dtype):
+            assert ours <= 1.01 * allowed, dtype
+
+
+# --- strides, sizes, special values ---
+
+
+def layouts(tensor: Tensor) -> list[Tensor]:
+    """The same values with other strides."""
+    found = [tensor.repeat_interleave(2, -1)[..., ::2]] if tensor.dim() else []
+    if tensor.dim() > 1:
+        found.append(tensor.transpose(0, -1).contiguous().transpose(0, -1))
+    return found
+
+
+def test_strides(op: Op, call: Call) -> None:
+    function, reference = of_tensors(op, call), of_tensors(op, call, op.reference)
+    tensors = tensors_of(call)
+    output, expected = gradients(function, tensors)
+    for i, tensor in enumerate(tensors):
+        for other in layouts(tensor.detach()):
+            changed = [*tensors[:i], other.requires_grad_(), *tensors[i + 1 :]]
+            assert_close(gradients(function, changed), gradients(reference, changed))
+            if not op.random:  # which draws in the order of memory
+                assert_close(gradients(function, changed), (output, expected))
+    for upstream in layouts(like(output)):
+        assert_close(gradients(function, tensors, upstream)[1], expected)
+
+
+def test_zero_size(op: Op, call: Call) -> None:
+    first = call.args[0]
+    if first.dim() < 2:
+        return
+    tensors = [
+        (place, call[place]) for place in [*range(len(call.args)), *call.kwargs] if isinstance(call[place], Tensor)
+    ]
+    batched = [(place, x) for place, x in tensors if x.dim() and x.shape[0] == first.shape[0]]
+    empty = call.replace([place for place, _ in batched], [x[:0] for _, x in batched])
+    assert_close(
+        gradients(of_tensors(op, empty), tensors_of(empty)),
+        gradients(of_tensors(op, empty, op.reference), tensors_of(empty)),
+        equal_nan=True,
+    )
+
+
+SPECIAL = (
+    0.0,
+    -0.0,
+    float("inf"),
+    -float("inf"),
+    float("nan"),
+    1.0,
+    -1.0,
+    0.5,
+    0.3,
+    -0.3,
+    1e-38,
+    88.0,
+    -88.0,
+    1e30,
+)
+
+
+def test_special_values(op: Op, number: int, device: str) -> None:
+    """±0, ±inf, nan and the kinks, in each input and upstream: torch's value, or better where torch has nan."""
+    for dtype in (torch.float64, torch.float32):
+        call = sample(op, number, device, dtype)
+        if not op.special:
+            return
+        function, reference = of_tensors(op, call), of_tensors(op, call, op.reference)
+        tensors = tensors_of(call)
+        output = function(*tensors).detach()
+        trials: list[tuple[list[Tensor], Tensor]] = [(tensors, special(output))]
+        for i, tensor in enumerate(tensors):
+            for shift in range(0, len(SPECIAL), max(1, tensor.numel())):
+                changed = [*tensors[:i], special(tensor.detach(), shift).requires_grad_(), *tensors[i + 1 :]]
+                trials += [(changed, like(output)), (changed, special(output, 4))]
+        for inputs, upstream in trials:
+            ours, found = gradients(function, inputs, upstream)
+            torch_s, expected = gradients(reference, inputs, upstream)
+            assert_close(ours, torch_s, equal_nan=True)
+            for a, b in zip(found, expected, strict=True):
+                known = ~b.isnan()
+                size = b[b.isfinite()].abs().amax().item() if b.isfinite().any() else 0  # what may cancel
+                tolerance = 64 * torch.finfo(dtype).eps
+                explain = f"\ninputs {inputs}\nupstream {upstream}\nours {a}\ntorch {b}"
+                assert_close(
+                    a[known], b[known], rtol=tolerance, atol=tolerance * size, msg=lambda m, more=explain: m + more
+                )
+
+
+def special(tensor: Tensor, shift: int = 0) -> Tensor:
+    values = [SPECIAL[(i + shift) % len(SPECIAL)] for i in range(tensor.numel())]
+    return torch.tensor(values, dtype=tensor.dtype, device=tensor.device).reshape(tensor.shape)
+
+
+def broken(call: Call) -> list[Call]:
+    """The call with one argument of a wrong shape, dtype or kind."""
+    found = []
+    for place in [*range(len(call.args)), *call.kwargs]:
+        value = call[place]
+        if isinstance(value, Tensor):
+            changes: list[Any] = [
+                value.to(torch.int64),
+                value.to(torch.bool),
+                value.to(torch.float32),
+                None,
+                "text",
+            ]
+            changes += [value.unsqueeze(0), torch.cat([value, value], -1) if value.dim() else value.expand(2)]
+            changes += [value[..., :0] if value.dim() else value, value[0] if value.dim() else value]
+            changes += [value + 1000 if not value.is_floating_point() else value]
+        elif isinstance(value, str):
+            changes = ["unknown", 3]
+        else:
+            changes = ["text", -7, (2, 2)]
+        found += [call.replace([place], [change]) for change in changes]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size", "ignore:.*out of bounds")
+def test_errors(op: Op, call: Call) -> None:
+    """Where torch refuses, so do we, with the same type of error; where it does not, we agree."""
+    for bad in broken(call):
+        outcomes: list[Any] = []
+        for function in (op.function, op.reference):
+            try:
+                output = seeded(function)(*bad.args, **bad.kwargs)
+                outcomes.append(output)
+            except Exception as error:
+                outcomes.append(error)
+        ours, torch_s = outcomes
+        if isinstance(torch_s, Exception):
+            assert type(ours) is type(torch_s), f"{bad}: {ours!r} where torch has {torch_s!r}"
+            assert str(ours)
+        else:
+            assert not isinstance(ours, Exception), f"{bad}: {ours!r} where torch has a value"
+            assert_close(ours, torch_s, equal_nan=True)
+
+
+# --- manners ---
+
+
+def test_kept_for_backward(op: Op, device: str) -> None:
+    """No more bytes than torch keeps, for each subset of inputs."""
+    call = op.big(Maker(torch.float32, device))
+    for needed in itertools.product((False, True), repeat=len(call.differentiable())):
+        ours = kept_bytes(of_tensors(op, call), *tensors_of(call, needed))
+        assert ours <= kept_bytes(of_tensors(op, call, op.reference), *tensors_of(call, needed)), needed
+
+
+MOVES_OR_ADDS = {
+    *("AccumulateGrad", "AliasBackward0", "CloneBackward0", "CopyBackwards", "CopySlices", "ExpandBackward0"),
+    *(
+        "SqueezeBackward1",
+        "UnsqueezeBackward0",
+        "ToCopyBackward0",
+        "ViewBackward0",
+        "AddBackward0",
+        "DivBackward0",
+    ),
+    *("MeanBackward0", "MulBackward0", "SumBackward0"),
+}
+
+
+def test_only_our_rules_in_the_graph(op: Op, call: Call) -> None:
+    output = of_tensors(op, call)(*tensors_of(call))
+    found, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            found.add(node.name().removeprefix("torch::autograd::"))
+            waiting += [before for before, _ in node.next_functions]
+    ours = {name for name in found if name.endswith("FunctionBackward")}
+    assert found - ours <= MOVES_OR_ADDS
+    assert ours or output is call.args[0] or not call.kwargs.get("training", True)
