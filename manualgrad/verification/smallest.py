@@ -19,8 +19,8 @@ def smallest(law: Law, subject: Subject) -> str:
         return ""
     until = time.perf_counter() + _SECONDS
     for size in (1, 2):
-        for length in sorted({n for x in subject.points for n in x.shape if n > size}, reverse=True):
-            subject = _if_it_fails(law, subject, _cut(subject, length, size), until)
+        for length in [n for n in reversed(subject.lengths()) if n > size]:
+            subject = _if_it_fails(law, subject, subject.cut(length, size), until)
     for digits in (0, 1):
         rounded = {i: _rounded(subject.leaves[i], digits) for i in subject.places}
         other = _if_it_fails(law, subject, subject.replaced(rounded), until)
@@ -31,16 +31,6 @@ def smallest(law: Law, subject: Subject) -> str:
 
 def _rounded(tensor: Tensor, digits: int) -> Tensor:
     return from_numbers(torch.round(numbers(tensor), decimals=digits), tensor)
-
-
-def _cut(subject: Subject, length: int, size: int) -> Subject:
-    leaves: dict[int, Tensor] = {}
-    for i, x in enumerate(subject.leaves):
-        if isinstance(x, Tensor):
-            for axis, n in enumerate(x.shape):
-                x = x.narrow(axis, 0, size) if n == length else x
-            leaves[i] = x.clone()
-    return subject.replaced(leaves)
 
 
 def _if_it_fails(law: Law, subject: Subject, other: Subject, until: float) -> Subject:

@@ -66,13 +66,16 @@ class Subject:
         self.leaves, self.structure = tree_flatten((tuple(args), kwargs or {}))
         floating = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and _has_gradient(x)]
         marked = [i for i in floating if self.leaves[i].requires_grad]
-        given = len(self.leaves) - len(state)
+        given = self.given = len(self.leaves) - len(state)
         if not any(i < given for i in marked):  # of the inputs all, of a module's state its parameters
             marked = [i for i in floating if i < given or self.leaves[i].requires_grad]
         self.places = marked
         if not self.places:
             raise ValueError("nothing to differentiate: no input is a tensor of floating or complex numbers")
         self.leaves = [x.detach() if isinstance(x, Tensor) else x for x in self.leaves]
+        for i in self.places:
+            if not bool(self.leaves[i].isfinite().all()):
+                raise ValueError(f"{self.names[i]!r} holds nan or inf: the laws make special values themselves")
         self._check_that_it_runs()
 
     def _check_that_it_runs(self) -> None:
@@ -158,10 +161,27 @@ class Subject:
         other.function = function
         return other
 
+    def lengths(self) -> list[int]:
+        """The axes' lengths that may be cut together: a module's parameters keep their shapes."""
+        of_state = {n for x in self.leaves[self.given :] if isinstance(x, Tensor) for n in x.shape}
+        return sorted({n for x in self.points for n in x.shape if n > 1} - of_state)
+
+    def cut(self, length: int, size: int) -> Subject:
+        """All axes of one length cut to `size`: a batch, a feature or a time axis."""
+        leaves: dict[int, Tensor] = {}
+        for i, x in enumerate(self.leaves):
+            if isinstance(x, Tensor) and length in x.shape:
+                for axis, n in enumerate(x.shape):
+                    x = x.narrow(axis, 0, size) if n == length else x
+                leaves[i] = x.contiguous()
+        return self.replaced(leaves)
+
     def _copy(self) -> Subject:
         other = object.__new__(Subject)
-        kept = ("names", "function", "reference", "surrogate", "seed", "structure", "places", "writes_in_place")
-        other.__dict__.update({name: self.__dict__[name] for name in (*kept, "leaves")})
+        of_these_values = ("exact", "plain", "jacobian", "differentiable_places", "random")
+        other.__dict__.update(
+            {name: value for name, value in self.__dict__.items() if name not in of_these_values}
+        )
         return other
 
     @cached_property
@@ -241,7 +261,8 @@ class Subject:
         for index in chosen:
             direction = torch.zeros_like(numbers(point))
             direction[index] = 1
-            scale = max(1.0, abs(numbers(point)[index].item()))
+            # steps grow with the value only where its own rounding would swallow them: a sine turns in between
+            scale = 1.0 if self.dtype == torch.float64 else max(1.0, abs(numbers(point)[index].item()))
             found.append(self.difference({k: direction.view_as(numbers(point))}, scale))
         empty = torch.zeros(0, 0, dtype=torch.float64)
         values = torch.stack([value for value, _ in found]) if found else empty

@@ -32,7 +32,7 @@ def compare(
     if not a.numel():
         return
     scale = b[b.isfinite()].abs().amax().item() if b.isfinite().any() else 0.0
-    different = ~((a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= tolerance * max(scale, 1e-6)))
+    different = ~((a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= tolerance * max(scale, 1e-3)))
     if different.any():
         raise Fails(f"{what} at {told(found, a, b, different, labels)}", cause)
 

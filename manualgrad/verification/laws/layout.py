@@ -150,19 +150,7 @@ def _lost(subject: Subject, k: int, form: torch.memory_format) -> list[int] | No
 
 
 def _thinned(subject: Subject) -> list[tuple[str, Subject]]:
-    """The same function with all axes of one length cut to 1: a batch, a feature or a time axis."""
-    lengths = sorted({n for x in subject.points for n in x.shape if n > 1})
-    found = []
-    for length in lengths:
-        leaves: dict[int, Tensor] = {}
-        for i, x in enumerate(subject.leaves):
-            if isinstance(x, Tensor) and length in x.shape:
-                cut = x
-                for axis, n in enumerate(x.shape):
-                    cut = cut.narrow(axis, 0, 1) if n == length else cut
-                leaves[i] = cut.contiguous()
-        found.append((f"axes of {length} cut to 1", subject.replaced(leaves)))
-    return found
+    return [(f"axes of {length} cut to 1", subject.cut(length, 1)) for length in subject.lengths()]
 
 
 @law("a reduction, division or view that has no meaning for no elements")

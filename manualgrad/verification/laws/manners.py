@@ -59,18 +59,25 @@ def inputs_unchanged(subject: Subject) -> None:
 
 
 def _fixed(subject: Subject) -> list[Tensor]:
-    return [x for i, x in enumerate(subject.leaves) if isinstance(x, Tensor) and i not in subject.places]
+    return [subject.leaves[i] for i in _fixed_places(subject)]
+
+
+def _fixed_places(subject: Subject) -> list[int]:
+    """Of the arguments; a module's buffers are its own to write into."""
+    return [
+        i
+        for i, x in enumerate(subject.leaves[: subject.given])
+        if isinstance(x, Tensor) and i not in subject.places
+    ]
 
 
 def _on(subject: Subject, tensors: Sequence[Tensor]) -> Any:
     """A call that passes these very tensors (`subject` copies those that are not differentiable)."""
     from torch.utils._pytree import tree_unflatten
 
-    fixed = iter(tensors[len(subject.places) :])
-    leaves = [
-        next(fixed) if isinstance(x, Tensor) and i not in subject.places else x
-        for i, x in enumerate(subject.leaves)
-    ]
+    leaves = [x.clone() if isinstance(x, Tensor) else x for x in subject.leaves]
+    for i, x in zip(_fixed_places(subject), tensors[len(subject.places) :], strict=True):
+        leaves[i] = x
 
     def run(*given: Tensor) -> tuple[Tensor, ...]:
         for i, x in zip(subject.places, given, strict=True):
