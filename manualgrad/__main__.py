@@ -63,5 +63,4 @@ def _named(path: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, "")
     sys.exit(main())

@@ -10,7 +10,6 @@ or, as one assertion in a test, ``manualgrad.verify(...).raise_if_failed()``; or
 from __future__ import annotations
 
 import random
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -80,7 +79,7 @@ def verify(
         _known(laws) if laws is not None else {name for name, law in LAWS.items() if not law.on_request} | required
     )
     report = Report(_name_of(fn))
-    state, python_state = torch.get_rng_state(), random.getstate()
+    python_state = random.getstate()
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         try:
@@ -89,7 +88,6 @@ def verify(
                 if name in chosen:
                     report.rows.append(_tried(law, subject, name in required))
         finally:
-            torch.set_rng_state(state)
             random.setstate(python_state)
     return report
 
@@ -126,13 +124,3 @@ def _name_of(fn: Any) -> str:
     if isinstance(owner, type) and issubclass(owner, Function):
         return owner.__name__
     return type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", repr(fn))
-
-
-def seconds_per_law(fn: Callable[..., Any], *inputs: Any, **options: Any) -> dict[str, float]:
-    """How long each law takes, the slowest first."""
-    found = {}
-    for name in LAWS:
-        begin = time.perf_counter()
-        verify(fn, *inputs, laws=[name], **options)
-        found[name] = time.perf_counter() - begin
-    return dict(sorted(found.items(), key=lambda pair: -pair[1]))

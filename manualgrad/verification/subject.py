@@ -111,9 +111,11 @@ class Subject:
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return self.call(self.function, tensors)
 
-    def call(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def call(
+        self, function: Callable[..., Any], tensors: Sequence[Tensor], others_copied: bool = True
+    ) -> tuple[Tensor, ...]:
         """`function` on these tensors and the other arguments; all tensors that it returns."""
-        leaves = [x.clone() if isinstance(x, Tensor) else x for x in self.leaves]
+        leaves = [x.clone() if isinstance(x, Tensor) and others_copied else x for x in self.leaves]
         for i, x in zip(self.places, tensors, strict=True):
             leaves[i] = x.clone() if self.writes_in_place else x
         args, kwargs = tree_unflatten(leaves, self.structure)

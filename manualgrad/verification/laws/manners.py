@@ -34,62 +34,32 @@ from manualgrad.verification.subject import (
     with_upstream,
 )
 
-_BITS = ("second", "first")
-
 
 @law("an in-place operation on the input, on input.detach(), .data or a view: all of them are the caller's memory")
 def inputs_unchanged(subject: Subject) -> None:
     """Neither forward nor backward writes into an input (one that is declared dirty and returned excepted)."""
-    tensors = [*subject.tensors(), *[x.clone() for x in _fixed(subject)]]
-    own = _on(subject, tensors)
+    given = subject.leaves[: subject.given]  # a module's buffers are its own to write into
+    others = {i: x.clone() for i, x in enumerate(given) if isinstance(x, Tensor) and i not in subject.places}
+    subject = subject.replaced(others)
+    leaves = subject.tensors()
+    tensors = [*leaves, *others.values()]
     before = [x.detach().clone() for x in tensors]
-    outputs = own(*tensors[: len(subject.places)])
+    outputs = subject.call(subject.function, leaves, others_copied=False)
     if not subject.writes_in_place:
-        _check_unchanged(own, tensors, before, "forward")
+        _check_unchanged(tensors, before, "forward")
     chosen, upstreams = with_upstream(subject.differentiable(outputs))
     if not chosen:
         return
     values = [y.detach().clone() for y in chosen]
     now = [x.detach().clone() for x in tensors]
-    torch.autograd.grad(chosen, tensors[: len(subject.places)], upstreams, allow_unused=True)
-    _check_unchanged(own, tensors, now, "backward")
+    torch.autograd.grad(chosen, leaves, upstreams, allow_unused=True)
+    _check_unchanged(tensors, now, "backward")
     for i, (y, value) in enumerate(zip(chosen, values, strict=True)):
         if not _equal(y, value):
             raise Fails(f"backward writes into output {i}: {_first_change(y, value)}")
 
 
-def _fixed(subject: Subject) -> list[Tensor]:
-    return [subject.leaves[i] for i in _fixed_places(subject)]
-
-
-def _fixed_places(subject: Subject) -> list[int]:
-    """Of the arguments; a module's buffers are its own to write into."""
-    return [
-        i
-        for i, x in enumerate(subject.leaves[: subject.given])
-        if isinstance(x, Tensor) and i not in subject.places
-    ]
-
-
-def _on(subject: Subject, tensors: Sequence[Tensor]) -> Any:
-    """A call that passes these very tensors (`subject` copies those that are not differentiable)."""
-    from torch.utils._pytree import tree_unflatten
-
-    leaves = [x.clone() if isinstance(x, Tensor) else x for x in subject.leaves]
-    for i, x in zip(_fixed_places(subject), tensors[len(subject.places) :], strict=True):
-        leaves[i] = x
-
-    def run(*given: Tensor) -> tuple[Tensor, ...]:
-        for i, x in zip(subject.places, given, strict=True):
-            leaves[i] = x.clone() if subject.writes_in_place else x
-        args, kwargs = tree_unflatten(leaves, subject.structure)
-        torch.manual_seed(subject.seed)
-        return tuple(x for x in tree_leaves(subject.function(*args, **kwargs)) if isinstance(x, Tensor))
-
-    return run
-
-
-def _check_unchanged(own: Any, tensors: Sequence[Tensor], before: Sequence[Tensor], phase: str) -> None:
+def _check_unchanged(tensors: Sequence[Tensor], before: Sequence[Tensor], phase: str) -> None:
     for i, (x, value) in enumerate(zip(tensors, before, strict=True)):
         if not _equal(x, value):
             raise Fails(f"{phase} writes into {kind(x)} input {i}: {_first_change(x, value)}")

@@ -16,7 +16,6 @@ class Backward(NamedTuple):
     """One call of one Function's backward."""
 
     name: str
-    node: Any
     results: tuple[Tensor | None, ...]
     edges: list[Any]
     """For each result where the graph goes on: (node, number), or None for what is no tensor."""
@@ -53,7 +52,7 @@ def _watched(cls: type[Function], backward: Any, tensors: dict[Any, list[bool]],
         told = results if isinstance(results, tuple) else (results,)
         edges = iter(ctx.next_functions)
         which = tensors.get(ctx, [])
-        seen.append(Backward(cls.__name__, ctx, told, [next(edges) if is_tensor else None for is_tensor in which]))
+        seen.append(Backward(cls.__name__, told, [next(edges) if is_tensor else None for is_tensor in which]))
         return results
 
     return run
