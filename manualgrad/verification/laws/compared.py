@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -64,8 +65,8 @@ def shown(value: Tensor | float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160] if text else ''}".rstrip(": ")
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {textwrap.shorten(text, 160, placeholder=' …')}".rstrip(": ")
 
 
 def described(subject: Subject, k: int) -> str:

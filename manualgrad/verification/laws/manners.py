@@ -30,6 +30,7 @@ from manualgrad.verification.subject import (
     kind,
     numbers,
     patched,
+    position,
     upstream,
     with_upstream,
 )
@@ -68,7 +69,7 @@ def _check_unchanged(tensors: Sequence[Tensor], before: Sequence[Tensor], phase:
 def _first_change(now: Tensor, before: Tensor) -> str:
     a, b = numbers(now.detach()), numbers(before)
     index = int(((a != b) & ~(a.isnan() & b.isnan())).nonzero()[0])
-    return f"number {index} was {b[index].item():.6g}, is {a[index].item():.6g}"
+    return f"at {position(now, index)} it was {b[index].item():.6g}, is {a[index].item():.6g}"
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
