@@ -302,7 +302,7 @@ def adjoint(subject: Subject) -> None:
         (numbers(x).double() * directions[k].double()).sum().item() for k, x in enumerate(found) if x is not None
     )
     size = (g.norm() * tangent.norm()).item() + 1e-300
-    if not abs(pushed - pulled) <= (1e-12 if subject.dtype == torch.float64 else 1e-4) * size:
+    if not abs(pushed - pulled) <= (1e-13 if subject.dtype == torch.float64 else 1e-4) * size:
         raise Fails(f"⟨g, J v⟩ = {shown(pushed)} by forward mode, ⟨Jᵀ g, v⟩ = {shown(pulled)} by reverse mode")
 
 

@@ -265,12 +265,7 @@ def saved_tensor_hooks(subject: Subject) -> None:
 def compile(subject: Subject) -> None:
     """torch.compile(fullgraph=True) makes one graph with the same outputs and gradients."""
     torch._dynamo.reset()
-    own = (
-        subject
-        if subject.dtype != torch.float64 or not subject.runs(torch.float32)
-        else subject.cast(torch.float32)
-    )
-    own = subject.exact if subject.exact.dtype == torch.float64 else own
+    own = subject.exact
 
     def run(*tensors: Tensor) -> Any:
         return own.call(own.function, tensors)
@@ -288,8 +283,8 @@ def compile(subject: Subject) -> None:
             raise Fails(f"{first_line(error)}") from error
         results.append((outputs, found))
     for i, (a, b) in enumerate(zip(results[1][0], results[0][0], strict=True)):
-        compare(f"output {i}", a, b, 1e-5, ("compiled", "eager"))
-    compare_all(own, results[1][1], results[0][1], 1e-5, ("compiled", "eager"))
+        compare(f"output {i}", a, b, own.rounding, ("compiled", "eager"))
+    compare_all(own, results[1][1], results[0][1], own.rounding, ("compiled", "eager"))
     torch._dynamo.reset()
 
 
