@@ -17,7 +17,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Call:
@@ -111,8 +111,8 @@ class Maker:
 class Op:
     """One function of torch.nn.functional (and its module) with what is needed to try it."""
 
-    function: FunctionType
-    module: type[nn.Module] | None
+    written: FunctionType | str
+    stands_for: tuple[Any, ...]
     samples: Callable[[Maker], Iterable[Call]]
     big: Callable[[Maker], Call]
     random: bool
@@ -121,11 +121,19 @@ class Op:
 
     @property
     def name(self) -> str:
-        return self.function.__name__
+        return self.written if isinstance(self.written, str) else self.written.__name__
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """Ours."""
+        if isinstance(self.written, str):
+            return getattr(importlib.import_module("manualgrad.nn.functional"), self.name)
+        return self.written
 
     @property
     def reference(self) -> Callable[..., Any]:
-        return getattr(torch.nn.functional, self.name)
+        """torch's own function of this name."""
+        return getattr(torch.nn.functional, self.name, None) or getattr(torch, self.name)
 
     def __repr__(self) -> str:
         return self.name
@@ -136,8 +144,8 @@ _table: dict[str, Op] = {}
 
 def register(
     function: Any,
-    module: type[nn.Module] | None = None,
     *,
+    stands_for: tuple[Any, ...] = (),
     samples: Callable[[Maker], Iterable[Call]],
     big: Callable[[Maker], Call],
     random: bool = False,
@@ -147,15 +155,17 @@ def register(
     """Enter an operation into the table.
 
     Args:
-        function: ours, named as in torch.nn.functional.
-        module: ours, named as in torch.nn.
+        function: ours, named as in torch.nn.functional, or if it is not there, in torch; the name alone of one
+            that calls ours and is torch's own otherwise.
+        stands_for: under what else torch's modules call it.
         samples: small inputs, away from kinks, on which every law is tried.
         big: an input of the size that real models have, for the benchmark.
         random: the result depends on the random state.
         special: ±0, ±inf, nan and the kinks may stand in its floating inputs.
         lacks: laws that do not hold for it, each with the reason (shown to users; a stale one fails a test).
     """
-    _table[function.__name__] = Op(function, module, samples, big, random, special, lacks or {})
+    op = Op(function, stands_for, samples, big, random, special, lacks or {})
+    _table[op.name] = op
 
 
 def _areas() -> list[ModuleType]:
@@ -169,16 +179,6 @@ def ops() -> dict[str, Op]:
     """Every operation by its name in torch.nn.functional, in alphabetical order."""
     _areas()
     return dict(sorted(_table.items()))
-
-
-def modules() -> dict[str, type[nn.Module]]:
-    """Every module by its name in torch.nn: the public classes that the areas define."""
-    return {
-        name: value
-        for area in _areas()
-        for name, value in vars(area).items()
-        if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == area.__name__
-    }
 
 
 def markdown() -> str:

@@ -195,7 +195,7 @@ def _complete(rule: type[Rule]) -> None:
             return (None,) * len(inputs)
         chosen, settings, dtypes = ctx.kept
         known = (*ctx.saved_tensors, *settings, grad)
-        compute = chosen.differentiable if _differentiated() else chosen.backward
+        compute = chosen.differentiable if differentiated() else chosen.backward
         if dtypes or _autocasting():
             return _computed_in_float32(compute, known, dtypes)
         return compute(*known)
@@ -284,24 +284,29 @@ def _entry(rule: type[Rule], twin: Any) -> Callable[..., Any]:
     forward = rule.forward
     has_statistics = bool(rule.statistics)
 
-    def apply(*args: Any) -> Any:
+    def apply(*args: Any, with_statistics: bool = False) -> Any:
         if _autocasting():
             args = _cast(rule, args)
             with _without_autocast(args):
-                return apply(*args)
+                return apply(*args, with_statistics=with_statistics)
         if torch.compiler.is_compiling():
             result = compiled(*args)
         elif _transformed():
-            result = general(*args)
+            result = general(*[_Whole(x) if type(x) is tuple else x for x in args])
         elif torch.is_grad_enabled() or _forward_mode():
             result = direct(*args)
         else:
             result = forward(*args)
-        return result[0] if has_statistics else result
+        return result[0] if has_statistics and not with_statistics else result
 
     # Dynamo keeps what it compiled with the code object, and two rules may not share it.
     apply.__code__ = apply.__code__.replace(co_name=f"{rule.__name__}.apply")
     return apply
+
+
+class _Whole(tuple[Any, ...]):
+    """A tuple that torch.func takes for one setting. A plain one it spreads out, and loses count of its parts
+    where forward modes are nested."""
 
 
 def _device(args: Iterable[Any]) -> str:
@@ -345,7 +350,7 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _differentiated() -> bool:
+def differentiated() -> bool:
     """The backward that runs now may itself be differentiated. Grad mode alone does not tell."""
     return torch.is_grad_enabled() or _forward_mode() or _transformed()
 
@@ -358,12 +363,19 @@ def cuda_autocasts(operation: str) -> bool:
 def nothing_looks_on(a: Tensor, b: Tensor) -> bool:
     """Neither differentiated nor transformed, compiled or a subclass: memory may be taken and written as it is."""
     return not (
-        _differentiated()
+        differentiated()
         or type(a) is not Tensor
         or type(b) is not Tensor
         or _batched(a)
         or _batched(b)  # by the older vmap, of torch.autograd.grad(is_grads_batched=True)
     )
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor under torch.func's wrappers: what it holds, for a check that may not depend on a batch."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _nested_forward_mode() -> bool:

@@ -1,4 +1,4 @@
-"""Every public name of `torch.nn`: ours where a rule exists, torch's own otherwise.
+"""Every public name of `torch.nn`; modules call our functions.
 
 import manualgrad.nn as nn      # instead of import torch.nn as nn
 """
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch.nn as _torch
 
-from manualgrad import registry
+from manualgrad.binding import derived, is_module
 
 if TYPE_CHECKING:  # ours have torch's signatures
     from torch.nn import *  # noqa: F403
 
-globals().update({name: value for name, value in vars(_torch).items() if not name.startswith("_")})
-globals().update({name: module for name, module in registry.modules().items() if hasattr(_torch, name)})
+for _name, _value in vars(_torch).items():
+    if not _name.startswith("_"):
+        globals()[_name] = derived(_value) if is_module(_value) else _value
 
 functional = importlib.import_module("manualgrad.nn.functional")  # in place of torch's, taken over above

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.rule import Rule, nothing_looks_on
+from manualgrad.rule import FLOAT32, Rule, nothing_looks_on
 
-_REFUSALS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
-Wrapped = TypeVar("Wrapped", bound=Callable[..., Tensor])
+_REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+Wrapped = TypeVar("Wrapped", bound=Callable[..., object])
 
 
 def drop_in(function: Wrapped) -> Wrapped:
@@ -22,10 +22,10 @@ def drop_in(function: Wrapped) -> Wrapped:
 
     So bad input is refused with torch's type of error and words, whatever stumbled over it here.
     """
-    reference = getattr(F, function.__name__)
+    reference = getattr(F, function.__name__, None) or getattr(torch, function.__name__)
 
     @functools.wraps(function)
-    def run(*args: object, **kwargs: object) -> Tensor:
+    def run(*args: object, **kwargs: object) -> object:
         try:
             return function(*args, **kwargs)
         except _REFUSALS:
@@ -38,6 +38,16 @@ def drop_in(function: Wrapped) -> Wrapped:
 def written(input: Tensor, output: Tensor, inplace: bool) -> Tensor:
     """`output`, or with ``inplace`` the input that it was written into."""
     return input.copy_(output) if inplace else output
+
+
+Numbers = int | Sequence[int]
+
+
+def each(numbers: Numbers, n: int) -> tuple[int, ...]:
+    """One for each of n dimensions; torch lets one stand for all."""
+    if isinstance(numbers, int):
+        return (numbers,) * n
+    return tuple(numbers) * n if len(numbers) == 1 else tuple(numbers)
 
 
 _INTEGERS = {1: Tensor.byte, 2: Tensor.short, 4: Tensor.int, 8: Tensor.long}  # by size in bytes
@@ -113,10 +123,14 @@ class PointwiseLoss(Rule):
     """
 
     def scale(input: Tensor, reduction: str) -> float:
-        return 1 / max(input.numel(), 1) if reduction == "mean" else 1.0
+        return mean_scale(input, reduction)
 
     def grad_input(grad: Tensor, slope: Tensor, scale: float) -> Tensor:
         return times(slope, scaled(grad, scale))
+
+
+def mean_scale(losses: Tensor, reduction: str) -> float:
+    return 1 / max(losses.numel(), 1) if reduction == "mean" else 1.0
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:
@@ -131,3 +145,36 @@ class DifferenceLoss(PointwiseLoss):
 
     def grad_target(grad_input: Tensor) -> Tensor:
         return -grad_input
+
+
+class DifferenceFunction(Rule):
+    r"""y = a - b      ∂L/∂a = g,   ∂L/∂b = -g      (keeps nothing)"""
+
+    autocast = FLOAT32
+    complex = True
+
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a - b
+
+    def grad_a(grad: Tensor) -> Tensor:
+        return grad
+
+    def grad_b(grad: Tensor) -> Tensor:
+        return -grad
+
+
+class PlainDifferenceFunction(DifferenceFunction):
+    """The same where torch's operation is a composition, whose subtraction autocast leaves alone."""
+
+    autocast = {}
+
+
+def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors at the one shape that they broadcast to."""
+    if all(x.size() == tensors[0].size() for x in tensors):
+        return tensors
+    return tuple(torch.broadcast_tensors(*tensors))
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses

@@ -71,22 +71,8 @@ def embedding(
     return EmbeddingFunction.apply(weight, input, weight.size(0), padding, scale_grad_by_freq, sparse)
 
 
-class Embedding(torch.nn.Embedding):
-    def forward(self, input: Tensor) -> Tensor:
-        return embedding(
-            input,
-            self.weight,
-            self.padding_idx,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.sparse,
-        )
-
-
 register(
     embedding,
-    Embedding,
     samples=lambda t: [
         Call(t.index(6, 4, 3), t(6, 2)),
         Call(t.index(6, 7), t(6, 2), padding_idx=-2).with_gradient_by_definition(),

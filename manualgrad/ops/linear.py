@@ -59,14 +59,8 @@ def _linear_of_unusual_shape(input: Tensor, weight: Tensor, bias: Tensor | None)
     return output.reshape(expected.shape)
 
 
-class Linear(torch.nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
-
-
 register(
     linear,
-    Linear,
     samples=lambda t: [
         Call(t(5, 3), t(4, 3), t(4)),
         Call(t(2, 5, 3), t(4, 3)),
@@ -125,14 +119,8 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     return BilinearFunction.apply(input1, input2, weight, bias)
 
 
-class Bilinear(torch.nn.Bilinear):
-    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        return bilinear(input1, input2, self.weight, self.bias)
-
-
 register(
     bilinear,
-    Bilinear,
     samples=lambda t: [
         Call(t(5, 3), t(5, 2), t(4, 3, 2), t(4)),
         Call(t(2, 3, 3), t(2, 3, 2), t(1, 3, 2)),

@@ -1,25 +1,39 @@
-"""Losses: what the output layer is told first."""
+"""Losses of pairs of numbers, an output and its target: what the output layer is told first."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from manualgrad.ops.elementary import DifferenceLoss, PointwiseLoss, choose, drop_in, scaled, times
+from manualgrad.ops.elementary import (
+    DifferenceFunction,
+    DifferenceLoss,
+    PlainDifferenceFunction,
+    PointwiseLoss,
+    broadcast,
+    choose,
+    drop_in,
+    mean_scale,
+    reduced,
+    scaled,
+    times,
+)
 from manualgrad.registry import Call, register
-from manualgrad.rule import FLOAT32, Rule, nothing_looks_on
+from manualgrad.rule import FLOAT32, Rule, plain
 
 # F.mse_loss without the checks that have been made
 _mse_loss = torch._C._nn.mse_loss  # pyright: ignore[reportAttributeAccessIssue]
 
-_REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = ("mean", "sum", "none")
 
 
-def _named(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
+def named(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
     """The reduction, also from torch's two older arguments; an unknown one raises ValueError."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -42,7 +56,7 @@ def _paired(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _reduced(
-    rule: type[Rule],
+    loss: Callable[..., Tensor],
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -54,10 +68,10 @@ def _reduced(
     the weights, or by their number."""
     x, t = _paired(input, target)
     if weight is None:
-        return rule.apply(x, t, reduction, *settings)
+        return loss(x, t, reduction, *settings)
     if weight.size() != input.size():
         raise ValueError("Weights and input must have the same size.")
-    losses = rule.apply(x, t, "none", *settings) * weight
+    losses = loss(x, t, "none", *settings) * weight
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -103,31 +117,29 @@ def mse_loss(
         ValueError: an unknown reduction, or a weight of another shape.
     """
     rule = MSELossFunction if weight is None else WeightedMSELossFunction
-    return _reduced(rule, input, target, weight, _named(reduction, size_average, reduce))
+    return _reduced(rule.apply, input, target, weight, named(reduction, size_average, reduce))
 
 
-class MSELoss(torch.nn.MSELoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return mse_loss(input, target, reduction=self.reduction)
+class L1LossFunction(PointwiseLoss):
+    r"""ℓ = |d|      ∂ℓ/∂d = sign d      (at 0: 0; for complex numbers d / |d|)"""
 
-
-class L1LossFunction(DifferenceLoss):
-    r"""ℓ = |x - t|      ∂ℓ/∂x = sign(x - t)      (at 0: 0; for complex numbers d / |d|)"""
-
-    autocast = FLOAT32
     complex = True
 
-    def forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
-        return F.l1_loss(input, target, reduction=reduction)
+    def forward(input: Tensor, reduction: str) -> Tensor:
+        return reduced(input.abs(), reduction)
 
-    def slope(difference: Tensor) -> Tensor:
-        return difference.sgn()
+    def slope(input: Tensor) -> Tensor:
+        return input.sgn()
 
 
-class WeightedL1LossFunction(L1LossFunction):
+def _l1_loss(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """Of x - t, which is kept in place of both."""
+    return L1LossFunction.apply(DifferenceFunction.apply(input, target), reduction)
+
+
+def _weighted_l1_loss(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     """With a weight torch computes it by other operations, which autocast leaves alone."""
-
-    autocast = {}
+    return L1LossFunction.apply(PlainDifferenceFunction.apply(input, target), reduction)
 
 
 @drop_in
@@ -144,13 +156,8 @@ def l1_loss(
     Raises:
         ValueError: an unknown reduction, or a weight of another shape.
     """
-    rule = L1LossFunction if weight is None else WeightedL1LossFunction
-    return _reduced(rule, input, target, weight, _named(reduction, size_average, reduce))
-
-
-class L1Loss(torch.nn.L1Loss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return l1_loss(input, target, reduction=self.reduction)
+    loss = _l1_loss if weight is None else _weighted_l1_loss
+    return _reduced(loss, input, target, weight, named(reduction, size_average, reduce))
 
 
 class SmoothL1LossFunction(DifferenceLoss):
@@ -184,15 +191,10 @@ def smooth_l1_loss(
         ValueError: an unknown reduction.
         RuntimeError: β is negative.
     """
-    reduction = _named(reduction, size_average, reduce)
+    reduction = named(reduction, size_average, reduce)
     if beta == 0:
-        return _reduced(L1LossFunction, input, target, None, reduction)
-    return _reduced(SmoothL1LossFunction, input, target, None, reduction, beta)
-
-
-class SmoothL1Loss(torch.nn.SmoothL1Loss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+        return _reduced(_l1_loss, input, target, None, reduction)
+    return _reduced(SmoothL1LossFunction.apply, input, target, None, reduction, beta)
 
 
 class HuberLossFunction(DifferenceLoss):
@@ -225,40 +227,28 @@ def huber_loss(
         ValueError: an unknown reduction, or a weight of another shape.
         RuntimeError: δ is not positive.
     """
-    reduction = _named(reduction, None, None)
-    return _reduced(HuberLossFunction, input, target, weight, reduction, delta, mean_by_weight=False)
+    reduction = named(reduction, None, None)
+    return _reduced(HuberLossFunction.apply, input, target, weight, reduction, delta, mean_by_weight=False)
 
 
-class HuberLoss(torch.nn.HuberLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return huber_loss(input, target, reduction=self.reduction, delta=self.delta)
-
-
-for _function, _module, _variants in (
-    (mse_loss, MSELoss, []),
-    (l1_loss, L1Loss, []),
-    (smooth_l1_loss, SmoothL1Loss, [{"beta": 0.3}, {"beta": 0.0}]),
-    (huber_loss, HuberLoss, [{"delta": 0.3}]),
+for _function, _variants in (
+    (mse_loss, []),
+    (l1_loss, []),
+    (smooth_l1_loss, [{"beta": 0.3}, {"beta": 0.0}]),
+    (huber_loss, [{"delta": 0.3}]),
 ):
     register(
         _function,
-        _module,
         samples=lambda t, variants=_variants, weighted=_function is not smooth_l1_loss: [
-            *(Call(t(5, 3), t(5, 3), reduction=reduction) for reduction in _REDUCTIONS),
+            *(Call(t(5, 3), t(5, 3), reduction=reduction) for reduction in REDUCTIONS),
             *(Call(t(5, 3), t(5, 3), **variant) for variant in variants),
             *(
                 Call(t(5, 3), t(5, 3), weight=t(5, 3, low=0.5, high=2), reduction=reduction)
-                for reduction in _REDUCTIONS
+                for reduction in REDUCTIONS
                 if weighted
             ),
         ],
         big=lambda t: Call(t(1024, 1024), t(1024, 1024)),
-        lacks={
-            "kept_for_backward": "keeps input and target where torch keeps their difference: one more tensor, "
-            "but the target is the caller's"
-        }
-        if _function is l1_loss
-        else {},
     )
 
 
@@ -304,7 +294,7 @@ def binary_cross_entropy(
         ValueError: an unknown reduction, or a target of another shape.
         RuntimeError: an input outside [0, 1].
     """
-    reduction = _named(reduction, size_average, reduce)
+    reduction = named(reduction, size_average, reduce)
     if target.size() != input.size():
         raise ValueError(f"the target's size ({target.size()}) must be the input's ({input.size()})")
     if weight is not None:
@@ -312,18 +302,12 @@ def binary_cross_entropy(
     return BCELossFunction.apply(input, target, weight, reduction)
 
 
-class BCELoss(torch.nn.BCELoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
-
-
 register(
     binary_cross_entropy,
-    BCELoss,
     samples=lambda t: [
         *(
             Call(t(5, 3, low=0.05, high=0.95), t(5, 3, low=0, high=1), reduction=reduction)
-            for reduction in _REDUCTIONS
+            for reduction in REDUCTIONS
         ),
         Call(t(5, 3, low=0.05, high=0.95), t(5, 3, low=0, high=1), t.fixed(3, low=0.5, high=2)),
     ],
@@ -379,24 +363,16 @@ def binary_cross_entropy_with_logits(
     Raises:
         ValueError: an unknown reduction, or a target of another shape.
     """
-    reduction = _named(reduction, size_average, reduce)
+    reduction = named(reduction, size_average, reduce)
     if target.size() != input.size():
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
     return BCEWithLogitsLossFunction.apply(input, target, weight, pos_weight, reduction)
 
 
-class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return binary_cross_entropy_with_logits(
-            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
-        )
-
-
 register(
     binary_cross_entropy_with_logits,
-    BCEWithLogitsLoss,
     samples=lambda t: [
-        *(Call(t(5, 3), t(5, 3, low=0, high=1), reduction=reduction) for reduction in _REDUCTIONS),
+        *(Call(t(5, 3), t(5, 3, low=0, high=1), reduction=reduction) for reduction in REDUCTIONS),
         Call(
             t(5, 3),
             t(5, 3, low=0, high=1),
@@ -408,256 +384,286 @@ register(
 )
 
 
-def _class_axis(input: Tensor) -> int:
-    return 1 if input.dim() > 1 else 0
+class MultiLabelSoftMarginLossFunction(BCEWithLogitsLossFunction):
+    r"""ℓ = -(t log σ(x) + (1 - t) log σ(-x)):  binary cross entropy, as torch computes it here"""
+
+    autocast = {}
+
+    def forward(
+        input: Tensor, target: Tensor, weight: Tensor | None, positive_weight: Tensor | None, reduction: str
+    ) -> Tensor:
+        return -(target * F.logsigmoid(input) + (1 - target) * F.logsigmoid(-input))
 
 
-class ClassLoss(Rule):
-    r"""A loss of rows, each with an index t of its class: L = reduction of ℓᵢ wᵢ,  wᵢ = w[tᵢ], 0 where ignored
+class ClassMeanFunction(Rule):
+    r"""y = (1/C) Σ x      along an axis of `count` numbers      ∂L/∂x = g / C,  for each"""
 
-    reduction   "none": Lᵢ = ℓᵢ wᵢ      "sum": L = Σ ℓᵢ wᵢ      "mean": L = Σ ℓᵢ wᵢ / Σ wᵢ
-    each row is sent               gᵢ or g                        g / Σ wᵢ                     =: spread
-    """
+    autocast = {"cuda": "float32"}
 
-    def valid(target: Tensor, ignore_index: int) -> Tensor:
-        return target != ignore_index
+    def forward(input: Tensor, axis: int, count: int, classes: int) -> Tensor:
+        return input.sum(axis) / classes
 
-    def place(target: Tensor, valid: Tensor) -> Tensor:
-        return target * valid  # an ignored index may lie outside the classes
-
-    def row_weight(input: Tensor, weight: Tensor | None, place: Tensor, valid: Tensor) -> Tensor:
-        return valid.to(input.dtype) if weight is None else choose(valid, weight[place].to(input.dtype))
-
-    def spread(grad: Tensor, row_weight: Tensor, valid: Tensor, reduction: str) -> Tensor:
-        if reduction == "mean":
-            grad = grad / row_weight.sum()
-        return choose(valid, grad.expand_as(row_weight).contiguous())
-
-
-class NLLLossFunction(ClassLoss):
-    r"""ℓ = -x[t]        x: (N, C, ...) of log-probabilities   t: (N, ...)      ∂L/∂x[t] = -spread · w[t]"""
-
-    autocast = FLOAT32
-
-    def forward(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
-        return F.nll_loss(input, target, weight, ignore_index=ignore_index, reduction=reduction)
-
-    def grad_input(input: Tensor, place: Tensor, spread: Tensor, row_weight: Tensor) -> Tensor:
-        axis = _class_axis(input)
-        sent = (-spread * row_weight).unsqueeze(axis)
-        return torch.zeros_like(input).scatter(axis, place.unsqueeze(axis), sent)
+    def grad_input(grad: Tensor, axis: int, count: int, classes: int) -> Tensor:
+        sizes = [-1] * (grad.dim() + 1)
+        sizes[axis] = count
+        return (grad / classes).unsqueeze(axis).expand(sizes)
 
 
 @drop_in
-def nll_loss(
+def multilabel_soft_margin_loss(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """-w[t] x[t], reduced, as `torch.nn.functional.nll_loss`.
+    """Binary cross entropy of σ(x), a mean over the last axis, as
+    `torch.nn.functional.multilabel_soft_margin_loss`.
 
-    Shapes: input (N, C, ...) or (C) of log-probabilities, target (N, ...) or () of class indices, weight (C).
-
-    Raises:
-        ValueError: an unknown reduction, or batches of different sizes.
-        IndexError: an index that is no class.
-    """
-    return NLLLossFunction.apply(input, target, weight, ignore_index, _named(reduction, size_average, reduce))
-
-
-class NLLLoss(torch.nn.NLLLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return nll_loss(
-            input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction
-        )
-
-
-class CrossEntropyLossFunction(ClassLoss):
-    r"""ℓ w[t] = -Σ_c q_c log p_c,    p = softmax x,   q = (1-ε) w[t] 1_t + (ε/C) w      (ε: label smoothing)
-
-    log p_c = x_c - log Σ e^x,  d log p = dx - ⟨p, dx⟩:      ∂L/∂x = spread · (p Σ q - q)
-    """
-
-    autocast = FLOAT32
-
-    def forward(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        reduction: str,
-        label_smoothing: float,
-    ) -> Tensor:
-        return F.cross_entropy(
-            input,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
-
-    def mass(weight: Tensor | None, row_weight: Tensor, label_smoothing: float) -> Tensor:
-        """Σ q, of each row."""
-        if weight is None or not label_smoothing:
-            return row_weight
-        return row_weight * (1 - label_smoothing) + weight.mean() * label_smoothing
-
-    def grad_input(
-        input: Tensor,
-        weight: Tensor | None,
-        valid: Tensor,
-        place: Tensor,
-        spread: Tensor,
-        row_weight: Tensor,
-        mass: Tensor,
-        label_smoothing: float,
-    ) -> Tensor:
-        axis = _class_axis(input)
-        hard = spread * row_weight * (1 - label_smoothing)
-        gradient = torch.softmax(input, axis) * (spread * mass).unsqueeze(axis)
-        gradient = gradient.scatter_add(axis, place.unsqueeze(axis), -hard.unsqueeze(axis))
-        if label_smoothing:
-            soft = (spread * (label_smoothing / input.shape[axis])).unsqueeze(axis)
-            gradient = gradient - (soft if weight is None else soft * _along(weight, input, axis))
-        if input.is_cpu and nothing_looks_on(input, valid) and bool(valid.all()):
-            return gradient
-        return choose(valid.unsqueeze(axis).expand_as(gradient), gradient)  # zero, though an ignored row hold inf
-
-
-class SoftCrossEntropyLossFunction(Rule):
-    r"""ℓ = -Σ_c q_c log p_c,    p = softmax x,   q = w ((1-ε) t + ε/C)      t: class probabilities
-
-    ∂L/∂x = spread · (p Σ q - q)       ∂L/∂t = -spread · (1-ε) w log p       ∂L/∂w = -Σ spread · (q/w) log p
-    """
-
-    autocast = FLOAT32
-
-    def forward(
-        input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
-    ) -> Tensor:
-        return F.cross_entropy(input, target, weight, reduction=reduction, label_smoothing=label_smoothing)
-
-    def axis(input: Tensor) -> int:
-        return _class_axis(input)
-
-    def spread(grad: Tensor, input: Tensor, reduction: str, axis: int) -> Tensor:
-        if reduction == "mean":
-            return grad / (input.numel() // max(input.shape[axis], 1))
-        return grad if reduction == "sum" else grad.unsqueeze(axis)
-
-    def class_weight(input: Tensor, weight: Tensor | None, axis: int) -> Tensor:
-        return torch.ones_like(input) if weight is None else _along(weight, input, axis)
-
-    def smoothed(target: Tensor, label_smoothing: float, axis: int) -> Tensor:
-        return target * (1 - label_smoothing) + label_smoothing / target.shape[axis] if label_smoothing else target
-
-    def log_probability(input: Tensor, axis: int) -> Tensor:
-        return torch.log_softmax(input, axis)
-
-    def grad_input(
-        spread: Tensor, smoothed: Tensor, class_weight: Tensor, log_probability: Tensor, axis: int
-    ) -> Tensor:
-        q = smoothed * class_weight
-        return spread * (log_probability.exp() * q.sum(axis, keepdim=True) - q)
-
-    def grad_target(
-        spread: Tensor, class_weight: Tensor, log_probability: Tensor, label_smoothing: float
-    ) -> Tensor:
-        return -spread * (1 - label_smoothing) * class_weight * log_probability
-
-    def grad_weight(spread: Tensor, smoothed: Tensor, log_probability: Tensor, axis: int) -> Tensor:
-        sent = -spread * smoothed * log_probability
-        others = tuple(i for i in range(sent.dim()) if i != axis)
-        return sent.sum(others) if others else sent
-
-
-def _along(weight: Tensor, input: Tensor, axis: int) -> Tensor:
-    """A weight for each class, shaped to broadcast along the class axis."""
-    return weight.reshape(-1, *[1] * (input.dim() - axis - 1))
-
-
-@drop_in
-def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Cross entropy of softmax(x) with class indices or probabilities, as `torch.nn.functional.cross_entropy`.
-
-    Shapes: input (N, C, ...) or (C), target (N, ...) or () of class indices or of the input's shape with class
-    probabilities, weight (C).
+    Shapes: input and target (*, C), a weight that broadcasts to them; without a reduction the result is (*).
 
     Raises:
-        ValueError: an unknown reduction, or batches of different sizes.
-        IndexError: an index that is no class.
-        RuntimeError: label smoothing outside [0, 1], a target of a wrong shape or dtype.
+        ValueError: an unknown reduction.
     """
-    reduction = _named(reduction, size_average, reduce)
-    if target.is_floating_point():
-        if ignore_index >= 0 or target.shape != input.shape:  # raises what torch raises
-            return F.cross_entropy(input, target, weight, ignore_index=ignore_index)
-        return SoftCrossEntropyLossFunction.apply(input, target, weight, reduction, label_smoothing)
-    return CrossEntropyLossFunction.apply(input, target, weight, ignore_index, reduction, label_smoothing)
-
-
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(
-            input,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
+    reduction = named(reduction, size_average, reduce)
+    x, t = broadcast(input, target)
+    losses = MultiLabelSoftMarginLossFunction.apply(x, t, None, None, "none")
+    if weight is not None:
+        losses = losses * weight
+    axis = input.dim() - 1  # of the input, though a target of more axes may have broadcast it
+    return reduced(ClassMeanFunction.apply(losses, axis, losses.size(axis), input.size(axis)), reduction)
 
 
 register(
-    nll_loss,
-    NLLLoss,
+    multilabel_soft_margin_loss,
     samples=lambda t: [
-        *(Call(t(5, 3), t.index(3, 5), reduction=reduction) for reduction in _REDUCTIONS),
-        *(
-            Call(t(5, 3), t.index(3, 5), t.fixed(3, low=0.5, high=2), ignore_index=1, reduction=reduction)
-            for reduction in _REDUCTIONS
-        ),
-        Call(t(2, 3, 4), t.index(3, 2, 4), ignore_index=0),
-        Call(t(3), t.index(3)),
+        Call(t(5, 3), t(5, 3, low=0, high=1)),
+        Call(t(2, 4, 3), t(4, 3, low=0, high=1), t(3, low=0.5, high=2), reduction="none"),
+        Call(t(3), t(3, low=0, high=1), t.fixed(3, low=0.5, high=2), reduction="sum"),
     ],
-    big=lambda t: Call(t(512, 8192), t.index(8192, 512)),
+    big=lambda t: Call(t(4096, 80), t(4096, 80, low=0, high=1)),
 )
 
+
+class KLDivFunction(PointwiseLoss):
+    r"""ℓ = t (log t - x)      x: log-probabilities   t: probabilities      (0 log 0 = 0)
+
+    ∂ℓ/∂x = -t            ∂ℓ/∂t = log t + 1 - x
+    """
+
+    autocast = FLOAT32
+
+    def forward(input: Tensor, target: Tensor, log_target: bool, reduction: str) -> Tensor:
+        return torch.kl_div(input, target, _reduction.get_enum(reduction), log_target=log_target)
+
+    def scale(target: Tensor, reduction: str) -> float:
+        return mean_scale(target, reduction)
+
+    def slope(target: Tensor) -> Tensor:
+        return -target
+
+    def grad_target(grad: Tensor, input: Tensor, target: Tensor, scale: float) -> Tensor:
+        return scaled(grad, scale) * (target.log() + 1 - input)
+
+
+class KLDivLogTargetFunction(KLDivFunction):
+    r"""ℓ = eᵗ (t - x)      x, t: log-probabilities
+
+    ∂ℓ/∂x = -eᵗ            ∂ℓ/∂t = eᵗ (t - x) + eᵗ
+    """
+
+    def slope(target: Tensor) -> Tensor:
+        return -target.exp()
+
+    def grad_target(grad: Tensor, input: Tensor, target: Tensor, scale: float) -> Tensor:
+        return scaled(grad, scale) * (target - input + 1) * target.exp()
+
+
+@drop_in
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """t (log t - x), reduced, as `torch.nn.functional.kl_div`. Input, of log-probabilities, and target broadcast.
+
+    The reduction "batchmean" divides the sum by the input's first size.
+
+    Raises:
+        ValueError: an unknown reduction.
+    """
+    if size_average is None and reduce is None and reduction == "mean":
+        warnings.warn(
+            "reduction: 'mean' divides the total loss by both the batch size and the support size."
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
+            stacklevel=3,
+        )
+    by_batch = reduction == "batchmean"
+    reduction = named("sum" if by_batch else reduction, size_average, reduce)
+    rule = KLDivLogTargetFunction if log_target else KLDivFunction
+    loss = rule.apply(*broadcast(input, target), log_target, reduction)
+    return loss / input.size(0) if by_batch and input.dim() else loss
+
+
 register(
-    cross_entropy,
-    CrossEntropyLoss,
+    kl_div,
     samples=lambda t: [
-        *(Call(t(5, 3), t.index(3, 5), reduction=reduction) for reduction in _REDUCTIONS),
-        *(
-            Call(
-                t(5, 3),
-                t.index(3, 5),
-                t.fixed(3, low=0.5, high=2),
-                ignore_index=1,
-                label_smoothing=0.1,
-                reduction=reduction,
-            )
-            for reduction in _REDUCTIONS
-        ),
-        Call(t(2, 3, 4), t.index(3, 2, 4), label_smoothing=0.2),
-        Call(t(3), t.index(3)),
-        *(Call(t(5, 3), t(5, 3).softmax(1), reduction=reduction) for reduction in _REDUCTIONS),
-        Call(t(2, 3, 4), t(2, 3, 4).softmax(1), t(3, low=0.5, high=2), label_smoothing=0.1),
-        Call(t(3), t(3).softmax(0), t(3, low=0.5, high=2)),
+        Call(t(5, 3).log_softmax(1), t(5, 3).softmax(1), reduction="batchmean"),
+        Call(t(5, 3), t(5, 3), reduction="sum", log_target=True),
+        Call(t(5, 3), t(3, low=0.1, high=0.9), reduction="none"),
+        Call(t(3), t(5, 3), reduction="batchmean", log_target=True),
     ],
-    big=lambda t: Call(t(512, 8192), t.index(8192, 512)),
+    big=lambda t: Call(t(512, 2048).log_softmax(1), t(512, 2048).softmax(1), reduction="batchmean"),
+)
+
+
+class PoissonNLLLossFunction(PointwiseLoss):
+    r"""ℓ = eˣ - t x,   or of the rate itself   x - t log(x + ε)
+
+    ∂ℓ/∂x = eˣ - t,   or   1 - t / (x + ε)            ∂ℓ/∂t = -x,   or   -log(x + ε)
+    """
+
+    autocast = FLOAT32
+    complex = True
+
+    def forward(input: Tensor, target: Tensor, log_input: bool, eps: float, reduction: str) -> Tensor:
+        return torch.poisson_nll_loss(input, target, log_input, False, eps, _reduction.get_enum(reduction))
+
+    def slope(input: Tensor, target: Tensor, log_input: bool, eps: float) -> Tensor:
+        slope = input.exp() - target if log_input else 1 - target / (input + eps)
+        return slope.conj()
+
+    def grad_target(grad: Tensor, input: Tensor, log_input: bool, eps: float, scale: float) -> Tensor:
+        return -scaled(grad, scale) * (input if log_input else (input + eps).log()).conj()
+
+
+class StirlingFunction(Rule):
+    r"""y = t log t - t + ½ log 2πt  where t > 1, else 0:  log t! for large t      y′ = log t + 1/2t,  and 0"""
+
+    autocast = FLOAT32
+
+    def forward(input: Tensor) -> Tensor:
+        value = input * torch.log(input) - input + 0.5 * torch.log(2 * math.pi * input)
+        return value.masked_fill(input <= 1, 0)
+
+    def grad_input(grad: Tensor, input: Tensor) -> Tensor:
+        above = input.clamp(min=1)  # so that the branch not taken stays finite and so do its derivatives
+        return choose(input > 1, grad * (above.log() + 0.5 / above))
+
+
+@drop_in
+def poisson_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    log_input: bool = True,
+    full: bool = False,
+    size_average: bool | None = None,
+    eps: float = 1e-8,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """eˣ - t x, reduced, as `torch.nn.functional.poisson_nll_loss`. Input and target broadcast.
+
+    Raises:
+        ValueError: an unknown reduction.
+    """
+    reduction = named(reduction, size_average, reduce)
+    if not isinstance(full, bool):
+        raise TypeError(f"full must be a bool, but is {full!r}")
+    input, target = broadcast(input, target)
+    if not full:
+        return PoissonNLLLossFunction.apply(input, target, log_input, eps, reduction)
+    losses = PoissonNLLLossFunction.apply(input, target, log_input, eps, "none")
+    return reduced(losses + StirlingFunction.apply(target), reduction)
+
+
+register(
+    poisson_nll_loss,
+    samples=lambda t: [
+        Call(t(5, 3), t(5, 3, low=1.1, high=4)),
+        Call(t(5, 3), t(3, low=1.5, high=4), full=True, reduction="sum"),
+        Call(t(5, 3, low=0.5, high=2), t(5, 3, low=0, high=0.9), False, True, reduction="none"),
+    ],
+    big=lambda t: Call(t(1024, 1024), t(1024, 1024, low=0, high=4)),
+)
+
+
+class FloorFunction(Rule):
+    r"""y = max(x, ε)      ∂L/∂x := g      (so torch defines it: a variance below the floor still learns)"""
+
+    def forward(input: Tensor, eps: float) -> Tensor:
+        return input.clone().clamp_(min=eps)
+
+    def grad_input(grad: Tensor) -> Tensor:
+        return grad
+
+
+class GaussianNLLLossFunction(PointwiseLoss):
+    r"""ℓ = ½ (log v + d²/v),   and if `full` + ½ log 2π            d: x - t   v: the variance
+
+    ∂ℓ/∂d = d/v            ∂ℓ/∂v = ½ (1/v - (d/v)²)
+    """
+
+    autocast = {"cuda": "float32"}
+
+    def forward(input: Tensor, var: Tensor, full: bool, reduction: str) -> Tensor:
+        losses = 0.5 * (torch.log(var) + input**2 / var)
+        if full:
+            losses += 0.5 * math.log(2 * math.pi)
+        return reduced(losses, reduction)
+
+    def slope(input: Tensor, var: Tensor) -> Tensor:
+        return input / var
+
+    def grad_var(grad: Tensor, input: Tensor, var: Tensor, scale: float) -> Tensor:
+        return scaled(grad, 0.5 * scale) * (1 - input * input / var) / var
+
+
+@drop_in
+def gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """½ (log v + (x - t)²/v), reduced, as `torch.nn.functional.gaussian_nll_loss`.
+
+    Input and target broadcast; the variance is a number, or of the input's shape but for one axis, which may be of
+    size 1 or, the last, left out. Variances below ε count as ε.
+
+    Raises:
+        ValueError: an unknown reduction, a variance below 0 or of another shape.
+    """
+    variance = var if isinstance(var, Tensor) else var * torch.ones_like(input)
+    if not torch.compiler.is_compiling() and (plain(variance) < 0).any():
+        raise ValueError("var has negative entry/entries")
+    sizes = input.size(), variance.size()
+    if sizes[0][:-1] == sizes[1]:
+        variance = variance.unsqueeze(-1)
+    elif len(sizes[0]) != len(sizes[1]) or sum(v for x, v in zip(*sizes, strict=True) if x != v) not in (0, 1):
+        raise ValueError("var is of incorrect size")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{reduction} is not valid")
+    difference = PlainDifferenceFunction.apply(*broadcast(input, target))
+    difference, variance = broadcast(difference, FloorFunction.apply(variance, eps))
+    return GaussianNLLLossFunction.apply(difference, variance, full, reduction)
+
+
+register(
+    gaussian_nll_loss,
+    samples=lambda t: [
+        Call(t(5, 3), t(5, 3), t(5, 3, low=0.5, high=2)),
+        Call(t(5, 3), t(3), t(5, low=0.5, high=2), full=True, reduction="sum"),
+        Call(t(5, 3), t(5, 3), t(5, 1, low=0.5, high=2), eps=0.1, reduction="none"),
+        Call(t(5, 3), t(5, 3), 0.7),
+    ],
+    big=lambda t: Call(t(1024, 1024), t(1024, 1024), t(1024, 1024, low=0.5, high=2)),
+    special=False,
 )

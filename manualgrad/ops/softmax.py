@@ -27,6 +27,17 @@ class SoftmaxFunction(Rule):
         return weighted.addcmul(output, weighted.sum(dim, keepdim=True), value=-1)
 
 
+class SoftminFunction(SoftmaxFunction):
+    r"""y = softmax(-x)      ∂L/∂x = -y (g - Σ g y)"""
+
+    def forward(input: Tensor, dim: int) -> Tensor:
+        return torch.softmax(-input, dim)
+
+    def grad_input(grad: Tensor, output: Tensor, dim: int) -> Tensor:
+        weighted = grad * output
+        return output * weighted.sum(dim, keepdim=True) - weighted
+
+
 class LogSoftmaxFunction(Rule):
     r"""yᵢ = xᵢ - log Σ e^x      (along one axis)
 
@@ -56,9 +67,15 @@ def softmax(
     return SoftmaxFunction.apply(input if dtype is None else input.to(dtype), dim)
 
 
-class Softmax(torch.nn.Softmax):
-    def forward(self, input: Tensor) -> Tensor:
-        return softmax(input, self.dim, _stacklevel=5)
+@drop_in
+def softmin(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """softmax(-x) along `dim`, as `torch.nn.functional.softmin`. Any shape; computed in `dtype` if given."""
+    if input.dtype == torch.bool:
+        raise RuntimeError("softmin: a bool tensor has no negative")
+    dim = _axis("softmin", input, dim, _stacklevel)
+    return SoftminFunction.apply(input if dtype is None else input.to(dtype), dim)
 
 
 @drop_in
@@ -70,15 +87,9 @@ def log_softmax(
     return LogSoftmaxFunction.apply(input if dtype is None else input.to(dtype), dim)
 
 
-class LogSoftmax(torch.nn.LogSoftmax):
-    def forward(self, input: Tensor) -> Tensor:
-        return log_softmax(input, self.dim, _stacklevel=5)
-
-
-for _function, _module in ((softmax, Softmax), (log_softmax, LogSoftmax)):
+for _function in (softmax, softmin, log_softmax):
     register(
         _function,
-        _module,
         samples=lambda t: [
             Call(t(5, 3), dim=-1),
             Call(t(2, 5, 3), dim=1),
