@@ -1,4 +1,4 @@
-"""python -m manualgrad verify PACKAGE.MODULE:FUNCTION --inputs PACKAGE.MODULE:MAKER, or coverage."""
+"""python -m manualgrad verify PACKAGE.MODULE:FUNCTION --inputs PACKAGE.MODULE:MAKER, or coverage [NAME ...]."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import importlib
 import sys
 from typing import Any
 
-from manualgrad import registry
+from manualgrad import coverage
+from manualgrad.registry import ops
 from manualgrad.verification import LAWS, verify
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m manualgrad", description="Gradients by hand.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("coverage", help="the table of operations that have a hand-written gradient")
+    page = commands.add_parser("coverage", help="every name of torch.nn with what is known of its gradient")
+    page.add_argument("names", nargs="*", metavar="NAME", help="only these functions")
     check = commands.add_parser(
         "verify",
         help="try every law on a function",
@@ -33,8 +35,7 @@ def main() -> int:
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args()
     if given.command == "coverage":
-        print(registry.markdown())
-        return 0
+        return _coverage(given.names)
     try:
         inputs = _named(given.inputs)()
         report = verify(
@@ -50,6 +51,23 @@ def main() -> int:
         return 2
     print(report.to_json() if given.json else report)
     return 0 if report.ok else 1
+
+
+def _coverage(names: list[str]) -> int:
+    for name in set(names) - ops().keys():
+        print(f"no function is called {name!r}", file=sys.stderr)
+        return 2
+    print(coverage.HEAD)
+    table = []
+    for op in ops().values():
+        if not names or op.name in names:
+            table.append(coverage.row(op))
+            print(table[-1], flush=True)
+    if not names:
+        print(f"\n{coverage.summary(table)}")
+    if absent := coverage.missing():
+        print(f"\nNot derived: {', '.join(absent)}")
+    return 1 if absent else 0
 
 
 def _named(path: str) -> Any:

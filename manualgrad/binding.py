@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import types
 import warnings
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -24,22 +25,22 @@ from torch import nn
 from typing_extensions import deprecated
 
 from manualgrad import registry
-from manualgrad.rule import differentiated
+from manualgrad.rule import beyond_reverse_mode
 
 _get_fastpath_enabled = torch.backends.mha.get_fastpath_enabled
 _NAMESPACES = (torch, torch._VF, torch.backends, torch.backends.mha)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _inference_only() -> bool:
-    """The transformers' path for inference, one operation of torch's, has no derivative in forward mode, and
-    whether one is asked for torch's own conditions do not see."""
-    return _get_fastpath_enabled() and (torch.is_grad_enabled() or not differentiated())
+def _inference_alone() -> bool:
+    """The transformers' path for inference is one operation of torch's, without a derivative in forward mode or
+    under a transform; of these torch's own conditions do not ask."""
+    return _get_fastpath_enabled() and not beyond_reverse_mode()
 
 
 @functools.cache
 def _ours() -> dict[Any, Any]:
     """Our function for each of torch's that the table names."""
-    found: dict[Any, Any] = {_get_fastpath_enabled: _inference_only}
+    found: dict[Any, Any] = {_get_fastpath_enabled: _inference_alone}
     for op in registry.ops().values():
         if not isinstance(op.written, str):
             found |= dict.fromkeys((op.reference, *op.stands_for), op.written)
@@ -79,7 +80,7 @@ def replaced(value: Any, names: frozenset[str] = frozenset()) -> Any:
     return derived(value) if is_module(value) else value
 
 
-def is_module(value: Any) -> bool:
+def is_module(value: Any) -> TypeGuard[type[nn.Module]]:
     """A public module class of torch.nn."""
     return isinstance(value, type) and issubclass(value, nn.Module) and vars(nn).get(value.__name__) is value
 
@@ -103,20 +104,18 @@ def bound(function: FunctionType) -> FunctionType:
         return _bound[function]
     _bound[function] = function
     names = frozenset(_names(function.__code__))
-    scope = {}
-    for name in names & function.__globals__.keys():
-        value = function.__globals__[name]
-        if (found := replaced(value, names)) is not value:
-            scope[name] = found
-    if scope:
+    found = {name: replaced(function.__globals__[name], names) for name in names & function.__globals__.keys()}
+    scope = {name: value for name, value in found.items() if value is not function.__globals__[name]}
+    defaults = tuple(map(replaced, function.__defaults__ or ()))
+    if scope or defaults != (function.__defaults__ or ()):
         scope = {**function.__globals__, **scope}
         del scope["__name__"]  # or Dynamo looks the names up in torch's module
         # Dynamo keeps what it compiled with the code object, and two functions may not share it
-        code = function.__code__.replace(co_name=f"{function.__name__}")
-        copy = FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
+        code = function.__code__.replace()
+        copy = FunctionType(code, scope, function.__name__, defaults, function.__closure__)
         copy.__kwdefaults__ = function.__kwdefaults__
         _bound[function] = functools.update_wrapper(copy, function)
-        del copy.__wrapped__
+        del vars(copy)["__wrapped__"]
         copy.__module__ = function.__module__.replace("torch.nn", "manualgrad.nn", 1)  # where pickle finds it
     return _bound[function]
 
@@ -149,7 +148,9 @@ def derived(original: type[nn.Module]) -> type[nn.Module]:
         about = {"__module__": "manualgrad.nn", "__doc__": original.__doc__, "__qualname__": original.__qualname__}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # a deprecated class warns who inherits from it
-            found = type(original)(original.__name__, (original, *bases), changed | about)
+            found = types.new_class(
+                original.__name__, (original, *bases), {}, lambda new: new.update(changed | about)
+            )
         if told := vars(original).get("__deprecated__"):
             found = deprecated(told, category=FutureWarning)(found)
         _bound[original] = found

@@ -179,13 +179,3 @@ def ops() -> dict[str, Op]:
     """Every operation by its name in torch.nn.functional, in alphabetical order."""
     _areas()
     return dict(sorted(_table.items()))
-
-
-def markdown() -> str:
-    """The table as the README shows it (`python -m manualgrad coverage`)."""
-    rows = ["| function | module | derived in | what it lacks, and why |", "|---|---|---|---|"]
-    for op in ops().values():
-        where = f"{op.function.__module__.rpartition('.')[2]}.py"
-        lacks = "; ".join(f"`{law}`: {reason}" for law, reason in op.lacks.items())
-        rows.append(f"| `{op.name}` | `{op.module.__name__ if op.module else ''}` | `ops/{where}` | {lacks} |")
-    return "\n".join(rows)

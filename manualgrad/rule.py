@@ -352,7 +352,12 @@ def _forward_mode() -> bool:
 
 def differentiated() -> bool:
     """The backward that runs now may itself be differentiated. Grad mode alone does not tell."""
-    return torch.is_grad_enabled() or _forward_mode() or _transformed()
+    return torch.is_grad_enabled() or beyond_reverse_mode()
+
+
+def beyond_reverse_mode() -> bool:
+    """A level of forward mode is open, or a transform of torch.func is active."""
+    return _forward_mode() or _transformed()
 
 
 def cuda_autocasts(operation: str) -> bool:

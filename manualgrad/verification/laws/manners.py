@@ -199,21 +199,21 @@ def nothing_leaks(subject: Subject) -> None:
     """Without the garbage collector, every tensor is gone when the caller lets go of the output."""
     for _ in range(2):  # constants that are cached once stay
         _run_and_forget(subject)
-    gc.collect()
     was_on = gc.isenabled()
     gc.disable()
+    gc.freeze()  # all that there is so far: what is found below is new
     try:
-        before = _alive()
         refs = [ref for _ in range(3) for ref in _run_and_forget(subject)]
         names = [name for name, ref in refs if ref() is not None]
         if names:
             raise Fails(
                 f"{names[0]} is still alive after the output was let go ({len(names)} of {len(refs)} tensors)"
             )
-        left = [x for ref in _alive().values() if (x := ref()) is not None and not _known(before, x)]
+        left = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
         if left:
             raise Fails(f"{kind(left[0])}, made by the function, is still alive after the output was let go")
     finally:
+        gc.unfreeze()
         if was_on:
             gc.enable()
 
@@ -227,15 +227,6 @@ def _run_and_forget(subject: Subject) -> list[tuple[str, weakref.ref[Tensor]]]:
     named += [(f"the upstream gradient of output {i}", u) for i, u in enumerate(upstreams)]
     named += [(f"the gradient of {subject.named(k)}", g) for k, g in enumerate(found) if g is not None]
     return [(name, weakref.ref(x)) for name, x in named]
-
-
-def _alive() -> dict[int, weakref.ref[Tensor]]:
-    return {id(x): weakref.ref(x) for x in gc.get_objects() if issubclass(type(x), Tensor)}
-
-
-def _known(before: dict[int, weakref.ref[Tensor]], tensor: Tensor) -> bool:
-    ref = before.get(id(tensor))
-    return ref is not None and ref() is tensor
 
 
 @law("state on ctx that backward uses up, or an in-place operation on what was saved")

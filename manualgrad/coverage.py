@@ -1,0 +1,192 @@
+"""What is derived by hand, name by name: the page that ``python -m manualgrad coverage`` prints.
+
+Everything in it is measured when it is asked for, on the samples of the table: in which orders derivatives are
+right, ours and torch's, and what is kept for backward. A public name of torch.nn or torch.nn.functional that is
+neither ours nor declared to have nothing to derive is missing, and fails a test.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from manualgrad import nn
+from manualgrad.registry import Call, Maker, Op, ops
+from manualgrad.saving import kept_bytes
+from manualgrad.verification.derivatives import derivative, line
+from manualgrad.verification.subject import Subject, upstream
+
+NOTHING_TO_DERIVE = {
+    "one_hot": "its result is integers",
+    "scaled_mm": "torch has no derivative of it: float8 for inference",
+    "scaled_grouped_mm": "torch has no derivative of it: float8 for inference",
+    **dict.fromkeys(("assert_int_or_pair", "boolean_dispatch", "handle_torch_function"), "a helper of torch's"),
+    **dict.fromkeys(
+        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), "a helper of torch's"
+    ),
+    **dict.fromkeys(("Module", "Identity", "Container", "RNNBase", "RNNCellBase", "DataParallel"), "a frame"),
+    **dict.fromkeys(("Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"), "a container"),
+    **dict.fromkeys(("Flatten", "Unflatten"), "a view"),
+    **dict.fromkeys(("TransformerEncoder", "TransformerDecoder"), "calls the layers that it is given"),
+}
+"""Public names that stay torch's own, each with the reason."""
+
+
+def missing() -> list[str]:
+    """Public names whose derivative torch would take."""
+    derived = ops().keys() | NOTHING_TO_DERIVE.keys()
+    functions = [
+        name
+        for name, value in vars(F).items()
+        if callable(value) and not inspect.isclass(value) and not name.startswith("_")
+        if (getattr(value, "__module__", None) or "torch").startswith("torch")
+    ]
+    return [
+        *(f"functional.{name}" for name in functions if derived.isdisjoint((name, name.removesuffix("_")))),
+        *(
+            name
+            for name, value in _modules(torch.nn).items()
+            if name not in derived and (getattr(nn, name) is value or not _called(getattr(nn, name)) & derived)
+        ),
+    ]
+
+
+def _modules(space: ModuleType) -> dict[str, type[torch.nn.Module]]:
+    found = {
+        name: value for name, value in vars(space).items() if not name.startswith("_") and inspect.isclass(value)
+    }
+    return {name: value for name, value in found.items() if issubclass(value, torch.nn.Module)}
+
+
+def _called(module: type[torch.nn.Module]) -> set[str]:
+    """Names of the functions that a module's methods call, by themselves or through a namespace."""
+    names: set[str] = set()
+    for function in (value for base in module.__mro__ for value in vars(base).values()):
+        if isinstance(function, FunctionType) and "torch.nn.modules.module" not in str(function.__module__):
+            steps = [(step.opname, step.argval) for step in dis.get_instructions(function)]
+            for (before, space), (opname, name) in itertools.pairwise([("", ""), *steps]):
+                through = before == "LOAD_GLOBAL" and space in ("F", "torch", "_VF", "_cross_map_lrn2d")
+                if opname == "LOAD_GLOBAL" or (through and opname in ("LOAD_ATTR", "LOAD_METHOD")):
+                    names.add(name)
+    return names
+
+
+RIGHT, WRONG, REFUSED = "✓", "✗", "–"
+MIXTURES = (
+    ("r", "f"),
+    ("rr", "rf", "fr", "ff"),
+    tuple(map("".join, itertools.product("rf", repeat=3))),
+    ("rrrr", "ffff", "rfrf", "frfr"),
+)
+"""The modes in which derivatives of orders 1 to 4 are taken ("rf": forward over reverse)."""
+
+_STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
+_STEP = 1e-4
+
+
+def orders(op: Op) -> tuple[str, str]:
+    """For orders 1 to 4 a mark each, ours and torch's: right in every mixture of modes, silently wrong in one, or
+    refused. Along a line a derivative is one number; the truth is the difference quotient of our own, one order
+    lower, which the laws have held against the order below in turn."""
+    ours, torch_s = [RIGHT] * 4, [RIGHT] * 4
+    for call in list(op.samples(Maker()))[:1]:
+        if call.gradient_is_derivative:
+            args, kwargs = call.marked()
+            lines = [_along(function, args, kwargs) for function in (op.function, op.reference)]
+            for n, mixtures in enumerate(MIXTURES):
+                below = [derivative(lines[0], "r" * n, at=k * _STEP) for k, _ in _STENCIL]
+                truth = sum(weight * value for (_, weight), value in zip(_STENCIL, below, strict=True)) / _STEP
+                tolerance = 1e-7 * max(abs(truth), *map(abs, below), 1)
+                for marks, along in ((ours, lines[0]), (torch_s, lines[1])):
+                    marks[n] = max(marks[n], _mark(along, mixtures, truth, tolerance), key=_worse)
+    return "".join(ours), "".join(torch_s)
+
+
+_worse = (RIGHT, REFUSED, WRONG).index
+
+
+def _along(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    subject = Subject(function, args, kwargs)
+    assert subject.differentiable_places  # found out before any transform is on
+    directions = [upstream(x, 41 + k) for k, x in enumerate(subject.points)]
+    return line(subject.scalar, subject.points, directions, lambda y: y)
+
+
+def _mark(along: Callable[..., Any], mixtures: Sequence[str], truth: float, tolerance: float) -> str:
+    mark = RIGHT
+    for modes in mixtures:
+        try:
+            found = derivative(along, modes)
+        except (NotImplementedError, RuntimeError):
+            mark = max(mark, REFUSED, key=_worse)
+        else:
+            if not abs(found - truth) <= tolerance:
+                return WRONG
+    return mark
+
+
+class Row(NamedTuple):
+    """What is known of one name."""
+
+    name: str
+    modules: list[str]
+    file: str
+    orders: str
+    orders_of_torch: str
+    kept: float
+    kept_by_torch: float
+    lacks: dict[str, str]
+
+    def __str__(self) -> str:
+        modules = ", ".join(f"`{name}`" for name in self.modules)
+        lacks = "; ".join(f"`{law}`: {reason}" for law, reason in self.lacks.items())
+        return (
+            f"| `{self.name}` | {modules} | {self.file} | {self.orders} | {self.orders_of_torch} | "
+            f"{self.kept:.3g} | {self.kept_by_torch:.3g} | {lacks} |"
+        )
+
+
+HEAD = """\
+| function | modules | derived in | orders 1-4 | torch's | bytes kept | torch | what it lacks, and why |
+|---|---|---|---|---|---|---|---|"""
+
+
+def row(op: Op) -> Row:
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        ours, torch_s = orders(op)
+        kept, kept_by_torch = (_kept(op, function) for function in (op.function, op.reference))
+    file = "composed" if isinstance(op.written, str) else f"`{op.function.__module__.rpartition('.')[2]}.py`"
+    return Row(op.name, _modules_of(op), file, ours, torch_s, kept, kept_by_torch, dict(op.lacks))
+
+
+def _kept(op: Op, function: Callable[..., Any]) -> float:
+    """Bytes kept for backward at the big sample in float32, for each number of the first differentiable tensor."""
+    call: Call = op.big(Maker(torch.float32))
+    args, kwargs = call.marked()
+    return kept_bytes(function, *args, **kwargs) / call[call.differentiable()[0]].numel()
+
+
+def _modules_of(op: Op) -> list[str]:
+    names = {op.name} | {value.__name__ for value in op.stands_for if hasattr(value, "__name__")}
+    return sorted(name for name, value in _modules(nn).items() if _called(value) & names)
+
+
+def summary(table: Sequence[Row]) -> str:
+    """How many operations are right at each order."""
+    lines = ["| order | ours: right | torch: right | refused | silently wrong |", "|---|---|---|---|---|"]
+    for n in range(4):
+        ours = sum(row.orders[n] == RIGHT for row in table)
+        right, refused, wrong = (
+            sum(row.orders_of_torch[n] == mark for row in table) for mark in (RIGHT, REFUSED, WRONG)
+        )
+        lines.append(f"| {n + 1} | {ours} of {len(table)} | {right} | {refused} | {wrong} |")
+    return "\n".join(lines)
