@@ -55,7 +55,7 @@ class _Twin(ModuleType):
         self._original = original
 
     def __getattr__(self, name: str) -> Any:
-        found = replaced(getattr(self._original, name))
+        found = replaced(getattr(self._original, name), _called())
         vars(self)[name] = found
         return found
 
