@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 
 from manualgrad import nn, registry
 from manualgrad.saving import kept_bytes
@@ -45,7 +46,7 @@ class Settings(CommandLine):
 Step = Callable[[], list[Tensor]]
 """Forward and backward; gives the gradients."""
 
-Subject = tuple[Step, Callable[[], Tensor]]
+Subject = tuple[Step, Callable[[], Any]]
 """The step, and its forward alone."""
 
 REPEATS = 5
@@ -83,22 +84,24 @@ def mlp(nn: ModuleType, width: int, batch: int, settings: Settings) -> Subject:
     return step, forward
 
 
-def operation(op: registry.Op, function: Callable[..., Tensor], settings: Settings) -> Subject:
+def operation(op: registry.Op, function: Callable[..., Any], settings: Settings) -> Subject:
     """One operation on its big sample, and a gradient for every input that has one."""
     call = op.big(registry.Maker(getattr(torch, settings.dtype), settings.device))
-    places = call.differentiable()
-    tensors = [call[place].requires_grad_() for place in places]
+    args, kwargs = call.marked()
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
     upstream: list[Tensor] = []
 
-    def forward() -> Tensor:
+    def forward() -> list[Tensor]:
         torch.manual_seed(0)
-        return function(*call.args, **call.kwargs)
+        outputs = tree_leaves(function(*args, **kwargs))
+        return [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
 
     def step() -> list[Tensor]:
-        output = forward()
+        outputs = forward()
         if not upstream:
-            upstream.append(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output))
-        return list(torch.autograd.grad(output, tensors, upstream[0]))
+            generator = torch.Generator().manual_seed(1)
+            upstream.extend(torch.randn(x.shape, generator=generator).to(x) for x in outputs)
+        return list(torch.autograd.grad(outputs, tensors, upstream))
 
     return step, forward
 
@@ -121,7 +124,7 @@ def measure(name: str, make: Callable[[], tuple[Subject, Subject]], settings: Se
     for _ in range(REPEATS):
         (ours, our_forward), (torch_s, torch_forward) = make()
         compare(name, ours(), torch_s(), settings)
-        kept = kept_bytes(our_forward) / kept_bytes(torch_forward)
+        kept = (1 + kept_bytes(our_forward)) / (1 + kept_bytes(torch_forward))  # 1: both may keep nothing
         begin = time.perf_counter()
         fresh: list[tuple[float, float]] = []
         while len(fresh) < 5 or time.perf_counter() - begin < settings.seconds / REPEATS:
