@@ -286,7 +286,7 @@ def _entry(rule: type[Rule], twin: Any) -> Callable[..., Any]:
 
     def apply(*args: Any, with_statistics: bool = False) -> Any:
         if _autocasting():
-            args = _cast(rule, args)
+            args = cast(rule, args)
             with _without_autocast(args):
                 return apply(*args, with_statistics=with_statistics)
         if torch.compiler.is_compiling():
@@ -313,8 +313,8 @@ def _device(args: Iterable[Any]) -> str:
     return next(x.device.type for x in args if isinstance(x, Tensor))
 
 
-def _cast(rule: type[Rule], args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cast floating tensors as autocast does (float64 it leaves alone)."""
+def cast(rule: type[Rule], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Floating tensors as autocast gives them to the rule (float64 it leaves alone)."""
     device = _device(args)
     policy = rule.autocast.get(device)
     if policy is None or not torch.is_autocast_enabled(device):

@@ -122,7 +122,7 @@ def test_complex(op: Op, call: Call) -> None:
     def outcome(function: Callable[..., Tensor]) -> Any:
         try:
             return gradients(of_tensors(op, changed, function), tensors_of(changed))
-        except (RuntimeError, NotImplementedError, TypeError) as error:
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             return type(error)
 
     ours, torch_s = outcome(op.function), outcome(op.reference)
@@ -144,10 +144,14 @@ def test_autocast(op: Op, number: int, device: str) -> None:
     for dtype, lower in itertools.product((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
         call = sample(op, number, device, dtype)
         results = []
-        for function in (op.function, op.reference):
-            with torch.autocast(device, lower):
-                results.append(gradients(of_tensors(op, call, function), tensors_of(call)))
-        (ours, found), (torch_s, expected) = results
+        try:
+            for function in (op.reference, op.function):
+                with torch.autocast(device, lower):
+                    results.append(gradients(of_tensors(op, call, function), tensors_of(call)))
+        except NotImplementedError:  # torch has no kernel for the dtype
+            assert not results, "torch has"
+            continue
+        (torch_s, expected), (ours, found) = results
         assert (ours.dtype, [x.dtype for x in found]) == (torch_s.dtype, [x.dtype for x in expected])
         rounding = 16 * torch.finfo(lower).eps
         assert_close((ours, found), (torch_s, expected), rtol=rounding, atol=rounding)
@@ -160,8 +164,11 @@ def low_precision_errors(op: Op, call: Call, dtype: torch.dtype) -> list[tuple[f
     output = seeded(op.function)(*exact.args, **exact.kwargs)
     upstream = like(output).to(dtype)
     truth = gradients(of_tensors(op, exact), tensors_of(exact), upstream.double().to(output.dtype))[1]
+    try:
+        torch_s = gradients(of_tensors(op, call, op.reference), tensors_of(call), upstream)[1]
+    except NotImplementedError:  # torch has no kernel for the dtype
+        return []
     ours = gradients(of_tensors(op, call), tensors_of(call), upstream)[1]
-    torch_s = gradients(of_tensors(op, call, op.reference), tensors_of(call), upstream)[1]
     assert [x.dtype for x in ours] == [x.dtype for x in torch_s]
     return [
         (
@@ -221,11 +228,13 @@ def test_zero_size(op: Op, call: Call) -> None:
     ]
     batched = [(place, x) for place, x in tensors if x.dim() and x.shape[0] == first.shape[0]]
     empty = call.replace([place for place, _ in batched], [x[:0] for _, x in batched])
-    assert_close(
-        gradients(of_tensors(op, empty), tensors_of(empty)),
-        gradients(of_tensors(op, empty, op.reference), tensors_of(empty)),
-        equal_nan=True,
-    )
+    try:
+        expected = gradients(of_tensors(op, empty, op.reference), tensors_of(empty))
+    except RuntimeError:  # the size of the batch stands elsewhere too
+        with pytest.raises(RuntimeError):
+            op.function(*empty.args, **empty.kwargs)
+        return
+    assert_close(gradients(of_tensors(op, empty), tensors_of(empty)), expected, equal_nan=True)
 
 
 SPECIAL = (
@@ -264,8 +273,9 @@ def test_special_values(op: Op, number: int, device: str) -> None:
             ours, found = gradients(function, inputs, upstream)
             torch_s, expected = gradients(reference, inputs, upstream)
             assert_close(ours, torch_s, equal_nan=True)
-            for a, b in zip(found, expected, strict=True):
-                known = ~b.isnan()
+            for x, a, b in zip(inputs, found, expected, strict=True):
+                # At a nan torch gives another gradient where its kernel is vectorized and where it is not.
+                known = ~b.isnan() & ~(x.isnan() & a.isnan())
                 size = b[b.isfinite()].abs().amax().item() if b.isfinite().any() else 0  # what may cancel
                 tolerance = 64 * torch.finfo(dtype).eps
                 explain = f"\ninputs {inputs}\nupstream {upstream}\nours {a}\ntorch {b}"
@@ -336,15 +346,9 @@ def test_kept_for_backward(op: Op, device: str) -> None:
 
 MOVES_OR_ADDS = {
     *("AccumulateGrad", "AliasBackward0", "CloneBackward0", "CopyBackwards", "CopySlices", "ExpandBackward0"),
-    *(
-        "SqueezeBackward1",
-        "UnsqueezeBackward0",
-        "ToCopyBackward0",
-        "ViewBackward0",
-        "AddBackward0",
-        "DivBackward0",
-    ),
-    *("MeanBackward0", "MulBackward0", "SumBackward0"),
+    *("SqueezeBackward1", "UnsqueezeBackward0", "ToCopyBackward0", "ViewBackward0"),
+    *("AddBackward0", "SubBackward0", "RsubBackward1", "NegBackward0", "MulBackward0", "DivBackward0"),
+    *("MeanBackward0", "SumBackward0", "SumBackward1"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What several areas share: sums over rows, a choice between two tensors, pointwise functions and losses."""
+"""What several areas share: sums over rows, a choice between two tensors, pointwise functions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualgrad.registry import stand_ins
 from manualgrad.rule import FLOAT32, Rule, nothing_looks_on
 
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -22,8 +23,10 @@ def drop_in(function: Wrapped) -> Wrapped:
 
     So bad input is refused with torch's type of error and words, whatever stumbled over it here.
     """
-    reference = getattr(F, function.__name__, None) or getattr(torch, function.__name__)
+    return _refusing_as(getattr(F, function.__name__, None) or getattr(torch, function.__name__), function)
 
+
+def _refusing_as(reference: Callable[..., object], function: Wrapped) -> Wrapped:
     @functools.wraps(function)
     def run(*args: object, **kwargs: object) -> object:
         try:
@@ -33,6 +36,16 @@ def drop_in(function: Wrapped) -> Wrapped:
             raise
 
     return run  # type: ignore[return-value]
+
+
+def stands_for(kernel: Callable[..., object]) -> Callable[[Wrapped], Wrapped]:
+    """What follows, a rule or a function, is what torch's functions, bound, call in place of this operation."""
+
+    def enter(ours: Wrapped) -> Wrapped:
+        stand_ins[kernel] = _refusing_as(kernel, getattr(ours, "apply", ours))  # by which a rule is called
+        return ours
+
+    return enter
 
 
 def written(input: Tensor, output: Tensor, inplace: bool) -> Tensor:
@@ -104,6 +117,13 @@ def times(temporary: Tensor, factor: Tensor) -> Tensor:
     return temporary * factor
 
 
+def added(temporary: Tensor, dim: int, index: Tensor, addends: Tensor) -> Tensor:
+    """`temporary` with the addends added along `dim` where `index` says, written over it likewise."""
+    if temporary.dtype == addends.dtype and nothing_looks_on(temporary, addends):
+        return temporary.scatter_add_(dim, index, addends)
+    return temporary.scatter_add(dim, index, addends)
+
+
 class Pointwise(Rule):
     r"""yᵢ = f(xᵢ)      the rule gives ``derivative``, f′, as a tensor of its own
 
@@ -114,37 +134,8 @@ class Pointwise(Rule):
         return times(derivative.conj(), grad)
 
 
-class PointwiseLoss(Rule):
-    r"""L = reduction of ℓᵢ = ℓ(xᵢ, tᵢ)      the rule gives ``slope``, ∂ℓ/∂x, as a tensor of its own
-
-    reduction   "none": Lᵢ = ℓᵢ     "sum": L = Σ ℓᵢ     "mean": L = (1/n) Σ ℓᵢ
-    scale              1                   1                    1/n
-    ∂L/∂xᵢ = scale · g · ∂ℓ/∂xᵢ      (g: gᵢ without a reduction)
-    """
-
-    def scale(input: Tensor, reduction: str) -> float:
-        return mean_scale(input, reduction)
-
-    def grad_input(grad: Tensor, slope: Tensor, scale: float) -> Tensor:
-        return times(slope, scaled(grad, scale))
-
-
-def mean_scale(losses: Tensor, reduction: str) -> float:
-    return 1 / max(losses.numel(), 1) if reduction == "mean" else 1.0
-
-
 def scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor if scale == 1 else tensor * scale
-
-
-class DifferenceLoss(PointwiseLoss):
-    """A loss of d = x - t alone: ∂ℓ/∂t = -∂ℓ/∂x."""
-
-    def difference(input: Tensor, target: Tensor) -> Tensor:
-        return input - target
-
-    def grad_target(grad_input: Tensor) -> Tensor:
-        return -grad_input
 
 
 class DifferenceFunction(Rule):
@@ -174,7 +165,3 @@ def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if all(x.size() == tensors[0].size() for x in tensors):
         return tensors
     return tuple(torch.broadcast_tensors(*tensors))
-
-
-def reduced(losses: Tensor, reduction: str) -> Tensor:
-    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
