@@ -224,6 +224,10 @@ def _nll(scores: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
     return _nn.nll_loss_nd(torch.log_softmax(scores, 1), target, weight, NONE, ignore_index)
 
 
+_PIECE = 2**23
+"""Scores at a time, 32 MiB of them in float32: enough rows for products at full speed."""
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -261,8 +265,11 @@ def linear_cross_entropy(
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
         raise RuntimeError(f"a bias for each of {len(linear_weight)} classes, not {tuple(linear_bias.shape)}")
     x, t = torch.atleast_2d(input), target.reshape(-1) if input.dim() == 1 else target
-    sizes = {"num_batches": len(x), "in_features": x.shape[1], "num_classes": len(linear_weight)}
-    rows = options._adjust(**sizes, dtype=x.dtype, device=x.device).batch_chunk_size
+    if options.chunking_method == "auto":
+        rows = max(1, _PIECE // max(1, len(linear_weight)))
+    else:
+        sizes = {"num_batches": len(x), "in_features": x.shape[1], "num_classes": len(linear_weight)}
+        rows = options._adjust(**sizes, dtype=x.dtype, device=x.device).batch_chunk_size
     ignored = -100 if ignore_index is None else ignore_index
     loss = LinearCrossEntropyLossFunction.apply(
         x, linear_weight, linear_bias, t, weight, REDUCTIONS.index(reduction), ignored, rows
