@@ -362,14 +362,8 @@ def cuda_autocasts(operation: str) -> bool:
 
 def nothing_looks_on(*tensors: Tensor) -> bool:
     """Neither differentiated nor transformed, compiled or a subclass: memory may be taken and written as it is."""
-    if differentiated():
-        return False
-    for tensor in tensors:
-        if type(tensor) is not Tensor or _batched(
-            tensor
-        ):  # by the vmap of torch.autograd.grad(is_grads_batched=True)
-            return False
-    return True
+    # _batched: by the older vmap, of torch.autograd.grad(is_grads_batched=True)
+    return not differentiated() and all(type(x) is Tensor and not _batched(x) for x in tensors)
 
 
 def plain(tensor: Tensor) -> Tensor:
