@@ -552,7 +552,7 @@ register(
 
 register(
     rrelu,
-    samples=lambda t: [Call(t(5, 3), training=True), Call(t(5, 3))],
+    samples=lambda t: [Call(t(5, 3), training=True), Call(t(5, 3), 0.2, 0.6, training=True)],
     big=lambda t: Call(t(1024, 1024), training=True),
     random=True,
     lacks={
