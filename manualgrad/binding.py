@@ -41,6 +41,7 @@ def _ours() -> dict[Any, Any]:
     """Our function for each of torch's that the table names."""
     found: dict[Any, Any] = {_get_fastpath_enabled: _inference_only}
     for op in registry.ops().values():
+        found |= op.calls
         if not isinstance(op.written, str):
             found |= dict.fromkeys((op.reference, *op.stands_for), op.written)
     return found

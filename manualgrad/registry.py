@@ -113,6 +113,7 @@ class Op:
 
     written: FunctionType | str
     stands_for: tuple[Any, ...]
+    calls: Mapping[Any, Callable[..., Any]]
     samples: Callable[[Maker], Iterable[Call]]
     big: Callable[[Maker], Call]
     random: bool
@@ -146,6 +147,7 @@ def register(
     function: Any,
     *,
     stands_for: tuple[Any, ...] = (),
+    calls: Mapping[Any, Callable[..., Any]] | None = None,
     samples: Callable[[Maker], Iterable[Call]],
     big: Callable[[Maker], Call],
     random: bool = False,
@@ -158,13 +160,14 @@ def register(
         function: ours, named as in torch.nn.functional, or if it is not there, in torch; the name alone of one
             that calls ours and is torch's own otherwise.
         stands_for: under what else torch's modules call it.
+        calls: ours for other functions of torch's that a function given by its name calls.
         samples: small inputs, away from kinks, on which every law is tried.
         big: an input of the size that real models have, for the benchmark.
         random: the result depends on the random state.
         special: ±0, ±inf, nan and the kinks may stand in its floating inputs.
         lacks: laws that do not hold for it, each with the reason (shown to users; a stale one fails a test).
     """
-    op = Op(function, stands_for, samples, big, random, special, lacks or {})
+    op = Op(function, stands_for, calls or {}, samples, big, random, special, lacks or {})
     _table[op.name] = op
 
 
