@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import drop_in
+from manualgrad.ops.elementary import choose, drop_in, times
 from manualgrad.registry import Call, register
-from manualgrad.rule import Rule
+from manualgrad.rule import LOWER, Rule, nothing_looks_on
 
 Pair = tuple[int, int]
 
@@ -122,6 +123,212 @@ register(
     ],
     big=lambda t: Call(t(4, 32, 64, 64), scale_factor=2, mode="bilinear"),
     special=False,  # a matrix product spreads what is not finite along its line
+)
+
+
+class GridSampleFunction(Rule):
+    r"""y[p] = Σₖ wₖ(t) x[iₖ]      over the pixels iₖ around the place that p names; p in [-1, 1], (x, y) or (x, y, z)
+
+    In each axis p becomes a place in pixels, by padding one of the image, and that a pixel i and the way t from it.
+    The weights of the pixels i, i + 1, ... are functions of t, and those of several axes are multiplied.
+
+    ∂L/∂x[i] = Σ wₖ g   over all p and k with iₖ = i            ∂L/∂p = Σₖ ⟨g, x[iₖ]⟩ ∂wₖ/∂p
+
+    Jaderberg, Simonyan, Zisserman and Kavukcuoglu, "Spatial Transformer Networks", 2015. Keys, "Cubic Convolution
+    Interpolation for Digital Image Processing", 1981.
+    """
+
+    autocast = {"cpu": "float32", "cuda": "promote"}
+
+    def forward(
+        input: Tensor, grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, aligned: bool
+    ) -> Tensor:
+        return torch.grid_sampler(input, grid, mode, padding, aligned)
+
+    def taps(grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, aligned: bool) -> list[Tap]:
+        """The pixels, numbered through the batch, with their weights and these weights' slopes along each axis."""
+        n, _, *sizes = shape
+        images = torch.arange(n, device=grid.device).unsqueeze(1)
+        places = grid.reshape(n, math.prod(grid.shape[1:-1]), len(sizes)).unbind(-1)[::-1]
+        axes = [_taps(place, size, mode, padding, aligned) for place, size in zip(places, sizes, strict=True)]
+        taps = []
+        for chosen in itertools.product(*axes):
+            index = images
+            for size, tap in zip(sizes, chosen, strict=True):
+                index = index * size + tap.index
+            weights = [tap.weight for tap in chosen]
+            slopes = [
+                math.prod([*weights[:axis], *weights[axis + 1 :]], start=tap.slopes[0])
+                for axis, tap in enumerate(chosen)
+            ]
+            taps.append(Tap(index.reshape(-1), math.prod(weights[1:], start=weights[0]), slopes))
+        return taps
+
+    def upstream(grad: Tensor) -> Tensor:
+        return _pixels(grad)
+
+    def grad_input(upstream: Tensor, taps: list[Tap], shape: tuple[int, ...]) -> Tensor:
+        n, c, *sizes = shape
+        found = upstream.new_zeros(n * math.prod(sizes), c)
+        for tap in taps:
+            part = (tap.weight.unsqueeze(2) * upstream).reshape(-1, c)
+            add = found.scatter_add_ if nothing_looks_on(found, part) else found.scatter_add
+            found = add(0, tap.index.unsqueeze(1).expand(-1, c), part)
+        return found.reshape(n, math.prod(sizes), c).mT.reshape(shape).contiguous()
+
+    def grad_grid(upstream: Tensor, input: Tensor, grid: Tensor, taps: list[Tap]) -> Tensor:
+        pixels = _pixels(input).reshape(-1, input.shape[1])
+        found = [torch.zeros_like(upstream[..., 0])] * grid.shape[-1]
+        for tap in taps:
+            along = times(pixels.index_select(0, tap.index).reshape(upstream.shape), upstream).sum(2)
+            found = [sum + along * slope for sum, slope in zip(found, tap.slopes, strict=True)]
+        return torch.stack(found[::-1], -1).reshape(grid.shape)
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """(N, C, *size) as (N, number of pixels, C)."""
+    return image.reshape(*image.shape[:2], math.prod(image.shape[2:])).mT.contiguous()
+
+
+class Tap(NamedTuple):
+    """A pixel for each place, its weight, and the slopes of the weight along each axis."""
+
+    index: Tensor
+    weight: Tensor
+    slopes: list[Tensor]
+
+
+_LINEAR, _NEAREST, _CUBIC = range(3)
+_ZEROS, _BORDER, _REFLECTION = range(3)
+
+
+def _taps(p: Tensor, n: int, mode: int, padding: int, aligned: bool) -> list[Tap]:
+    """What p, from -1 to 1, names along an axis of n pixels."""
+    scale = (n - 1) / 2 if aligned else n / 2
+    place = (p + 1) * scale - (0 if aligned else 0.5)
+    slope = torch.full_like(place, scale)
+    if mode != _CUBIC:  # which pads each pixel
+        place, sign = _padded(place, n, padding, aligned)
+        slope = slope * sign
+    first = (place.round() if mode == _NEAREST else place.floor()).detach()
+    kernel = (_linear, _nearest, _cubic)[mode](place - first)
+    taps = []
+    for offset, weight, weight_slope in kernel:
+        pixel = first + offset
+        if mode == _CUBIC:
+            pixel = _padded(pixel, n, padding, aligned)[0]
+        inside = (pixel > -1) & (pixel < n)  # not even where padding has made nan
+        index = choose(inside, pixel).long()
+        taps.append(Tap(index, choose(inside, weight), [choose(inside, weight_slope * slope)]))
+    return taps
+
+
+def _padded(place: Tensor, n: int, padding: int, aligned: bool) -> tuple[Tensor, Tensor]:
+    """The place in the image that one outside of it stands for, and how that moves with it: 1, 0 or -1."""
+    sign = torch.ones_like(place)
+    if padding == _REFLECTION:
+        low, span = (0, n - 1) if aligned else (-0.5, n)
+        wave = torch.remainder(place - low + span, 2 * span) - span if span else torch.zeros_like(place)
+        place, sign = low + wave.abs(), wave.sgn()
+    if padding != _ZEROS:
+        sign = choose((place > 0) & (place < n - 1), sign)
+        place = place.clamp(0, n - 1)
+    return place, sign
+
+
+Kernel = list[tuple[int, Tensor, Tensor]]
+"""For each pixel around: how many after the first, its weight, and the slope of that."""
+
+
+def _nearest(t: Tensor) -> Kernel:
+    return [(0, torch.ones_like(t), torch.zeros_like(t))]
+
+
+def _linear(t: Tensor) -> Kernel:
+    return [(0, 1 - t, -torch.ones_like(t)), (1, t, torch.ones_like(t))]
+
+
+def _cubic(t: Tensor) -> Kernel:
+    a = -0.75
+
+    def near(t: Tensor) -> tuple[Tensor, Tensor]:
+        return ((a + 2) * t - (a + 3)) * t * t + 1, (3 * (a + 2) * t - 2 * (a + 3)) * t
+
+    def far(t: Tensor) -> tuple[Tensor, Tensor]:
+        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a, (3 * a * t - 10 * a) * t + 8 * a
+
+    (w0, s0), (w1, s1), (w2, s2), (w3, s3) = far(t + 1), near(t), near(1 - t), far(2 - t)
+    return [(-1, w0, s0), (0, w1, s1), (1, w2, -s2), (2, w3, -s3)]
+
+
+@drop_in
+def grid_sampler(
+    input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
+) -> Tensor:
+    """The image at the places that a grid names, as `torch.grid_sampler`, which `grid_sample` calls.
+
+    Shapes: input (N, C, H, W) or (N, C, D, H, W), grid (N, *out, 2) or (N, *out, 3); the result (N, C, *out).
+    """
+    shape = tuple(input.shape)
+    return GridSampleFunction.apply(input, grid, shape, interpolation_mode, padding_mode, align_corners)
+
+
+register(
+    "grid_sample",
+    calls={torch.grid_sampler: grid_sampler},
+    samples=lambda t: [
+        Call(t(2, 2, 4, 3), t(2, 2, 2, 2), align_corners=False),
+        Call(t(1, 2, 3, 2, 3), t(1, 2, 1, 2, 3), padding_mode="border", align_corners=True),
+        Call(t(1, 1, 4, 3), t(1, 3, 1, 2), "bicubic", "reflection", align_corners=False),
+        Call(t(1, 1, 4, 3), t(1, 3, 2, 2), "nearest", align_corners=True),
+    ],
+    big=lambda t: Call(t(4, 32, 64, 64), t(4, 64, 64, 2, low=-1, high=1), align_corners=False),
+    special=False,
+)
+
+
+class AffineGridFunction(Rule):
+    r"""y[p] = θ (p, 1)      p: the centres of the pixels (or with corners aligned, of the corners) in [-1, 1]
+
+    dy[p] = dθ (p, 1)      ∂L/∂θ = Σₚ g[p] (p, 1)ᵀ
+    """
+
+    autocast = LOWER
+
+    def forward(theta: Tensor, size: tuple[int, ...], aligned: bool) -> Tensor:
+        return torch.affine_grid_generator(theta, size, aligned)
+
+    def grad_theta(grad: Tensor, size: tuple[int, ...], aligned: bool) -> Tensor:
+        axes = [_centres(n, aligned).to(grad) for n in size[:1:-1]]
+        places = torch.stack(torch.meshgrid(*axes[::-1], indexing="ij")[::-1], -1).flatten(0, -2)
+        return grad.reshape(size[0], -1, len(axes)).mT @ F.pad(places, (0, 1), value=1)
+
+
+def _centres(n: int, aligned: bool) -> Tensor:
+    """n places from -1 to 1."""
+    if n == 1:
+        return torch.zeros(1)
+    return torch.linspace(-1, 1, n, dtype=torch.float64) * (1 if aligned else (n - 1) / n)
+
+
+@drop_in
+def affine_grid_generator(theta: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """The grid for `grid_sample` of an affine map, as `torch.affine_grid_generator`, which `affine_grid` calls.
+
+    Shapes: theta (N, 2, 3), size (N, C, H, W), the result (N, H, W, 2); or theta (N, 3, 4), size (N, C, D, H, W), the
+    result (N, D, H, W, 3).
+    """
+    return AffineGridFunction.apply(theta, tuple(size), align_corners)
+
+
+register(
+    "affine_grid",
+    calls={torch.affine_grid_generator: affine_grid_generator},
+    samples=lambda t: [
+        Call(t(2, 2, 3), (2, 1, 3, 4), align_corners=False),
+        Call(t(1, 3, 4), (1, 1, 2, 3, 2), align_corners=True),
+    ],
+    big=lambda t: Call(t(32, 2, 3), (32, 3, 128, 128), align_corners=False),
 )
 
 
