@@ -121,6 +121,13 @@ def times(temporary: Tensor, factor: Tensor | float) -> Tensor:
     return temporary.mul_(factor) if writes else temporary * factor
 
 
+def plus(temporary: Tensor, term: Tensor) -> Tensor:
+    """temporary + term, written over `temporary` in the same way."""
+    if temporary.dtype == term.dtype and nothing_looks_on(temporary, term):
+        return temporary.add_(term)
+    return temporary + term
+
+
 class Pointwise(Rule):
     r"""yᵢ = f(xᵢ)      the rule gives ``derivative``, f′, as a tensor of its own
 
