@@ -42,7 +42,7 @@ def _with_axes(tensor: Tensor, dim: Axes) -> Tensor:
 
 
 def _slope(unit: Tensor, p: float, dim: Axes) -> Tensor:
-    r"""n′ = sgn(u) |u|^(p-1) of u = x/n      (p = ∞: shared by the largest; p = 0, and where x = 0: 0, as torch)"""
+    r"""n′ = sgn(u) |u|^(p-1) of u = x/n      (p = ∞: shared by the largest; p = 0 or x = 0: 0, as torch)"""
     if p == 2:
         return unit
     if p == 0:

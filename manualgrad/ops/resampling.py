@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import choose, drop_in, times
+from manualgrad.ops.elementary import Numbers, choose, drop_in, each, times
 from manualgrad.registry import Call, register
 from manualgrad.rule import LOWER, Rule, nothing_looks_on
 
@@ -142,10 +142,10 @@ register(
 
 
 class GridSampleFunction(Rule):
-    r"""y[p] = Σₖ wₖ(t) x[iₖ]      over the pixels iₖ around the place that p names; p in [-1, 1], (x, y) or (x, y, z)
+    r"""y[p] = Σₖ wₖ(t) x[iₖ]      over the pixels iₖ around the place p = (x, y[, z]), from -1 to 1
 
-    In each axis p becomes a place in pixels, by padding one of the image, and that a pixel i and the way t from it.
-    The weights of the pixels i, i + 1, ... are functions of t, and those of several axes are multiplied.
+    Along each axis p is a place in pixels, which padding moves into the image, and that is a pixel i and the way t
+    from it. The weights of the pixels i, i + 1, ... are functions of t, and those of several axes are multiplied.
 
     ∂L/∂x[i] = Σ wₖ g   over all p and k with iₖ = i            ∂L/∂p = Σₖ ⟨g, x[iₖ]⟩ ∂wₖ/∂p
 
@@ -333,8 +333,8 @@ def _centres(n: int, aligned: bool) -> Tensor:
 def affine_grid_generator(theta: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """The grid for `grid_sample` of an affine map, as `torch.affine_grid_generator`, which `affine_grid` calls.
 
-    Shapes: theta (N, 2, 3), size (N, C, H, W), the result (N, H, W, 2); or theta (N, 3, 4), size (N, C, D, H, W), the
-    result (N, D, H, W, 3).
+    Shapes: theta (N, 2, 3), size (N, C, H, W), the result (N, H, W, 2); or theta (N, 3, 4), size
+    (N, C, D, H, W), the result (N, D, H, W, 3).
     """
     return AffineGridFunction.apply(theta, tuple(size), align_corners)
 
@@ -385,40 +385,36 @@ class FoldFunction(Rule):
         return UnfoldFunction.apply(grad, shape, kernel_size, dilation, padding, stride)
 
 
-def _pair(setting: int | Sequence[int]) -> Any:
-    return tuple(setting) if isinstance(setting, (list, tuple)) else (setting, setting)
-
-
 @drop_in
 def unfold(
     input: Tensor,
-    kernel_size: int | Sequence[int],
-    dilation: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    stride: int | Sequence[int] = 1,
+    kernel_size: Numbers,
+    dilation: Numbers = 1,
+    padding: Numbers = 0,
+    stride: Numbers = 1,
 ) -> Tensor:
     """The patches of an image as columns, as `torch.nn.functional.unfold`.
 
     Shapes: input ([N,] C, H, W); the result ([N,] C · the kernel's size, number of patches).
     """
-    settings = [_pair(x) for x in (kernel_size, dilation, padding, stride)]
+    settings = [each(x, 2) for x in (kernel_size, dilation, padding, stride)]
     return UnfoldFunction.apply(input, tuple(input.shape[-2:]), *settings)
 
 
 @drop_in
 def fold(
     input: Tensor,
-    output_size: int | Sequence[int],
-    kernel_size: int | Sequence[int],
-    dilation: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    stride: int | Sequence[int] = 1,
+    output_size: Numbers,
+    kernel_size: Numbers,
+    dilation: Numbers = 1,
+    padding: Numbers = 0,
+    stride: Numbers = 1,
 ) -> Tensor:
     """The sum of patches into an image, as `torch.nn.functional.fold`.
 
     Shapes: input ([N,] C · the kernel's size, number of patches); the result ([N,] C, *output_size).
     """
-    settings = [_pair(x) for x in (output_size, kernel_size, dilation, padding, stride)]
+    settings = [each(x, 2) for x in (output_size, kernel_size, dilation, padding, stride)]
     return FoldFunction.apply(input, *settings)
 
 
