@@ -150,14 +150,18 @@ class NormalizeFunction(Rule):
     statistics = ("n",)
 
     def n(input: Tensor, p: float, dim: Axes, eps: float) -> Tensor:
-        return norm(input, p, dim, keepdim=True).clamp(min=eps)
+        return _length(input, p, dim, eps)
 
     def forward(input: Tensor, p: float, dim: Axes, eps: float) -> tuple[Tensor, Tensor]:
-        n = NormalizeFunction.n(input, p, dim, eps)
+        n = _length(input, p, dim, eps)
         return input / n, n
 
     def grad_input(grad: Tensor, input: Tensor, n: Tensor, p: float, dim: Axes, eps: float) -> Tensor:
         return _through_normalize(grad, input / n, n, p, dim, eps)
+
+
+def _length(input: Tensor, p: float, dim: Axes, eps: float) -> Tensor:
+    return norm(input, p, dim, keepdim=True).clamp(min=eps)
 
 
 def _through_normalize(grad: Tensor, unit: Tensor, n: Tensor, p: float, dim: Axes, eps: float) -> Tensor:
@@ -195,10 +199,10 @@ class CosineSimilarityFunction(Rule):
         return torch.cosine_similarity(input1, input2, dim, eps)
 
     def n1(input1: Tensor, dim: int, eps: float) -> Tensor:
-        return NormalizeFunction.n(input1, 2, dim, eps)
+        return _length(input1, 2, dim, eps)
 
     def n2(input2: Tensor, dim: int, eps: float) -> Tensor:
-        return NormalizeFunction.n(input2, 2, dim, eps)
+        return _length(input2, 2, dim, eps)
 
     def unit1(input1: Tensor, n1: Tensor) -> Tensor:
         return input1 / n1
