@@ -46,7 +46,7 @@ def _activation_inplace(name: str, rule: type[Rule]) -> Callable[..., Tensor]:
 
 
 def _named(function: Callable[..., Tensor], name: str, rule: type[Rule]) -> Callable[..., Tensor]:
-    formula = str(rule.__doc__).partition("      ")[0]
+    formula = str(rule.__doc__).partition("\n")[0].partition("      ")[0]
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"{formula}, as `torch.nn.functional.{name}`. Any shape."
     return drop_in(function)

@@ -175,7 +175,7 @@ def normalize(
 ) -> Tensor:
     """x / max(‖x‖, ε) along `dim`, as `torch.nn.functional.normalize`. Any shape."""
     if out is not None:
-        return F.normalize(input, p, dim, eps, out)
+        return F.normalize(input, p, dim, eps, out)  # pyright: ignore[reportArgumentType]
     return NormalizeFunction.apply(input, p, dim, eps)
 
 

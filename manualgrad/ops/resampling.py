@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from manualgrad.ops.elementary import Numbers, choose, drop_in, each, times
 from manualgrad.registry import Call, register
@@ -49,6 +50,7 @@ class InterpolateFunction(Rule):
         antialias: bool,
     ) -> Tensor:
         k = len(shape)
+        layout = suggest_memory_format(grad) if nothing_looks_on(grad) else None
         for axis, n in zip(range(-k, 0), shape, strict=True):
             before, after = grad.shape[:axis], grad.shape[grad.dim() + axis + 1 :]
             repeats, rest = divmod(grad.shape[axis], n)
@@ -61,7 +63,7 @@ class InterpolateFunction(Rule):
             by = None if scale is None else [*[1.0] * (k - 1), scale[axis]]
             images = F.interpolate(units, to, by, mode, aligned, antialias=antialias)
             grad = _through(images.reshape(n, grad.shape[axis]), grad, axis)
-        return grad
+        return grad if layout is None else grad.contiguous(memory_format=layout)
 
 
 class AreaFunction(InterpolateFunction):
