@@ -43,12 +43,9 @@ def _inference_alone() -> bool:
 
 @functools.cache
 def _ours() -> dict[Any, Any]:
-    """Our function for each of torch's that the table names."""
-    found: dict[Any, Any] = {_get_fastpath_enabled: _inference_alone}
-    for op in registry.ops().values():
-        if not isinstance(op.written, str):
-            found |= dict.fromkeys((op.reference, *op.stands_for), op.written)
-    return found | registry.stand_ins
+    """Our function for each of torch's that has one."""
+    written = {op.reference: op.written for op in registry.ops().values() if not isinstance(op.written, str)}
+    return {_get_fastpath_enabled: _inference_alone, **registry.stand_ins, **written}
 
 
 class _Twin(ModuleType):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from manualgrad import nn
-from manualgrad.registry import Call, Maker, Op, ops
+from manualgrad.registry import Call, Maker, Op, ops, stand_ins
 from manualgrad.saving import kept_bytes
 from manualgrad.verification.derivatives import derivative, line
 from manualgrad.verification.subject import Subject, upstream
@@ -46,7 +46,7 @@ def missing() -> list[str]:
     functions = [
         name
         for name, value in vars(F).items()
-        if callable(value) and not inspect.isclass(value) and not name.startswith("_")
+        if callable(value) and not inspect.isclass(value) and not name.startswith("_") and value not in stand_ins
         if (getattr(value, "__module__", None) or "torch").startswith("torch")
     ]
     return [
@@ -164,8 +164,7 @@ def row(op: Op) -> Row:
         warnings.simplefilter("ignore")
         ours, torch_s = orders(op)
         kept, kept_by_torch = (_kept(op, function) for function in (op.function, op.reference))
-    file = "composed" if isinstance(op.written, str) else f"`{op.function.__module__.rpartition('.')[2]}.py`"
-    return Row(op.name, _modules_of(op), file, ours, torch_s, kept, kept_by_torch, dict(op.lacks))
+    return Row(op.name, _modules_of(op), f"`{op.area}.py`", ours, torch_s, kept, kept_by_torch, dict(op.lacks))
 
 
 def _kept(op: Op, function: Callable[..., Any]) -> float:
@@ -176,8 +175,7 @@ def _kept(op: Op, function: Callable[..., Any]) -> float:
 
 
 def _modules_of(op: Op) -> list[str]:
-    names = {op.name} | {value.__name__ for value in op.stands_for if hasattr(value, "__name__")}
-    return sorted(name for name, value in _modules(nn).items() if _called(value) & names)
+    return sorted(name for name, value in _modules(nn).items() if op.name in _called(value))
 
 
 def summary(table: Sequence[Row]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
@@ -112,7 +113,7 @@ class Op:
     """One function of torch.nn.functional (and its module) with what is needed to try it."""
 
     written: FunctionType | str
-    stands_for: tuple[Any, ...]
+    area: str
     samples: Callable[[Maker], Iterable[Call]]
     big: Callable[[Maker], Call]
     random: bool
@@ -149,7 +150,6 @@ torch's function checks, warns of and broadcasts before it calls them needs no c
 def register(
     function: Any,
     *,
-    stands_for: tuple[Any, ...] = (),
     samples: Callable[[Maker], Iterable[Call]],
     big: Callable[[Maker], Call],
     random: bool = False,
@@ -161,14 +161,14 @@ def register(
     Args:
         function: ours, named as in torch.nn.functional, or if it is not there, in torch; the name alone of one
             that calls ours and is torch's own otherwise.
-        stands_for: under what else torch's modules call it.
         samples: small inputs, away from kinks, on which every law is tried.
         big: an input of the size that real models have, for the benchmark.
         random: the result depends on the random state.
         special: ±0, ±inf, nan and the kinks may stand in its floating inputs.
         lacks: laws that do not hold for it, each with the reason (shown to users; a stale one fails a test).
     """
-    op = Op(function, stands_for, samples, big, random, special, lacks or {})
+    area = sys._getframe(1).f_globals["__name__"].rpartition(".")[2]
+    op = Op(function, area, samples, big, random, special, lacks or {})
     _table[op.name] = op
 
 

@@ -365,15 +365,10 @@ def cuda_autocasts(operation: str) -> bool:
     return _has_kernel(f"aten::{operation}", "AutocastCUDA")
 
 
-def nothing_looks_on(a: Tensor, b: Tensor) -> bool:
+def nothing_looks_on(*tensors: Tensor) -> bool:
     """Neither differentiated nor transformed, compiled or a subclass: memory may be taken and written as it is."""
-    return not (
-        differentiated()
-        or type(a) is not Tensor
-        or type(b) is not Tensor
-        or _batched(a)
-        or _batched(b)  # by the older vmap, of torch.autograd.grad(is_grads_batched=True)
-    )
+    # _batched: by the older vmap, of torch.autograd.grad(is_grads_batched=True)
+    return not differentiated() and all(type(x) is Tensor and not _batched(x) for x in tensors)
 
 
 def plain(tensor: Tensor) -> Tensor:

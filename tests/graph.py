@@ -14,7 +14,7 @@ MOVES_OR_ADDS = {
         *("Alias", "Clone", "Expand", "Permute", "Repeat", "ReshapeAlias", "Squeeze", "T", "ToCopy", "Transpose"),
         *("Unsqueeze", "UnsafeView", "Unflatten", "View", "Cat", "Select", "Slice", "Split", "SplitWithSizes"),
         *("Stack", "Unbind", "Gather", "IndexCopy", "IndexSelect"),
-        *("Add", "Div", "Mean", "Mul", "Neg", "Sub", "Sum"),
+        *("Add", "Div", "Mean", "Mul", "Neg", "Rsub", "Sub", "Sum"),
     )
 } | {"AccumulateGrad", "CopyBackwards", "CopySlices"}
 """Nodes of torch's that only move data or do arithmetic."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_drop_in import MOVES_OR_ADDS
+from graph import MOVES_OR_ADDS, nodes
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -16,18 +16,10 @@ from manualgrad.registry import Maker
 from manualgrad.saving import kept_bytes
 
 ours: Any = nn.functional
-MOVES = {f"{name}Backward0" for name in ("Gather", "IndexCopy", "IndexSelect", "Select", "Slice", "Squeeze")}
 
 
 def rules(output: Tensor) -> set[str]:
-    """Names of the nodes in the graph of `output`, but for movement of data and plain arithmetic."""
-    found, waiting = set(), [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None:
-            found.add(node.name().removeprefix("torch::autograd::"))
-            waiting += [before for before, _ in node.next_functions]
-    return found - MOVES_OR_ADDS - MOVES
+    return {name for name in nodes(output) if name not in MOVES_OR_ADDS}
 
 
 def test_embedding_bag_by_frequency_is_right_where_torch_is_not() -> None:

@@ -37,6 +37,17 @@ class DropoutFunction(Rule):
         return choose(mask, grad * (0 if p == 1 else 1 / (1 - p)))
 
 
+def _dropped(rule: type[Rule], input: Tensor, p: float, training: bool, inplace: bool, *settings: int) -> Tensor:
+    """What the rule makes of the input while training, or with `inplace` the input that it was written into."""
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be a bool, but is {training!r}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if input.numel() == 0 or p == 0 or not training:
+        return input
+    return written(input, rule.apply(input, p, *settings), inplace)
+
+
 @drop_in
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Zero each element with probability p, scale the others, as `torch.nn.functional.dropout`. Any shape.
@@ -47,20 +58,13 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         ValueError: p is not a probability.
         TypeError: training is not a bool.
     """
-    if not isinstance(training, bool):
-        raise TypeError(f"training must be a bool, but is {training!r}")
-    if not 0 <= p <= 1:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    if input.numel() == 0 or p == 0 or not training:
-        return input
-    return written(input, DropoutFunction.apply(input, p), inplace)
+    return _dropped(DropoutFunction, input, p, training, inplace)
 
 
 register(
     dropout,
     samples=lambda t: [
         Call(t(5, 3), p=0.4),
-        Call(t(5, 3)),
         Call(t(5, 3), p=1.0),
         Call(t(5, 3), training=False),
     ],
@@ -101,16 +105,6 @@ class NoiseFunction(Rule):
         return grad * slope
 
 
-def _noisy(input: Tensor, p: float, training: bool, inplace: bool, leading: int, alpha: bool = False) -> Tensor:
-    if not isinstance(training, bool):
-        raise TypeError(f"training must be a bool, but is {training!r}")
-    if not 0 <= p <= 1:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    if input.numel() == 0 or p == 0 or not training:
-        return input
-    return written(input, NoiseFunction.apply(input, p, leading, alpha), inplace)
-
-
 def _warn_of_axes(name: str, input: Tensor, expected: tuple[int, int]) -> None:
     if input.dim() not in expected:
         warnings.warn(f"{name}: a {input.dim()}-D input is deprecated: use dropout instead.", stacklevel=4)
@@ -125,7 +119,7 @@ def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     """
     if input.dim() not in (2, 3):
         raise RuntimeError(f"dropout1d: expected 2D or 3D input, but received a {input.dim()}D input")
-    return _noisy(input, p, training, inplace, input.dim() - 1)
+    return _dropped(NoiseFunction, input, p, training, inplace, input.dim() - 1, False)
 
 
 @drop_in
@@ -134,20 +128,20 @@ def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     _warn_of_axes("dropout2d", input, (4, 4))
     if input.dim() < 2:
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return _noisy(input, p, training, inplace, 2)
+    return _dropped(NoiseFunction, input, p, training, inplace, 2, False)
 
 
 @drop_in
 def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Drop whole channels, as `torch.nn.functional.dropout3d`. Shape ([N,] C, D, H, W)."""
     _warn_of_axes("dropout3d", input, (4, 5))
-    return _noisy(input, p, training, inplace, 2 if input.dim() == 5 else 1)
+    return _dropped(NoiseFunction, input, p, training, inplace, 2 if input.dim() == 5 else 1, False)
 
 
 @drop_in
 def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
     """Drop to SELU's lower bound and keep mean and variance, as `torch.nn.functional.alpha_dropout`. Any shape."""
-    return _noisy(input, p, training, inplace, input.dim(), alpha=True)
+    return _dropped(NoiseFunction, input, p, training, inplace, input.dim(), True)
 
 
 @drop_in
@@ -155,7 +149,7 @@ def feature_alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False,
     """Alpha dropout of whole channels, as `torch.nn.functional.feature_alpha_dropout`. Shape (N, C, ...)."""
     if input.dim() < 2 and training:
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return _noisy(input, p, training, inplace, 2, alpha=True)
+    return _dropped(NoiseFunction, input, p, training, inplace, 2, True)
 
 
 for _function, _shapes, _big in (

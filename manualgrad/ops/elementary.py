@@ -63,7 +63,7 @@ def each(numbers: Numbers, n: int) -> tuple[int, ...]:
     return tuple(numbers) * n if len(numbers) == 1 else tuple(numbers)
 
 
-_INTEGERS = {1: Tensor.byte, 2: Tensor.short, 4: Tensor.int, 8: Tensor.long}  # by size in bytes
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 def rows(tensor: Tensor, k: int = 1) -> Tensor:
@@ -94,27 +94,51 @@ class ChooseFunction(Rule):
         return choose(mask.logical_not(), grad)
 
 
-def choose(mask: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
-    """`a` where `mask`, else `b` (None: zero). Unlike a product with the mask, exact for inf and nan."""
-    if mask.is_cpu and a.is_floating_point() and nothing_looks_on(mask, a):
+def indicator(compare: Callable[..., Tensor], a: Tensor, b: float) -> Tensor:
+    """1 where compare(a, b), else 0, in a's dtype. On the CPU a comparison that writes numbers is vectorized, and
+    one that writes booleans is not."""
+    if a.is_cpu and nothing_looks_on(a):
+        return compare(a, b, out=torch.empty_like(a))
+    return compare(a, b).to(a.dtype)
+
+
+def choose(mask: Tensor, a: Tensor | None, b: Tensor | None = None) -> Tensor:
+    """`a` where `mask`, else `b` (None: zero). Unlike a product with the mask, exact for inf and nan.
+
+    The mask: booleans, or an `indicator`, which may be written over.
+    """
+    one = b if a is None else a
+    assert one is not None
+    if mask.is_cpu and one.is_floating_point() and nothing_looks_on(mask, one):
         # torch.where is scalar on the CPU (10 times the memory's speed is lost). Integer arithmetic on the bits is
         # vectorized and as exact: whatever is not chosen, infinities and nan too, leaves no trace.
-        chosen = _INTEGERS[a.element_size()](mask)
-        bits = chosen.dtype
-        if b is None:
-            return chosen.mul_(a.view(bits)).view(a.dtype)
+        bits = _INTEGERS[one.element_size()]
+        chosen = mask.view(bits) if mask.dtype == one.dtype else mask.to(bits)
+        chosen = chosen.eq_(0) if a is None else chosen.ne_(0)
+        if a is None or b is None:
+            return chosen.mul_(one.view(bits)).view(one.dtype)
         return chosen.mul_(a.view(bits) - b.view(bits)).add_(b.view(bits)).view(a.dtype)
-    return ChooseFunction.apply(mask, a, b)
+    mask = mask.bool()
+    return ChooseFunction.apply(mask.logical_not(), b, None) if a is None else ChooseFunction.apply(mask, a, b)
 
 
-def times(temporary: Tensor, factor: Tensor) -> Tensor:
+def times(temporary: Tensor, factor: Tensor | float) -> Tensor:
     """temporary · factor, written over `temporary`, which the caller has just made, where nothing looks on.
 
     On the CPU the pages of one more fresh tensor cost as much as the product.
     """
-    if temporary.dtype == factor.dtype and nothing_looks_on(temporary, factor):
-        return temporary.mul_(factor)
-    return temporary * factor
+    if isinstance(factor, Tensor):
+        writes = temporary.dtype == factor.dtype and nothing_looks_on(temporary, factor)
+    else:
+        writes = nothing_looks_on(temporary)
+    return temporary.mul_(factor) if writes else temporary * factor
+
+
+def plus(temporary: Tensor, term: Tensor) -> Tensor:
+    """temporary + term, written over `temporary` in the same way."""
+    if temporary.dtype == term.dtype and nothing_looks_on(temporary, term):
+        return temporary.add_(term)
+    return temporary + term
 
 
 def added(temporary: Tensor, dim: int, index: Tensor, addends: Tensor) -> Tensor:

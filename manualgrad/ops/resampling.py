@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
-from manualgrad.ops.elementary import drop_in
+from manualgrad.ops.elementary import Numbers, choose, drop_in, each, stands_for, times
 from manualgrad.registry import Call, register
-from manualgrad.rule import Rule
+from manualgrad.rule import LOWER, Rule, nothing_looks_on
 
 Pair = tuple[int, int]
 
@@ -47,14 +50,20 @@ class InterpolateFunction(Rule):
         antialias: bool,
     ) -> Tensor:
         k = len(shape)
-        for axis in range(-1, -k - 1, -1):
-            n = shape[axis]
+        layout = suggest_memory_format(grad) if nothing_looks_on(grad) else None
+        for axis, n in zip(range(-k, 0), shape, strict=True):
+            before, after = grad.shape[:axis], grad.shape[grad.dim() + axis + 1 :]
+            repeats, rest = divmod(grad.shape[axis], n)
+            exact = rest == 0 and repeats in (1, 2, 4, 8, 16) and (scale is None or scale[axis] == repeats)
+            if mode.startswith("nearest") and exact:  # a power of 2, which rounding does not touch
+                grad = functools.reduce(torch.add, grad.reshape(*before, n, repeats, *after).unbind(axis))
+                continue
             units = torch.eye(n, dtype=grad.dtype, device=grad.device).reshape(1, n, *[1] * (k - 1), n)
             to = None if size is None else [*[1] * (k - 1), size[axis]]
             by = None if scale is None else [*[1.0] * (k - 1), scale[axis]]
             images = F.interpolate(units, to, by, mode, aligned, antialias=antialias)
             grad = _through(images.reshape(n, grad.shape[axis]), grad, axis)
-        return grad
+        return grad if layout is None else grad.contiguous(memory_format=layout)
 
 
 class AreaFunction(InterpolateFunction):
@@ -63,13 +72,24 @@ class AreaFunction(InterpolateFunction):
     autocast = {}
 
 
+_BAND = 64
+
+
 def _through(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
-    """A matrix (out, in) applied to every line along an axis."""
-    if axis == -1:
-        return tensor @ matrix.mT
-    before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
-    flat = tensor.reshape(*before, tensor.shape[axis], math.prod(after))
-    return (matrix @ flat).reshape(*before, matrix.shape[0], *after)
+    """A matrix (out, in), zero but near its diagonal, applied to every line along an axis, by bands of rows."""
+    n, m = matrix.shape
+    reach = 4 * n / max(min(n, m), 1) + 2  # of the widest kernel, in rows
+    found = []
+    for first in range(0, n, _BAND):
+        low = max(math.floor((first - reach) * m / n), 0) if n > _BAND else 0
+        high = min(math.ceil((first + _BAND + reach) * m / n), m)
+        band, part = matrix[first : first + _BAND, low:high], tensor.narrow(axis, low, high - low)
+        if axis == -1:
+            found.append(part @ band.mT)
+        else:
+            flat = part.reshape(*part.shape[: axis + 1], math.prod(part.shape[axis + 1 :]))
+            found.append((band @ flat).reshape(*part.shape[:axis], len(band), *part.shape[axis + 1 :]))
+    return found[0] if len(found) == 1 else torch.cat(found, axis)
 
 
 @drop_in
@@ -113,15 +133,220 @@ def _for_each_axis(setting: Any, input: Tensor) -> tuple[Any, ...] | None:
 register(
     interpolate,
     samples=lambda t: [
-        Call(t(2, 1, 3), scale_factor=1.7),
-        Call(t(1, 2, 3, 2), size=(5, 3), mode="bilinear"),
+        Call(t(1, 2, 3, 2), scale_factor=(2, 1.7)),
         Call(t(1, 1, 3, 4), scale_factor=(1.5, 0.8), mode="bicubic", align_corners=True),
         Call(t(1, 1, 2, 3, 2), scale_factor=1.6, mode="trilinear", recompute_scale_factor=True),
         Call(t(1, 2, 5), scale_factor=0.7, mode="area"),
-        Call(t(1, 1, 5, 4), size=3, mode="bicubic", antialias=True),
     ],
     big=lambda t: Call(t(4, 32, 64, 64), scale_factor=2, mode="bilinear"),
     special=False,  # a matrix product spreads what is not finite along its line
+)
+
+
+class GridSampleFunction(Rule):
+    r"""y[p] = Σₖ wₖ(t) x[iₖ]      over the pixels iₖ around the place p = (x, y[, z]), from -1 to 1
+
+    Along each axis p is a place in pixels, which padding moves into the image, and that is a pixel i and the way t
+    from it. The weights of the pixels i, i + 1, ... are functions of t, and those of several axes are multiplied.
+
+    ∂L/∂x[i] = Σ wₖ g   over all p and k with iₖ = i            ∂L/∂p = Σₖ ⟨g, x[iₖ]⟩ ∂wₖ/∂p
+
+    Jaderberg, Simonyan, Zisserman and Kavukcuoglu, "Spatial Transformer Networks", 2015. Keys, "Cubic Convolution
+    Interpolation for Digital Image Processing", 1981.
+    """
+
+    autocast = {"cpu": "float32", "cuda": "promote"}
+
+    def forward(
+        input: Tensor, grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, aligned: bool
+    ) -> Tensor:
+        return torch.grid_sampler(input, grid, mode, padding, aligned)
+
+    def taps(grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, aligned: bool) -> list[Tap]:
+        """The pixels, numbered through the batch, with their weights and these weights' slopes along each axis."""
+        n, _, *sizes = shape
+        images = torch.arange(n, device=grid.device).unsqueeze(1)
+        places = grid.reshape(n, math.prod(grid.shape[1:-1]), len(sizes)).unbind(-1)[::-1]
+        axes = [_taps(place, size, mode, padding, aligned) for place, size in zip(places, sizes, strict=True)]
+        taps = []
+        for chosen in itertools.product(*axes):
+            index = images
+            for size, tap in zip(sizes, chosen, strict=True):
+                index = index * size + tap.index
+            weights = [tap.weight for tap in chosen]
+            slopes = [
+                math.prod([*weights[:axis], *weights[axis + 1 :]], start=tap.slopes[0])
+                for axis, tap in enumerate(chosen)
+            ]
+            taps.append(Tap(index.reshape(-1), math.prod(weights[1:], start=weights[0]), slopes))
+        return taps
+
+    def upstream(grad: Tensor) -> Tensor:
+        return _pixels(grad)
+
+    def grad_input(upstream: Tensor, taps: list[Tap], shape: tuple[int, ...]) -> Tensor:
+        n, c, *sizes = shape
+        found = upstream.new_zeros(n * math.prod(sizes), c)
+        for tap in taps:
+            part = (tap.weight.unsqueeze(2) * upstream).reshape(-1, c)
+            add = found.scatter_add_ if nothing_looks_on(found, part) else found.scatter_add
+            found = add(0, tap.index.unsqueeze(1).expand(-1, c), part)
+        return found.reshape(n, math.prod(sizes), c).mT.reshape(shape).contiguous()
+
+    def grad_grid(upstream: Tensor, input: Tensor, grid: Tensor, taps: list[Tap]) -> Tensor:
+        pixels = _pixels(input).reshape(-1, input.shape[1])
+        found = [torch.zeros_like(upstream[..., 0])] * grid.shape[-1]
+        for tap in taps:
+            along = times(pixels.index_select(0, tap.index).reshape(upstream.shape), upstream).sum(2)
+            found = [sum + along * slope for sum, slope in zip(found, tap.slopes, strict=True)]
+        return torch.stack(found[::-1], -1).reshape(grid.shape)
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """(N, C, *size) as (N, number of pixels, C)."""
+    return image.reshape(*image.shape[:2], math.prod(image.shape[2:])).mT.contiguous()
+
+
+class Tap(NamedTuple):
+    """A pixel for each place, its weight, and the slopes of the weight along each axis."""
+
+    index: Tensor
+    weight: Tensor
+    slopes: list[Tensor]
+
+
+_LINEAR, _NEAREST, _CUBIC = range(3)
+_ZEROS, _BORDER, _REFLECTION = range(3)
+
+
+def _taps(p: Tensor, n: int, mode: int, padding: int, aligned: bool) -> list[Tap]:
+    """What p, from -1 to 1, names along an axis of n pixels."""
+    scale = (n - 1) / 2 if aligned else n / 2
+    place = (p + 1) * scale - (0 if aligned else 0.5)
+    slope = torch.full_like(place, scale)
+    if mode != _CUBIC:  # which pads each pixel
+        place, sign = _padded(place, n, padding, aligned)
+        slope = slope * sign
+    first = (place.round() if mode == _NEAREST else place.floor()).detach()
+    kernel = (_linear, _nearest, _cubic)[mode](place - first)
+    taps = []
+    for offset, weight, weight_slope in kernel:
+        pixel = first + offset
+        if mode == _CUBIC:
+            pixel = _padded(pixel, n, padding, aligned)[0]
+        inside = (pixel > -1) & (pixel < n)  # not even where padding has made nan
+        index = choose(inside, pixel).long()
+        taps.append(Tap(index, choose(inside, weight), [choose(inside, weight_slope * slope)]))
+    return taps
+
+
+def _padded(place: Tensor, n: int, padding: int, aligned: bool) -> tuple[Tensor, Tensor]:
+    """The place in the image that one outside of it stands for, and how that moves with it: 1, 0 or -1."""
+    sign = torch.ones_like(place)
+    if padding == _REFLECTION:
+        low, span = (0, n - 1) if aligned else (-0.5, n)
+        wave = torch.remainder(place - low + span, 2 * span) - span if span else torch.zeros_like(place)
+        place, sign = low + wave.abs(), wave.sgn()
+    if padding != _ZEROS:
+        sign = choose((place > 0) & (place < n - 1), sign)
+        place = place.clamp(0, n - 1)
+    return place, sign
+
+
+Kernel = list[tuple[int, Tensor, Tensor]]
+"""For each pixel around: how many after the first, its weight, and the slope of that."""
+
+
+def _nearest(t: Tensor) -> Kernel:
+    return [(0, torch.ones_like(t), torch.zeros_like(t))]
+
+
+def _linear(t: Tensor) -> Kernel:
+    return [(0, 1 - t, -torch.ones_like(t)), (1, t, torch.ones_like(t))]
+
+
+def _cubic(t: Tensor) -> Kernel:
+    a = -0.75
+
+    def near(t: Tensor) -> tuple[Tensor, Tensor]:
+        return ((a + 2) * t - (a + 3)) * t * t + 1, (3 * (a + 2) * t - 2 * (a + 3)) * t
+
+    def far(t: Tensor) -> tuple[Tensor, Tensor]:
+        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a, (3 * a * t - 10 * a) * t + 8 * a
+
+    (w0, s0), (w1, s1), (w2, s2), (w3, s3) = far(t + 1), near(t), near(1 - t), far(2 - t)
+    return [(-1, w0, s0), (0, w1, s1), (1, w2, -s2), (2, w3, -s3)]
+
+
+@stands_for(torch.grid_sampler)
+def grid_sampler(
+    input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
+) -> Tensor:
+    """The image at the places that a grid names, as `torch.grid_sampler`, which `grid_sample` calls.
+
+    Shapes: input (N, C, H, W) or (N, C, D, H, W), grid (N, *out, 2) or (N, *out, 3); the result (N, C, *out).
+    """
+    shape = tuple(input.shape)
+    return GridSampleFunction.apply(input, grid, shape, interpolation_mode, padding_mode, align_corners)
+
+
+register(
+    "grid_sample",
+    samples=lambda t: [
+        Call(t(2, 2, 4, 3), t(2, 2, 2, 2), align_corners=False),
+        Call(t(1, 2, 3, 2, 3), t(1, 2, 1, 2, 3), padding_mode="border", align_corners=True),
+        Call(t(1, 1, 4, 3), t(1, 3, 1, 2), "bicubic", "reflection", align_corners=False),
+        Call(t(1, 1, 4, 3), t(1, 3, 2, 2), "nearest", align_corners=True),
+    ],
+    big=lambda t: Call(t(4, 32, 64, 64), t(4, 64, 64, 2, low=-1, high=1), align_corners=False),
+    special=False,
+    lacks={
+        "vmap": "where input and grid are batched along different axes, torch's own batching takes a wrong size"
+    },
+)
+
+
+class AffineGridFunction(Rule):
+    r"""y[p] = θ (p, 1)      p: the centres of the pixels (or with corners aligned, of the corners) in [-1, 1]
+
+    dy[p] = dθ (p, 1)      ∂L/∂θ = Σₚ g[p] (p, 1)ᵀ
+    """
+
+    autocast = LOWER
+
+    def forward(theta: Tensor, size: tuple[int, ...], aligned: bool) -> Tensor:
+        return torch.affine_grid_generator(theta, size, aligned)
+
+    def grad_theta(grad: Tensor, size: tuple[int, ...], aligned: bool) -> Tensor:
+        axes = [_centres(n, aligned).to(grad) for n in size[:1:-1]]
+        places = torch.stack(torch.meshgrid(*axes[::-1], indexing="ij")[::-1], -1).flatten(0, -2)
+        return grad.reshape(size[0], -1, len(axes)).mT @ F.pad(places, (0, 1), value=1)
+
+
+def _centres(n: int, aligned: bool) -> Tensor:
+    """n places from -1 to 1."""
+    if n == 1:
+        return torch.zeros(1)
+    return torch.linspace(-1, 1, n, dtype=torch.float64) * (1 if aligned else (n - 1) / n)
+
+
+@stands_for(torch.affine_grid_generator)
+def affine_grid_generator(theta: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """The grid for `grid_sample` of an affine map, as `torch.affine_grid_generator`, which `affine_grid` calls.
+
+    Shapes: theta (N, 2, 3), size (N, C, H, W), the result (N, H, W, 2); or theta (N, 3, 4), size
+    (N, C, D, H, W), the result (N, D, H, W, 3).
+    """
+    return AffineGridFunction.apply(theta, tuple(size), align_corners)
+
+
+register(
+    "affine_grid",
+    samples=lambda t: [
+        Call(t(2, 2, 3), (2, 1, 3, 4), align_corners=False),
+        Call(t(1, 3, 4), (1, 1, 2, 3, 2), align_corners=True),
+    ],
+    big=lambda t: Call(t(32, 2, 3), (32, 3, 128, 128), align_corners=False),
 )
 
 
@@ -160,40 +385,36 @@ class FoldFunction(Rule):
         return UnfoldFunction.apply(grad, shape, kernel_size, dilation, padding, stride)
 
 
-def _pair(setting: int | Sequence[int]) -> Any:
-    return tuple(setting) if isinstance(setting, (list, tuple)) else (setting, setting)
-
-
 @drop_in
 def unfold(
     input: Tensor,
-    kernel_size: int | Sequence[int],
-    dilation: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    stride: int | Sequence[int] = 1,
+    kernel_size: Numbers,
+    dilation: Numbers = 1,
+    padding: Numbers = 0,
+    stride: Numbers = 1,
 ) -> Tensor:
     """The patches of an image as columns, as `torch.nn.functional.unfold`.
 
     Shapes: input ([N,] C, H, W); the result ([N,] C · the kernel's size, number of patches).
     """
-    settings = [_pair(x) for x in (kernel_size, dilation, padding, stride)]
+    settings = [each(x, 2) for x in (kernel_size, dilation, padding, stride)]
     return UnfoldFunction.apply(input, tuple(input.shape[-2:]), *settings)
 
 
 @drop_in
 def fold(
     input: Tensor,
-    output_size: int | Sequence[int],
-    kernel_size: int | Sequence[int],
-    dilation: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    stride: int | Sequence[int] = 1,
+    output_size: Numbers,
+    kernel_size: Numbers,
+    dilation: Numbers = 1,
+    padding: Numbers = 0,
+    stride: Numbers = 1,
 ) -> Tensor:
     """The sum of patches into an image, as `torch.nn.functional.fold`.
 
     Shapes: input ([N,] C · the kernel's size, number of patches); the result ([N,] C, *output_size).
     """
-    settings = [_pair(x) for x in (output_size, kernel_size, dilation, padding, stride)]
+    settings = [each(x, 2) for x in (output_size, kernel_size, dilation, padding, stride)]
     return FoldFunction.apply(input, *settings)
 
 
@@ -244,7 +465,7 @@ class PixelUnshuffleFunction(Rule):
         return F.pixel_unshuffle(input, factor)
 
     def grad_input(grad: Tensor, factor: int) -> Tensor:
-        return PixelShuffleFunction.apply(grad, factor)
+        return PixelShuffleFunction.apply(grad, factor) if grad.numel() else grad
 
 
 class ChannelShuffleFunction(Rule):
@@ -274,6 +495,7 @@ def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
     return PixelUnshuffleFunction.apply(input, downscale_factor)
 
 
+@stands_for(F.native_channel_shuffle)
 @drop_in
 def channel_shuffle(input: Tensor, groups: int) -> Tensor:
     """The channels of all groups in turn, as `torch.nn.functional.channel_shuffle`. Shape (N, C, ...)."""

