@@ -42,6 +42,9 @@ DTYPE = torch.float64
 def pair(info: OpInfo) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Ours and torch's."""
     name = info.name.removeprefix(PREFIX)
+    if name == "embedding":  # whose samples are for another order of arguments
+        ours, torch_s = nn.functional.embedding, torch.nn.functional.embedding
+        return (lambda w, i, **more: ours(i, w, **more)), (lambda w, i, **more: torch_s(i, w, **more))
     if info.name.startswith(PREFIX):
         return getattr(nn.functional, name), getattr(torch.nn.functional, name)
     return registry.ops()[name].function, registry.ops()[name].reference
@@ -61,8 +64,9 @@ def test_function(info: OpInfo) -> None:
     function, reference = pair(info)
     for sample in info.sample_inputs("cpu", DTYPE, requires_grad=True):
         arguments = FunctionInput(sample.input, *sample.args, **sample.kwargs)
-        found = tried(function, arguments)
-        compare(found, tried(reference, arguments))
+        expected = tried(reference, arguments)
+        found = tried(function, FunctionInput(*arguments.args, **tree_map(_as_ours, arguments.kwargs)))
+        compare(found, expected)
         assert not foreign(found[0]), sample
 
 

@@ -142,6 +142,15 @@ register(
     special=False,  # a matrix product spreads what is not finite along its line
 )
 
+for _name, _mode in (("upsample", {"mode": "bilinear"}), ("upsample_bilinear", {}), ("upsample_nearest", {})):
+    register(
+        _name,
+        samples=lambda t, mode=_mode: [Call(t(1, 2, 3, 2), scale_factor=2, **mode)],
+        big=lambda t, mode=_mode: Call(t(4, 32, 64, 64), scale_factor=2, **mode),
+        special=False,
+        lacks={"compile": "it warns that its name is deprecated, which torch.compile does not trace"},
+    )
+
 
 class GridSampleFunction(Rule):
     r"""y[p] = Σₖ wₖ(t) x[iₖ]      over the pixels iₖ around the place p = (x, y[, z]), from -1 to 1
