@@ -334,7 +334,7 @@ def declarations(subject: Subject) -> None:
         forwards: list[tuple[tuple[Any, ...], list[Tensor], Any]] = []
         with ExitStack() as stack:
             for name in calls:
-                stack.enter_context(patched(FunctionCtx, name, _recorded(name, calls[name])))
+                stack.enter_context(patched(FunctionCtx, name, _recorded(cls, name, calls[name])))
             stack.enter_context(patched(cls, "forward", staticmethod(_with_record(cls.forward, forwards))))
             subject(*tensors)
         for name, found in calls.items():
@@ -359,11 +359,12 @@ def declarations(subject: Subject) -> None:
                 raise Fails(f"{cls.__name__} marks {what}, {kind(y)}, as non-differentiable, which is no output")
 
 
-def _recorded(name: str, calls: list[tuple[Any, ...]]) -> Any:
+def _recorded(cls: type[Function], name: str, calls: list[tuple[Any, ...]]) -> Any:
     original = getattr(FunctionCtx, name)
 
     def run(ctx: Any, *tensors: Any) -> None:
-        calls.append(tensors)
+        if getattr(ctx, "_forward_cls", cls) is cls:  # others may run beside it
+            calls.append(tensors)
         original(ctx, *tensors)
 
     return run
