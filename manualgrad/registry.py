@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Place = int | str | tuple[int | str, int]
+"""Where an argument stands; of one in a list of tensors, where the list stands and where it stands in the list."""
+
 
 class Call:
     """The arguments of one call."""
@@ -34,11 +37,11 @@ class Call:
         self.gradient_is_derivative = False
         return self
 
-    def differentiable(self) -> list[int | str]:
+    def differentiable(self) -> list[Place]:
         """Where the tensors stand that have a gradient."""
         return [place for place in self._floating() if not hasattr(self[place], "fixed")]
 
-    def fixed(self) -> list[int | str]:
+    def fixed(self) -> list[Place]:
         """Where the tensors of numbers stand that have no gradient."""
         return [place for place in self._floating() if hasattr(self[place], "fixed")]
 
@@ -48,37 +51,53 @@ class Call:
         leaves = self.replace(places, [self[place].detach().clone().requires_grad_() for place in places])
         return list(leaves.args), leaves.kwargs
 
-    def _floating(self) -> list[int | str]:
-        places = [*enumerate(self.args), *self.kwargs.items()]
-        return [
-            place
-            for place, value in places
-            if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-        ]
+    def tensors(self) -> list[Place]:
+        """Where tensors stand."""
+        found: list[Place] = []
+        for place, value in [*enumerate(self.args), *self.kwargs.items()]:
+            if isinstance(value, Tensor):
+                found.append(place)
+            elif isinstance(value, list):
+                found += [(place, i) for i, x in enumerate(value) if isinstance(x, Tensor)]
+        return found
 
-    def __getitem__(self, place: int | str) -> Any:
+    def _floating(self) -> list[Place]:
+        return [place for place in self.tensors() if self[place].is_floating_point() or self[place].is_complex()]
+
+    def __getitem__(self, place: Place) -> Any:
+        if isinstance(place, tuple):
+            return self[place[0]][place[1]]
         return self.args[place] if isinstance(place, int) else self.kwargs[place]
 
-    def replace(self, places: Iterable[int | str], values: Iterable[Any]) -> Call:
+    def replace(self, places: Iterable[Place], values: Iterable[Any]) -> Call:
         """The same call with other arguments at some places."""
-        args, kwargs = list(self.args), dict(self.kwargs)
+        args, kwargs = map(_copied, self.args), {name: _copied(value) for name, value in self.kwargs.items()}
+        other = Call(*args, **kwargs)
         for place, value in zip(places, values, strict=True):
             if hasattr(self[place], "fixed") and isinstance(value, Tensor):
                 value.fixed = True  # type: ignore[attr-defined]
-            if isinstance(place, int):
-                args[place] = value
+            if isinstance(place, tuple):
+                other[place[0]][place[1]] = value
+            elif isinstance(place, int):
+                other.args = (*other.args[:place], value, *other.args[place + 1 :])
             else:
-                kwargs[place] = value
-        return Call(*args, **kwargs)
+                other.kwargs[place] = value
+        return other
 
     def __repr__(self) -> str:
         def show(value: Any) -> str:
             if isinstance(value, Tensor):
                 return f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}]"
+            if isinstance(value, list):
+                return f"[{', '.join(map(show, value))}]"
             return repr(value)
 
         named = [f"{name}={show(value)}" for name, value in self.kwargs.items()]
         return ", ".join([*map(show, self.args), *named])
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
 
 
 @dataclass
