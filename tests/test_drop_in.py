@@ -205,9 +205,14 @@ def test_strides(op: Op, call: Call) -> None:
     for i, tensor in enumerate(tensors):
         for other in layouts(tensor.detach()):
             changed = [*tensors[:i], other.requires_grad_(), *tensors[i + 1 :]]
-            assert_close(gradients(function, changed), gradients(reference, changed))
+            found = gradients(function, changed)
+            try:
+                assert_close(found, gradients(reference, changed))
+            except RuntimeError as refusal:  # torch's operation takes no such strides
+                if "view size is not compatible" not in str(refusal):
+                    raise
             if not op.random:  # which draws in the order of memory
-                assert_close(gradients(function, changed), (output, expected))
+                assert_close(found, (output, expected))
     for upstream in layouts(like(output)):
         assert_close(gradients(function, tensors, upstream)[1], expected)
 
@@ -221,11 +226,13 @@ def test_zero_size(op: Op, call: Call) -> None:
     ]
     batched = [(place, x) for place, x in tensors if x.dim() and x.shape[0] == first.shape[0]]
     empty = call.replace([place for place, _ in batched], [x[:0] for _, x in batched])
-    assert_close(
-        gradients(of_tensors(op, empty), tensors_of(empty)),
-        gradients(of_tensors(op, empty, op.reference), tensors_of(empty)),
-        equal_nan=True,
-    )
+    try:
+        expected = gradients(of_tensors(op, empty, op.reference), tensors_of(empty))
+    except RuntimeError:  # an axis that torch does not let be empty
+        with pytest.raises(RuntimeError):
+            gradients(of_tensors(op, empty), tensors_of(empty))
+        return
+    assert_close(gradients(of_tensors(op, empty), tensors_of(empty)), expected, equal_nan=True)
 
 
 SPECIAL = (
