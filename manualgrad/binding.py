@@ -5,8 +5,9 @@ torch.nn.functional is a few checks and a call of others. Nothing in them is to 
 old. They are taken as they stand, and only what they *call* is looked up elsewhere: `bound` gives a function of
 torch's the same code with other globals, and `derived` a class of torch's a subclass whose methods are bound so.
 
-What is replaced: the functions that the table of operations names, the modules that lead to them, and the
-namespaces through which torch calls them: ``F``, and ``torch`` and ``_VF`` where they are asked for one.
+What is replaced: the functions that the table of operations names, the kernels that it has a rule for, the modules
+that lead to them, and the namespaces through which torch calls them: ``F``, and ``torch``, ``torch._C._nn`` and
+``_VF`` where they are asked for one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from manualgrad import registry
 from manualgrad.rule import differentiated
 
 _get_fastpath_enabled = torch.backends.mha.get_fastpath_enabled
-_NAMESPACES = (torch, torch._VF, torch.backends, torch.backends.mha)  # pyright: ignore[reportAttributeAccessIssue]
+_NAMESPACES = (
+    *(torch, torch._C, torch._C._nn, torch._VF),  # pyright: ignore[reportAttributeAccessIssue]
+    *(torch.backends, torch.backends.mha),
+)
 
 
 def _inference_only() -> bool:
@@ -43,7 +47,7 @@ def _ours() -> dict[Any, Any]:
     for op in registry.ops().values():
         if not isinstance(op.written, str):
             found |= dict.fromkeys((op.reference, *op.stands_for), op.written)
-    return found
+    return found | registry.stand_ins
 
 
 class _Twin(ModuleType):
@@ -54,7 +58,7 @@ class _Twin(ModuleType):
         self._original = original
 
     def __getattr__(self, name: str) -> Any:
-        found = replaced(getattr(self._original, name))
+        found = replaced(getattr(self._original, name), _called())
         vars(self)[name] = found
         return found
 

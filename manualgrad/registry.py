@@ -141,6 +141,10 @@ class Op:
 
 _table: dict[str, Op] = {}
 
+stand_ins: dict[Any, Callable[..., Any]] = {}
+"""Ours for operations that torch's functions call, and call in ours once bound (see `elementary.stands_for`). What
+torch's function checks, warns of and broadcasts before it calls them needs no copy."""
+
 
 def register(
     function: Any,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualgrad.registry import stand_ins
 from manualgrad.rule import FLOAT32, Rule, nothing_looks_on
 
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -22,8 +23,10 @@ def drop_in(function: Wrapped) -> Wrapped:
 
     So bad input is refused with torch's type of error and words, whatever stumbled over it here.
     """
-    reference = getattr(F, function.__name__, None) or getattr(torch, function.__name__)
+    return _refusing_as(getattr(F, function.__name__, None) or getattr(torch, function.__name__), function)
 
+
+def _refusing_as(reference: Callable[..., object], function: Wrapped) -> Wrapped:
     @functools.wraps(function)
     def run(*args: object, **kwargs: object) -> object:
         try:
@@ -33,6 +36,17 @@ def drop_in(function: Wrapped) -> Wrapped:
             raise
 
     return run  # type: ignore[return-value]
+
+
+def stands_for(kernel: Callable[..., object]) -> Callable[[Wrapped], Wrapped]:
+    """What follows, a rule or a function, is what torch's functions, bound, call in place of this operation."""
+
+    def enter(ours: Wrapped) -> Wrapped:
+        entry = ours.apply if isinstance(ours, type) and issubclass(ours, Rule) else ours
+        stand_ins[kernel] = _refusing_as(kernel, entry)
+        return ours
+
+    return enter
 
 
 def of_dimensions(make: Callable[[int], Wrapped], dimensions: Iterable[int] = (1, 2, 3)) -> list[Wrapped]:
