@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._jit_internal import boolean_dispatched
 from typing_extensions import deprecated
 
 from manualgrad import registry
@@ -98,31 +99,49 @@ def _called() -> frozenset[str]:
 
 
 _bound: dict[Any, Any] = {}
-"""What has been bound or derived, by what it was; that itself where nothing is ours, or while it is looked at."""
+"""What has been bound or derived, by what it was: that itself where nothing is ours. While it is looked at, a
+function's copy stands here already: torch's functions name each other in circles."""
 
 
 def bound(function: FunctionType) -> FunctionType:
     """A function of torch's with ours for what it calls; itself, if it calls none."""
     if function in _bound:
         return _bound[function]
-    _bound[function] = function
-    names = frozenset(_names(function.__code__))
-    scope = {}
-    for name in names & function.__globals__.keys():
-        value = function.__globals__[name]
-        if (found := replaced(value, names)) is not value:
-            scope[name] = found
-    if scope:
-        scope = {**function.__globals__, **scope}
-        del scope["__name__"]  # or Dynamo looks the names up in torch's module
+    scope = dict(function.__globals__)
+    del scope["__name__"]  # or Dynamo looks the names up in torch's module
+    parts: Any = boolean_dispatched.get(function)
+    if parts is not None:
+        scope |= {"if_true": parts["if_true"], "if_false": parts["if_false"]}
+        copy = _choosing(parts["arg_name"], parts["index"], parts["default"], scope)
+        names = frozenset(("if_true", "if_false"))
+    else:
         # Dynamo keeps what it compiled with the code object, and two functions may not share it
         code = function.__code__.replace(co_name=f"{function.__name__}")
         copy = FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
         copy.__kwdefaults__ = function.__kwdefaults__
-        _bound[function] = functools.update_wrapper(copy, function)
-        del copy.__wrapped__
-        copy.__module__ = function.__module__.replace("torch.nn", "manualgrad.nn", 1)  # where pickle finds it
+        names = frozenset(_names(function.__code__))
+    functools.update_wrapper(copy, function)
+    del copy.__wrapped__
+    copy.__module__ = function.__module__.replace("torch.nn", "manualgrad.nn", 1)  # where pickle finds it
+    _bound[function] = copy
+    calls_ours = False
+    for name in names & scope.keys():
+        value = scope[name]
+        scope[name] = replaced(value, names)
+        calls_ours |= scope[name] is not value and value is not function
+    if not calls_ours:
+        _bound[function] = function
     return _bound[function]
+
+
+def _choosing(name: str, index: int, default: bool, scope: dict[str, Any]) -> FunctionType:
+    """torch's `boolean_dispatch`, where Dynamo looks into it: one function or the other, by a flag."""
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        flag = kwargs[name] if name in kwargs else args[index] if index < len(args) else default
+        return scope["if_true" if flag else "if_false"](*args, **kwargs)
+
+    return choose
 
 
 def _names(code: CodeType) -> Iterator[str]:
