@@ -334,7 +334,7 @@ def declarations(subject: Subject) -> None:
         forwards: list[tuple[tuple[Any, ...], list[Tensor], Any]] = []
         with ExitStack() as stack:
             for name in calls:
-                stack.enter_context(patched(FunctionCtx, name, _recorded(name, calls[name])))
+                stack.enter_context(patched(FunctionCtx, name, _recorded(name, cls, calls[name])))
             stack.enter_context(patched(cls, "forward", staticmethod(_with_record(cls.forward, forwards))))
             subject(*tensors)
         for name, found in calls.items():
@@ -359,11 +359,12 @@ def declarations(subject: Subject) -> None:
                 raise Fails(f"{cls.__name__} marks {what}, {kind(y)}, as non-differentiable, which is no output")
 
 
-def _recorded(name: str, calls: list[tuple[Any, ...]]) -> Any:
+def _recorded(name: str, cls: type[Function], calls: list[tuple[Any, ...]]) -> Any:
     original = getattr(FunctionCtx, name)
 
     def run(ctx: Any, *tensors: Any) -> None:
-        calls.append(tensors)
+        if getattr(ctx, "_forward_cls", cls) is cls:  # and not of another Function that was called besides
+            calls.append(tensors)
         original(ctx, *tensors)
 
     return run
