@@ -90,12 +90,17 @@ def last(k: int) -> tuple[int, ...]:
     return tuple(range(-k, 0))
 
 
+def channels_last(tensor: Tensor) -> bool:
+    """It is an image (or a volume) whose channels lie innermost in memory, and nothing looks on."""
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if form is None or not nothing_looks_on(tensor, tensor) or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=form)
+
+
 def in_format_of(other: Tensor, tensor: Tensor) -> Tensor:
     """`tensor`, channels_last if `other` is."""
-    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(other.dim())
-    if form is None or not nothing_looks_on(other, tensor) or other.is_contiguous():
-        return tensor
-    return tensor.contiguous(memory_format=form) if other.is_contiguous(memory_format=form) else tensor
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last(other) else tensor
 
 
 class ChooseFunction(Rule):
