@@ -81,7 +81,7 @@ def _given_or_default(sizes: Any, defaults: list[int]) -> Any:
         return sizes
     if len(defaults) <= len(sizes):
         raise ValueError(f"Input dimension should be at least {len(sizes) + 1}")
-    return [d if v is None else v for v, d in zip(sizes, defaults[-len(sizes) :], strict=True)]
+    return [d if v is None else v for v, d in zip(sizes, defaults[-len(sizes) :], strict=False)]
 
 
 # --- the largest ---
