@@ -17,12 +17,13 @@ import importlib
 import types
 import warnings
 from collections.abc import Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._jit_internal import boolean_dispatched
 from typing_extensions import deprecated
 
 from manualgrad import registry
@@ -45,7 +46,9 @@ def _inference_alone() -> bool:
 def _ours() -> dict[Any, Any]:
     """Our function for each of torch's that has one."""
     written = {op.reference: op.written for op in registry.ops().values() if not isinstance(op.written, str)}
-    return {_get_fastpath_enabled: _inference_alone, **registry.stand_ins, **written}
+    found = {_get_fastpath_enabled: _inference_alone, **registry.stand_ins, **written}
+    # a Function is called by its apply
+    return {theirs: SimpleNamespace(apply=f) if isinstance(theirs, type) else f for theirs, f in found.items()}
 
 
 class _Twin(ModuleType):
@@ -96,29 +99,55 @@ def _called() -> frozenset[str]:
 
 
 _bound: dict[Any, Any] = {}
-"""What has been bound or derived, by what it was; that itself where nothing is ours, or while it is looked at."""
+"""What has been bound or derived, by what it was: that itself where nothing is ours. While it is looked at, a
+function's copy stands here already: torch's functions name each other in circles."""
 
 
 def bound(function: FunctionType) -> FunctionType:
     """A function of torch's with ours for what it calls; itself, if it calls none."""
     if function in _bound:
         return _bound[function]
-    _bound[function] = function
-    names = frozenset(_names(function.__code__))
-    found = {name: replaced(function.__globals__[name], names) for name in names & function.__globals__.keys()}
-    scope = {name: value for name, value in found.items() if value is not function.__globals__[name]}
-    defaults = tuple(map(replaced, function.__defaults__ or ()))
-    if scope or defaults != (function.__defaults__ or ()):
-        scope = {**function.__globals__, **scope}
-        del scope["__name__"]  # or Dynamo looks the names up in torch's module
+    scope = dict(function.__globals__)
+    del scope["__name__"]  # or Dynamo looks the names up in torch's module
+    copy = _copied(function, scope)
+    copy.__module__ = function.__module__.replace("torch.nn", "manualgrad.nn", 1)  # where pickle finds it
+    names = frozenset(_names(copy.__code__))
+    _bound[function] = copy
+    changed = False
+    for name in names & scope.keys():
+        value, scope[name] = scope[name], replaced(scope[name], names)
+        changed |= scope[name] is not value and value is not function
+    if function.__defaults__:  # an activation, say
+        copy.__defaults__ = tuple(map(replaced, function.__defaults__))
+        changed |= copy.__defaults__ != function.__defaults__
+    if not changed:
+        _bound[function] = function
+    return _bound[function]
+
+
+def _copied(function: FunctionType, scope: dict[str, Any]) -> FunctionType:
+    """The same function, to look its globals up in a scope of its own."""
+    parts: Any = boolean_dispatched.get(function)
+    if parts is None:
         # Dynamo keeps what it compiled with the code object, and two functions may not share it
         code = function.__code__.replace()
-        copy = FunctionType(code, scope, function.__name__, defaults, function.__closure__)
+        copy = FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
         copy.__kwdefaults__ = function.__kwdefaults__
-        _bound[function] = functools.update_wrapper(copy, function)
-        del vars(copy)["__wrapped__"]
-        copy.__module__ = function.__module__.replace("torch.nn", "manualgrad.nn", 1)  # where pickle finds it
-    return _bound[function]
+    else:  # one function or the other, by a flag: torch keeps them in a closure
+        scope |= {"if_true": parts["if_true"], "if_false": parts["if_false"]}
+        copy = _choosing(parts["arg_name"], parts["index"], parts["default"])
+        copy = FunctionType(copy.__code__, scope, function.__name__, None, copy.__closure__)
+    functools.update_wrapper(copy, function)
+    del vars(copy)["__wrapped__"]
+    return copy
+
+
+def _choosing(name: str, index: int, default: bool) -> FunctionType:
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        flag = kwargs[name] if name in kwargs else args[index] if index < len(args) else default
+        return if_true(*args, **kwargs) if flag else if_false(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+
+    return choose  # type: ignore[return-value]
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -50,13 +50,18 @@ def missing() -> list[str]:
         if (getattr(value, "__module__", None) or "torch").startswith("torch")
     ]
     return [
-        *(f"functional.{name}" for name in functions if derived.isdisjoint((name, name.removesuffix("_")))),
+        *(f"functional.{name}" for name in functions if derived.isdisjoint((name, _stem(name)))),
         *(
             name
             for name, value in _modules(torch.nn).items()
             if name not in derived and (getattr(nn, name) is value or not _called(getattr(nn, name)) & derived)
         ),
     ]
+
+
+def _stem(name: str) -> str:
+    """The function that one is a variant of: written over its input, or with its indices."""
+    return name.removesuffix("_").removesuffix("_with_indices")
 
 
 def _modules(space: ModuleType) -> dict[str, type[torch.nn.Module]]:

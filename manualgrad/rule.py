@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch import eager_transforms
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 
@@ -194,8 +195,9 @@ def _complete(rule: type[Rule]) -> None:
         if grad is None:
             return (None,) * len(inputs)
         chosen, settings, dtypes = ctx.kept
-        known = (*ctx.saved_tensors, *settings, grad)
-        compute = chosen.differentiable if differentiated() else chosen.backward
+        known, compute = (*ctx.saved_tensors, *settings, grad), chosen.backward
+        if differentiated():
+            known, compute = _without_dead_wrappers(known), chosen.differentiable
         if dtypes or _autocasting():
             return _computed_in_float32(compute, known, dtypes)
         return compute(*known)
@@ -344,6 +346,7 @@ _autocasting = torch._C._is_any_autocast_enabled
 _transformed = torch._C._are_functorch_transforms_active  # a torch.func transform is active
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _batched = functorch.is_legacy_batchedtensor
+_without_dead_wrappers = unwrap_dead_wrappers  # a pullback called after its torch.func.vjp has ended is given some
 
 
 def _forward_mode() -> bool:

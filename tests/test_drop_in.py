@@ -218,9 +218,14 @@ def test_strides(op: Op, call: Call) -> None:
     for i, tensor in enumerate(tensors):
         for other in layouts(tensor.detach()):
             changed = [*tensors[:i], other.requires_grad_(), *tensors[i + 1 :]]
-            assert_close(gradients(function, changed), gradients(reference, changed))
+            found = gradients(function, changed)
+            try:
+                assert_close(found, gradients(reference, changed))
+            except RuntimeError as refusal:  # torch's operation takes no such strides
+                if "view size is not compatible" not in str(refusal):
+                    raise
             if not op.random:  # which draws in the order of memory
-                assert_close(gradients(function, changed), (output, expected))
+                assert_close(found, (output, expected))
     for upstream in layouts(like(output)):
         assert_close(gradients(function, tensors, upstream)[1], expected)
 

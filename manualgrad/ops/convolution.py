@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import Numbers, drop_in, each
+from manualgrad.ops.elementary import Numbers, drop_in, each, in_format_of, of_dimensions, rows
 from manualgrad.ops.padding import pad
 from manualgrad.registry import Call, Maker, register
 from manualgrad.rule import LOWER, Rule
@@ -62,8 +65,10 @@ class ConvolutionFunction(Rule):
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         n, at = len(geometry.kernel), geometry
         if at.transposed:
-            return _TRANSPOSED[n](input, weight, bias, at.stride, at.padding, at.rest, at.groups, at.dilation)
-        output = _PLAIN[n](input, weight, bias, at.stride, at.padding, at.dilation, at.groups)
+            operation = getattr(torch, f"conv_transpose{n}d")
+            return operation(input, weight, bias, at.stride, at.padding, at.rest, at.groups, at.dilation)
+        operation = getattr(torch, f"conv{n}d")
+        output = operation(input, weight, bias, at.stride, at.padding, at.dilation, at.groups)
         if output.shape[2:] != at.windows:  # the rest has room for more
             output = output[(..., *map(slice, at.windows))].clone()
         return output
@@ -72,210 +77,192 @@ class ConvolutionFunction(Rule):
         return ConvolutionFunction.apply(grad, weight.conj(), None, geometry.transpose())
 
     def grad_weight(grad: Tensor, input: Tensor, geometry: Geometry) -> Tensor:
-        input = input.conj()
-        return correlation(grad, input, geometry) if geometry.transposed else correlation(input, grad, geometry)
+        large, small = (grad, input.conj()) if geometry.transposed else (input.conj(), grad)
+        return in_format_of(grad, correlation(large, small, geometry))
 
     def grad_bias(grad: Tensor) -> Tensor:
         return grad.sum([axis for axis in range(grad.dim()) if axis != 1])
 
 
-_PLAIN = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
-_TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}
-
-
 def correlation(large: Tensor, small: Tensor, geometry: Geometry) -> Tensor:
     r"""W[o, c, k] = Σ_n Σ_i large[n, c, s i + d k - p] small[n, o, i]
 
-    Read with k as the window and i as an index into the kernel, this is a convolution again: stride and dilation
-    have changed places, and so have batch and channels.
+    Three ways to the same sum; which is fastest, the shapes tell. In low precision only the first rounds once.
     """
+    samples, channels = large.shape[:2]
+    kernel = geometry.kernel
+    if samples == 0:
+        return large.new_zeros(small.shape[1], channels // geometry.groups, *kernel)
+    if large.element_size() < 4:
+        return _exchanged(large, small, geometry)
+    if channels == geometry.groups:  # depthwise: to take each sample for a group of its own sums less at a time
+        alone = replace(geometry, groups=samples * channels)
+        large, small = (x.reshape(1, -1, *x.shape[2:]) for x in (large, small))
+        found = _exchanged(large, small, alone)
+        return found.reshape(samples, -1, *found.shape[1:]).sum(0)
+    if len(kernel) == 1 or math.prod(kernel) <= 9:
+        return _unfolded(large, small, geometry)
+    return _exchanged(large, small, geometry)
+
+
+def _exchanged(large: Tensor, small: Tensor, geometry: Geometry) -> Tensor:
+    """Read with k as the window and i as an index into the kernel, the correlation is a convolution again: stride
+    and dilation have changed places, and so have batch and channels."""
     n, c, *sizes = large.shape
     groups = geometry.groups
-    if n == 0:
-        return large.new_zeros(small.shape[1], c // groups, *geometry.kernel)
     grouped = large.reshape(n, groups, c // groups, *sizes).transpose(0, 2)
     channels = grouped.reshape(c // groups, groups * n, *sizes)
     return ConvolutionFunction.apply(channels, small.transpose(0, 1), None, geometry.exchanged()).transpose(0, 1)
 
 
-def _check_weight(n: int, weight: Tensor) -> None:
-    """The number of axes tells which of torch's convolutions the rule takes."""
-    if weight.dim() != n + 2:
+_BLOCK = 2**18
+"""Elements that are unfolded at a time: what stays in the cache."""
+
+
+def _unfolded(large: Tensor, small: Tensor, geometry: Geometry) -> Tensor:
+    """With each window written out as a column, (c k, n i), the correlation is a product of matrices.
+
+    Chellapilla, Puri and Simard, "High performance convolutional neural networks for document processing", 2006.
+    """
+    at, n, (count, channels) = geometry, len(geometry.kernel), large.shape[:2]
+    if at.groups > 1:  # in channels_last the channels of a group lie apart, and so would the columns
+        large, small = large.contiguous(), small.contiguous()
+    windows = pad(large, [size for p in reversed(at.padding) for size in (p, p)]) if any(at.padding) else large
+    for axis, (k, s, d, o) in enumerate(zip(at.kernel, at.stride, at.dilation, at.windows, strict=True), 2):
+        windows = windows.unfold(axis, d * (k - 1) + 1, s).narrow(axis, 0, o)
+        windows = windows[..., ::d] if d > 1 else windows
+    windows = windows.reshape(count, at.groups, -1, *windows.shape[2:])  # (n, group, c, *i, *k)
+    windows = windows.permute(1, 2, *range(3 + n, 3 + 2 * n), 0, *range(3, 3 + n))
+    small = small.reshape(count, at.groups, -1, *at.windows).permute(1, 2, 0, *range(3, 3 + n))
+    step = max(1, _BLOCK // math.prod((channels, *at.kernel, *at.windows)))
+    total: Tensor | None = None
+    for few, fit in zip(small.split(step, 2), windows.split(step, 2 + n), strict=True):
+        a = few.reshape(at.groups, -1, math.prod(few.shape[2:]))
+        b = fit.reshape(at.groups, math.prod(fit.shape[1 : 2 + n]), -1).mT
+        total = a @ b if total is None else total.baddbmm_(a, b)
+    assert total is not None
+    return total.reshape(-1, channels // at.groups, *at.kernel)
+
+
+def _conv(n: int) -> Callable[..., Tensor]:
+    def conv(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Numbers = 1,
+        padding: Numbers | str = 0,
+        dilation: Numbers = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """Convolution along the last {n} axes, as `torch.nn.functional.conv{n}d`.
+
+        Shapes: input (N, C, *sizes) or (C, *sizes), weight (O, C / groups, *kernel), bias (O); the result
+        (N, O, *windows) or (O, *windows). The padding may be "same" or "valid".
+        """
+        if _without_batch(n, input, weight):
+            return conv(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+        stride, dilation, kernel = each(stride, n), each(dilation, n), tuple(weight.shape[2:])
+        if padding == "same":
+            if any(s != 1 for s in stride):
+                raise RuntimeError("padding='same' is not supported for strided convolutions")
+            spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            padding = tuple(span // 2 for span in spans)
+            if any(span % 2 for span in spans):  # one more at the end
+                input = pad(input, [size for span in reversed(spans) for size in (0, span % 2)])
+        elif padding == "valid":
+            padding = 0
+        elif isinstance(padding, str):
+            raise RuntimeError(f"padding must be a number, 'same' or 'valid', but is {padding!r}")
+        padding = each(padding, n)
+        steps = [
+            divmod(size + 2 * p - d * (k - 1) - 1, s)
+            for size, k, s, p, d in zip(input.shape[2:], kernel, stride, padding, dilation, strict=True)
+        ]
+        windows, rest = tuple(step + 1 for step, _ in steps), tuple(rest for _, rest in steps)
+        geometry = Geometry(kernel, windows, stride, padding, dilation, rest, groups)
+        return ConvolutionFunction.apply(input, weight, bias, geometry)
+
+    return conv
+
+
+def _conv_transpose(n: int) -> Callable[..., Tensor]:
+    def conv_transpose(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Numbers = 1,
+        padding: Numbers = 0,
+        output_padding: Numbers = 0,
+        groups: int = 1,
+        dilation: Numbers = 1,
+    ) -> Tensor:
+        """Transposed convolution along the last {n} axes, as `torch.nn.functional.conv_transpose{n}d`.
+
+        Shapes: input (N, C, *windows) or (C, *windows), weight (C, O / groups, *kernel), bias (O); the result
+        (N, O, *sizes) or (O, *sizes).
+        """
+        if _without_batch(n, input, weight):
+            alone = input.unsqueeze(0)
+            return conv_transpose(alone, weight, bias, stride, padding, output_padding, groups, dilation).squeeze(
+                0
+            )
+        kernel, windows = tuple(weight.shape[2:]), tuple(input.shape[2:])
+        stride, padding, dilation, rest = (each(x, n) for x in (stride, padding, dilation, output_padding))
+        geometry = Geometry(kernel, windows, stride, padding, dilation, rest, groups, transposed=True)
+        return ConvolutionFunction.apply(input, weight, bias, geometry)
+
+    return conv_transpose
+
+
+def _without_batch(n: int, input: Tensor, weight: Tensor) -> bool:
+    if weight.dim() != n + 2:  # the number of axes tells which of torch's convolutions the rule takes
         raise RuntimeError(f"expected a weight of {n + 2} axes, but it has shape {list(weight.shape)}")
+    return input.dim() == n + 1
 
 
-def _convolution(
-    n: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Numbers,
-    padding: Numbers | str,
-    dilation: Numbers,
-    groups: int,
-) -> Tensor:
-    _check_weight(n, weight)
-    if input.dim() == n + 1:  # without a batch
-        batch = input.unsqueeze(0)
-        return _convolution(n, batch, weight, bias, stride, padding, dilation, groups).squeeze(0)
-    stride, dilation, kernel = each(stride, n), each(dilation, n), tuple(weight.shape[2:])
-    if padding == "same":
-        if any(s != 1 for s in stride):
-            raise RuntimeError("padding='same' is not supported for strided convolutions")
-        spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        padding = tuple(span // 2 for span in spans)
-        if any(span % 2 for span in spans):  # one more at the end
-            input = pad(input, [size for span in reversed(spans) for size in (0, span % 2)])
-    elif padding == "valid":
-        padding = 0
-    elif isinstance(padding, str):
-        raise RuntimeError(f"padding must be a number, 'same' or 'valid', but is {padding!r}")
-    padding = each(padding, n)
-    steps = [
-        divmod(size + 2 * p - d * (k - 1) - 1, s)
-        for size, k, s, p, d in zip(input.shape[2:], kernel, stride, padding, dilation, strict=True)
-    ]
-    windows, rest = tuple(step + 1 for step, _ in steps), tuple(rest for _, rest in steps)
-    geometry = Geometry(kernel, windows, stride, padding, dilation, rest, groups)
-    return ConvolutionFunction.apply(input, weight, bias, geometry)
+conv1d, conv2d, conv3d = of_dimensions(_conv)
+conv_transpose1d, conv_transpose2d, conv_transpose3d = of_dimensions(_conv_transpose)
+
+
+class TimeBatchChannelsFunction(Rule):
+    r"""y[t, n, o] = Σ_c Σ_k x[t + k - p, n, c] W[k, c, o] + b[o]
+
+    pair with g       Σ g[t, n, o] dx[t + k - p, n, c] W[k, c, o]
+    ∂L/∂x[t] = Σ_k g[t - k + p] W[k]ᵀ:  such a convolution of g again, with the kernel reversed
+    ∂L/∂W[k] = Σ x[t + k - p]ᵀ g[t]      over all t for which there is such an x, and n
+    ∂L/∂b = Σ g
+    """
+
+    autocast = LOWER
+
+    def forward(input: Tensor, weight: Tensor, bias: Tensor, pad: int) -> Tensor:
+        return torch.conv_tbc(input.contiguous(), weight, bias, pad)
+
+    def grad_input(grad: Tensor, weight: Tensor, pad: int) -> Tensor:
+        before = len(weight) - 1 - pad
+        grad = grad[-before:before] if before < 0 else grad  # no x is so far out
+        bias = weight.new_zeros(weight.shape[1])
+        return TimeBatchChannelsFunction.apply(grad, weight.flip(0).mT, bias, max(before, 0))
+
+    def grad_weight(grad: Tensor, input: Tensor, weight: Tensor, pad: int) -> Tensor:
+        taps = []
+        for shift in range(-pad, len(weight) - pad):
+            first = max(0, -shift)
+            end = max(first, min(len(grad), len(input) - shift))
+            taps.append(rows(input[first + shift : end + shift]).mT @ rows(grad[first:end]))
+        return torch.stack(taps)
+
+    def grad_bias(grad: Tensor) -> Tensor:
+        return rows(grad).sum(0)
 
 
 @drop_in
-def conv1d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Numbers = 1,
-    padding: Numbers | str = 0,
-    dilation: Numbers = 1,
-    groups: int = 1,
-) -> Tensor:
-    """Convolution along one axis, as `torch.nn.functional.conv1d`.
+def conv_tbc(input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
+    """Convolution along the first axis, as `torch.nn.functional.conv_tbc`.
 
-    Shapes: input (N, C, L) or (C, L), weight (O, C / groups, k), bias (O); the result (N, O, ...) or (O, ...).
+    Shapes: input (T, N, C), weight (k, C, O), bias (O); the result (T + 2 pad - k + 1, N, O).
     """
-    return _convolution(1, input, weight, bias, stride, padding, dilation, groups)
-
-
-@drop_in
-def conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Numbers = 1,
-    padding: Numbers | str = 0,
-    dilation: Numbers = 1,
-    groups: int = 1,
-) -> Tensor:
-    """Convolution along two axes, as `torch.nn.functional.conv2d`.
-
-    Shapes: input (N, C, H, W) or (C, H, W), weight (O, C / groups, k, k), bias (O); the result (N, O, ...) or
-    (O, ...).
-    """
-    return _convolution(2, input, weight, bias, stride, padding, dilation, groups)
-
-
-@drop_in
-def conv3d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Numbers = 1,
-    padding: Numbers | str = 0,
-    dilation: Numbers = 1,
-    groups: int = 1,
-) -> Tensor:
-    """Convolution along three axes, as `torch.nn.functional.conv3d`.
-
-    Shapes: input (N, C, D, H, W) or (C, D, H, W), weight (O, C / groups, k, k, k), bias (O); the result
-    (N, O, ...) or (O, ...).
-    """
-    return _convolution(3, input, weight, bias, stride, padding, dilation, groups)
-
-
-def _transposed_convolution(
-    n: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Numbers,
-    padding: Numbers,
-    output_padding: Numbers,
-    groups: int,
-    dilation: Numbers,
-) -> Tensor:
-    _check_weight(n, weight)
-    if input.dim() == n + 1:
-        batch = input.unsqueeze(0)
-        return _transposed_convolution(
-            n, batch, weight, bias, stride, padding, output_padding, groups, dilation
-        ).squeeze(0)
-    kernel, windows = tuple(weight.shape[2:]), tuple(input.shape[2:])
-    stride, padding, dilation, rest = (each(x, n) for x in (stride, padding, dilation, output_padding))
-    geometry = Geometry(kernel, windows, stride, padding, dilation, rest, groups, transposed=True)
-    return ConvolutionFunction.apply(input, weight, bias, geometry)
-
-
-@drop_in
-def conv_transpose1d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Numbers = 1,
-    padding: Numbers = 0,
-    output_padding: Numbers = 0,
-    groups: int = 1,
-    dilation: Numbers = 1,
-) -> Tensor:
-    """Transposed convolution along one axis, as `torch.nn.functional.conv_transpose1d`.
-
-    Shapes: input (N, C, L) or (C, L), weight (C, O / groups, k), bias (O); the result (N, O, ...) or (O, ...).
-    """
-    return _transposed_convolution(1, input, weight, bias, stride, padding, output_padding, groups, dilation)
-
-
-@drop_in
-def conv_transpose2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Numbers = 1,
-    padding: Numbers = 0,
-    output_padding: Numbers = 0,
-    groups: int = 1,
-    dilation: Numbers = 1,
-) -> Tensor:
-    """Transposed convolution along two axes, as `torch.nn.functional.conv_transpose2d`.
-
-    Shapes: input (N, C, H, W) or (C, H, W), weight (C, O / groups, k, k), bias (O); the result (N, O, ...) or
-    (O, ...).
-    """
-    return _transposed_convolution(2, input, weight, bias, stride, padding, output_padding, groups, dilation)
-
-
-@drop_in
-def conv_transpose3d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Numbers = 1,
-    padding: Numbers = 0,
-    output_padding: Numbers = 0,
-    groups: int = 1,
-    dilation: Numbers = 1,
-) -> Tensor:
-    """Transposed convolution along three axes, as `torch.nn.functional.conv_transpose3d`.
-
-    Shapes: input (N, C, D, H, W) or (C, D, H, W), weight (C, O / groups, k, k, k), bias (O); the result
-    (N, O, ...) or (O, ...).
-    """
-    return _transposed_convolution(3, input, weight, bias, stride, padding, output_padding, groups, dilation)
-
-
-_FUNCTIONS = {1: conv1d, 2: conv2d, 3: conv3d}
-
-
-_TRANSPOSED_FUNCTIONS = {1: conv_transpose1d, 2: conv_transpose2d, 3: conv_transpose3d}
+    return TimeBatchChannelsFunction.apply(input, weight, bias, pad)
 
 
 def _samples(t: Maker, n: int) -> list[Call]:
@@ -298,17 +285,24 @@ def _transposed_samples(t: Maker, n: int) -> list[Call]:
     ]
 
 
-_BIG = {1: (8, 64, 1024), 2: (8, 64, 28, 28), 3: (2, 16, 16, 28, 28)}
+def _big(t: Maker, n: int) -> Call:
+    shape = ((8, 64, 1024), (8, 64, 28, 28), (2, 16, 16, 28, 28))[n - 1]
+    width = shape[1]
+    return Call(t(*shape), t(width, width, *(3,) * n), t(width), padding=1)
 
-for _n in (1, 2, 3):
-    _width = _BIG[_n][1]
-    register(
-        _FUNCTIONS[_n],
-        samples=lambda t, n=_n: _samples(t, n),
-        big=lambda t, n=_n, c=_width: Call(t(*_BIG[n]), t(c, c, *(3,) * n), t(c), padding=1),
-    )
-    register(
-        _TRANSPOSED_FUNCTIONS[_n],
-        samples=lambda t, n=_n: _transposed_samples(t, n),
-        big=lambda t, n=_n, c=_width: Call(t(*_BIG[n]), t(c, c, *(3,) * n), t(c), padding=1),
-    )
+
+for _n, _plain, _transposed in (
+    (1, conv1d, conv_transpose1d),
+    (2, conv2d, conv_transpose2d),
+    (3, conv3d, conv_transpose3d),
+):
+    # special=False: torch's kernels differ among themselves in what a padded 0 times an infinite gradient is
+    _of_size = partial(_big, n=_n)
+    register(_plain, samples=partial(_samples, n=_n), big=_of_size, special=False)
+    register(_transposed, samples=partial(_transposed_samples, n=_n), big=_of_size, special=False)
+
+register(
+    conv_tbc,
+    samples=lambda t: [Call(t(4, 2, 3), t(2, 3, 2), t(2), 2), Call(t(5, 1, 2), t(3, 2, 1), t(1))],
+    big=lambda t: Call(t(256, 8, 64), t(3, 64, 64), t(64), 1),
+)

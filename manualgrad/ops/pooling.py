@@ -1,44 +1,90 @@
-"""Pooling: the largest, the mean or a norm of each window, and the reverse of the first."""
+"""Pooling: the largest, the mean or a norm of each window, and the reverse of the first.
+
+The rules stand for torch's kernels. What comes before one (checks, defaults, the choice by ``return_indices``,
+the random places of fractional windows) is torch's own Python, which calls them.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.utils import _list_with_default
 
-from manualgrad.ops.elementary import Numbers, Pointwise, choose, drop_in, each
+from manualgrad.ops.elementary import (
+    Numbers,
+    Pointwise,
+    channels_last,
+    choose,
+    drop_in,
+    each,
+    of_dimensions,
+    stands_for,
+)
 from manualgrad.ops.padding import pad
-from manualgrad.registry import Call, Maker, register
+from manualgrad.registry import Call, Maker, register, stand_ins
 from manualgrad.rule import Rule
+
+kernels: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Along(NamedTuple):
+    """Windows along one axis: window i from s i - p on, k long; what it counts may lie in the padding."""
+
+    k: int
+    s: int
+    p: int
+    counts_padding: bool
+
+    def counts(self, n: int, o: int) -> list[int]:
+        """How many places each of o windows counts, of n."""
+        beyond = self.p if self.counts_padding else 0
+        starts = [self.s * i - self.p for i in range(o)]
+        return [min(start + self.k, n + beyond) - max(start, -beyond) for start in starts]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Which of torch's functions pools, what it is told besides its tensors, and the sizes that are pooled."""
+    """The kernel of torch's that pools, what it is told besides its tensors, and the sizes that are pooled.
 
-    name: str
-    arguments: tuple[Any, ...]
+    Of a mean also its windows, unless they adapt to the sizes, and what it divides by, if not by their counts.
+    """
+
+    kernel: str  # its name, which torch.compile can write down
+    settings: tuple[Any, ...]
     sizes: tuple[int, ...]
+    windows: tuple[Along, ...] = ()
+    divisor: int | None = None
 
-    def __call__(self, *tensors: Tensor) -> Any:
-        return getattr(F, self.name)(*tensors, *self.arguments)
-
-
-def _pool(axes: int, name: str, input: Tensor, *arguments: Any) -> Pool:
-    """A pool over the last axes."""
-    plain = tuple(tuple(value) if isinstance(value, list) else value for value in arguments)
-    return Pool(name, plain, tuple(input.shape[-axes:]))
+    def __call__(self, *tensors: Tensor | None) -> Any:
+        input, *more = tensors
+        kernel = getattr(kernels, self.kernel, None) or getattr(torch, self.kernel)
+        return kernel(input, *self.settings, *(x for x in more if x is not None))
 
 
-def _flat(tensor: Tensor, axes: int) -> Tensor:
-    """The last axes as one."""
-    pooled = math.prod(tensor.shape[-axes:])
-    return tensor.reshape(*tensor.shape[:-axes], pooled)
+def _pool(n: int, kernel: str, input: Tensor, settings: Sequence[Any], *more: Any) -> Pool:
+    """A pool of the last n axes."""
+    plain = tuple(tuple(x) if isinstance(x, Sequence) else x for x in settings)
+    return Pool(kernel, plain, tuple(input.shape[-n:]), *more)
+
+
+@stands_for(_list_with_default)
+def _given_or_default(sizes: Any, defaults: list[int]) -> Any:
+    """Output sizes, None for the input's. (torch.compile does not look into torch's.)"""
+    if isinstance(sizes, (int, torch.SymInt)):
+        return sizes
+    if len(defaults) <= len(sizes):
+        raise ValueError(f"Input dimension should be at least {len(sizes) + 1}")
+    return [d if v is None else v for v, d in zip(sizes, defaults[-len(sizes) :], strict=False)]
+
+
+# --- the largest ---
 
 
 class MaxPoolFunction(Rule):
@@ -46,34 +92,35 @@ class MaxPoolFunction(Rule):
 
     ⟨g, dy⟩ = Σᵢ g[i] dx[j(i)]:  each x collects the g of every window it was the largest of,
     ∂L/∂x[j] = Σ g[i] over j(i) = j
+
+    The windows are regular, or adapt to the sizes, or lie where the `samples` in [0, 1) put them (Graham,
+    "Fractional Max-Pooling", 2014).
     """
 
     statistics = ("indices",)
 
-    def forward(input: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-        return pool(input)
+    def forward(input: Tensor, samples: Tensor | None, pool: Pool) -> tuple[Tensor, Tensor]:
+        if input.dim() == len(pool.sizes) + 1:  # torch takes volumes without a batch for images, by their strides
+            input = input.contiguous()
+        return pool(input, samples)
 
     def grad_input(grad: Tensor, indices: Tensor, pool: Pool) -> Tensor:
-        axes = len(pool.sizes)
-        sent, places = _flat(grad, axes), _flat(indices, axes)
-        zeros = grad.new_zeros(*sent.shape[:-1], math.prod(pool.sizes))
-        return zeros.scatter_add(-1, places, sent).reshape(*sent.shape[:-1], *pool.sizes)
+        n = len(pool.sizes)
+        form = grad.dim() == n + 2 and channels_last(grad)
+        sent, places = _flat(grad, n, form), _flat(indices, n, form)
+        axis = 1 if form else -1
+        shape = list(sent.shape)
+        shape[axis] = math.prod(pool.sizes)
+        found = sent.new_zeros(shape).scatter_add(axis, places, sent)
+        if form:
+            return found.reshape(len(found), *pool.sizes, found.shape[-1]).movedim(-1, 1)
+        return found.reshape(*sent.shape[:-1], *pool.sizes)
 
 
 class Float32MaxPoolFunction(MaxPoolFunction):
     """The ones that autocast widens on the CPU."""
 
     autocast = {"cpu": "float32"}
-
-
-class FractionalMaxPoolFunction(Float32MaxPoolFunction):
-    """Windows of random places.
-
-    Graham, "Fractional Max-Pooling", 2014.
-    """
-
-    def forward(input: Tensor, samples: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-        return getattr(F, pool.name)(input, *pool.arguments, _random_samples=samples)
 
 
 class MaxUnpoolFunction(Rule):
@@ -87,116 +134,207 @@ class MaxUnpoolFunction(Rule):
     autocast = {"cpu": "float32"}
 
     def forward(input: Tensor, indices: Tensor, pool: Pool) -> Tensor:
-        return pool(input, indices)
+        return getattr(kernels, pool.kernel)(input, indices, *pool.settings)
 
     def grad_input(grad: Tensor, indices: Tensor, pool: Pool) -> Tensor:
-        axes = len(pool.sizes)
-        return _flat(grad, axes).gather(-1, _flat(indices, axes)).reshape(indices.shape)
+        n = len(pool.sizes)
+        return _flat(grad, n).gather(-1, _flat(indices, n)).reshape(indices.shape)
 
 
-class Windows(NamedTuple):
-    """Those along one axis, and over each place of it."""
-
-    count: Tensor | int  # how many places each window counts
-    first: Tensor  # of the windows over each place
-    last: Tensor | None  # (None: there is but one)
-    overlap: int  # never more than so many
+def _flat(tensor: Tensor, n: int, channels_last: bool = False) -> Tensor:
+    """The last n axes as one; the channels behind it if that is how they lie in memory."""
+    if channels_last:
+        return tensor.movedim(1, -1).reshape(len(tensor), -1, tensor.shape[1])
+    return tensor.reshape(*tensor.shape[:-n], math.prod(tensor.shape[-n:]))
 
 
-class AveragePool(Rule):
-    r"""y[i] = (1/n[i]) Σ x over window i      the rule gives ``windows``, axis by axis
+def _max_pool(
+    n: int,
+    stood_for: Callable[..., Any],
+    kernel: Callable[..., Any],
+    rule: type[Rule] = MaxPoolFunction,
+    fractional: bool = False,
+) -> None:
+    """Enter our max pool of the last n axes: with indices, if what it stands for is the kernel that finds them."""
+
+    @stands_for(stood_for)
+    def max_pool(input: Tensor, *settings: Any) -> Any:
+        if not input.is_floating_point():
+            return stood_for(input, *settings)
+        *told, samples = settings if fractional else (*settings, None)
+        pool = _pool(n, kernel.__name__, input, told)
+        return rule.apply(input, samples, pool, with_statistics=stood_for is kernel)
+
+
+for _n, _values, _indices, _adaptive, _wide in (
+    (1, torch.max_pool1d, torch.max_pool1d_with_indices, torch.adaptive_max_pool1d, MaxPoolFunction),
+    (2, torch.max_pool2d, kernels.max_pool2d_with_indices, kernels.adaptive_max_pool2d, MaxPoolFunction),
+    (3, torch.max_pool3d, kernels.max_pool3d_with_indices, kernels.adaptive_max_pool3d, Float32MaxPoolFunction),
+):
+    _max_pool(_n, _values, _indices, _wide)
+    _max_pool(_n, _indices, _indices)
+    _max_pool(_n, _adaptive, _adaptive, _wide)
+for _n, _kernel in ((2, kernels.fractional_max_pool2d), (3, kernels.fractional_max_pool3d)):
+    _max_pool(_n, _kernel, _kernel, Float32MaxPoolFunction, fractional=True)
+
+
+def _max_unpool(n: int, kernel: Callable[..., Any]) -> None:
+    @stands_for(kernel)
+    def max_unpool(input: Tensor, indices: Tensor, *settings: Any) -> Tensor:
+        return MaxUnpoolFunction.apply(input, indices, _pool(n, kernel.__name__, input, settings))
+
+
+_max_unpool(2, kernels.max_unpool2d)
+_max_unpool(3, kernels.max_unpool3d)
+
+
+# --- the mean ---
+
+
+class AvgPoolFunction(Rule):
+    r"""y[i] = (1/n[i]) Σ x over window i      n: how many places it counts, or one divisor for all
 
     ⟨g, dy⟩ = Σᵢ (g[i]/n[i]) Σ dx over window i:  each x collects g/n of every window over it. Windows are products
     of intervals, so this is done along one axis after the other.
     """
 
-    def grad_input(grad: Tensor, windows: list[Windows]) -> Tensor:
-        for i, along in enumerate(reversed(windows)):
-            grad = _returned(grad, -1 - i, along)
-        return grad
-
-
-def _returned(grad: Tensor, axis: int, windows: Windows) -> Tensor:
-    """For each place along an axis, the sum of g/n over the windows over it."""
-    count, first, last, overlap = windows
-    beyond = grad.shape[axis]
-    if isinstance(count, Tensor):
-        grad = grad / count.reshape(beyond, *[1] * (-1 - axis))
-    elif count != 1:
-        grad = grad / count
-    if last is None:
-        return grad.index_select(axis, first)
-    grad = pad(grad, (*(0, 0) * (-1 - axis), 0, 1))  # one more window, of zero, where a place has fewer
-    total = grad.index_select(axis, torch.where(first <= last, first, beyond))
-    for k in range(1, overlap):
-        total = total + grad.index_select(axis, torch.where(first + k <= last, first + k, beyond))
-    return total
-
-
-class AvgPoolFunction(AveragePool):
-    r"""window i: [s i - p, s i - p + k), of which what lies within the input is summed
-
-    n: what of it lies within the input and its padding, or within the input, or one divisor for all.
-    """
-
     def forward(input: Tensor, pool: Pool) -> Tensor:
         return pool(input)
 
-    def windows(grad: Tensor, pool: Pool) -> list[Windows]:
-        kernel, stride, padding, _, include_pad, *divisor = pool.arguments
-        axes = len(pool.sizes)
-        outputs = grad.shape[-axes:]
-        moves = (each(numbers, axes) for numbers in (kernel, stride or kernel, padding))
-        found = [
-            _regular_windows(n, o, k, s, p, include_pad, grad.device)
-            for n, o, k, s, p in zip(pool.sizes, outputs, *moves, strict=True)
-        ]
-        if divisor and divisor[0]:
-            found = [along._replace(count=1) for along in found]
-            found[-1] = found[-1]._replace(count=divisor[0])
-        return found
-
-
-def _regular_windows(n: int, o: int, k: int, s: int, p: int, include_pad: bool, device: torch.device) -> Windows:
-    place, start = torch.arange(n, device=device) + p, torch.arange(o, device=device) * s - p
-    end = (start + k).clamp(max=n + p)
-    if not include_pad:
-        start, end = start.clamp(min=0), end.clamp(max=n)
-    alike = (include_pad or p == 0) and s * (o - 1) + k <= n + 2 * p
-    tiled = k == s and p == 0 and s * o >= n
-    first, last = ((place - k) // s + 1).clamp(min=0), (place // s).clamp(max=o - 1)
-    return Windows(k if alike else end - start, first, None if tiled else last, min(-(-k // s), o))
+    def grad_input(grad: Tensor, pool: Pool) -> Tensor:
+        dims = len(pool.sizes)
+        if 0 in grad.shape:
+            return grad.new_zeros(*grad.shape[:-dims], *pool.sizes)
+        form = grad.dim() == dims + 2 and channels_last(grad)
+        total = grad.movedim(1, -1) if form else grad  # as it lies in memory
+        total = total / pool.divisor if pool.divisor else total
+        for place, n in reversed([*enumerate(pool.sizes)]):
+            axis = total.dim() - dims - form + place
+            o = total.shape[axis]
+            along = (
+                pool.windows[place] if pool.windows else Along(n // o, n // o, 0, False) if n % o == 0 else None
+            )
+            if not pool.divisor:
+                counts = along.counts(n, o) if along else [b - a for a, b in _adaptive_windows(n, o)]
+                total = _divided(total, axis, counts)
+            total = _collected(total, axis, n, along) if along else _collected_adaptively(total, axis, n)
+        total = total.contiguous()
+        return total.movedim(-1, 1) if form else total
 
 
 class Float32AvgPoolFunction(AvgPoolFunction):
-    """The one that autocast widens on the CPU."""
+    """The ones that autocast widens on the CPU."""
 
     autocast = {"cpu": "float32"}
 
 
-class AdaptiveAvgPoolFunction(AveragePool):
-    r"""window i: [⌊i n / o⌋, ⌈(i + 1) n / o⌉), of n places for o outputs, whose length it divides by"""
-
-    def forward(input: Tensor, pool: Pool) -> Tensor:
-        return pool(input)
-
-    def windows(grad: Tensor, pool: Pool) -> list[Windows]:
-        outputs = grad.shape[-len(pool.sizes) :]
-        return [_adaptive_windows(n, o, grad.device) for n, o in zip(pool.sizes, outputs, strict=True)]
+def _divided(tensor: Tensor, axis: int, counts: list[int]) -> Tensor:
+    if len(set(counts)) == 1:
+        return tensor / counts[0] if counts[0] != 1 else tensor
+    divisor = torch.tensor(counts, dtype=tensor.dtype, device=tensor.device)
+    return tensor / divisor.reshape(-1, *[1] * (tensor.dim() - 1 - axis))
 
 
-def _adaptive_windows(n: int, o: int, device: torch.device) -> Windows:
-    place, window = torch.arange(n, device=device), torch.arange(o, device=device)
-    first, last = place * o // n, ((place + 1) * o - 1) // n
-    if o and n % o == 0:
-        return Windows(n // o, first, None, 1)
-    return Windows(((window + 1) * n + o - 1) // o - window * n // o, first, last, (o - 1) // n + 2)
+def _collected(sent: Tensor, axis: int, n: int, along: Along) -> Tensor:
+    """For each of n places along an axis, the sum of what the windows over it sent.
+
+    Place s q + r - p (0 ≤ r < s) lies in the windows q, q - 1, ... as far as they reach: in m = ⌈k/s⌉ of them if
+    r < k - (m - 1) s, else in m - 1. So two sums do for all places: of m windows, and of m - 1.
+    """
+    k, s, p, _ = along
+    m, q = -(-k // s), -(-(n + p) // s)
+    if m > 1 or q > sent.shape[axis]:  # windows of nothing, before and after
+        sent = pad(sent, (*(0, 0) * (sent.dim() - 1 - axis), m - 1, q - sent.shape[axis]))
+    *others, farthest = (sent.narrow(axis, m - 1 - j, q) for j in range(m))
+    fewer = functools.reduce(torch.add, others) if others else None
+    every = farthest if fewer is None else fewer + farthest
+    parts = [_repeated(every, axis, k - (m - 1) * s)]
+    if m * s > k:
+        parts.append(_repeated(torch.zeros_like(every) if fewer is None else fewer, axis, m * s - k))
+    places = torch.cat(parts, axis + 1) if len(parts) > 1 else parts[0]
+    places = places.reshape(*every.shape[:axis], q * s, *every.shape[axis + 1 :])
+    return places.narrow(axis, p, n)
 
 
-class Float32AdaptiveAvgPoolFunction(AdaptiveAvgPoolFunction):
-    """The one that autocast widens on the CPU."""
+def _repeated(tensor: Tensor, axis: int, times: int) -> Tensor:
+    """Each entry along an axis so many times, along a new axis behind it."""
+    return tensor.unsqueeze(axis + 1).expand(*tensor.shape[: axis + 1], times, *tensor.shape[axis + 1 :])
 
-    autocast = {"cpu": "float32"}
+
+def _adaptive_windows(n: int, o: int) -> list[tuple[int, int]]:
+    """From where to where each of o windows reaches over n places: ⌊i n / o⌋ and ⌈(i + 1) n / o⌉."""
+    return [(i * n // o, -(-(i + 1) * n // o)) for i in range(o)]
+
+
+def _collected_adaptively(sent: Tensor, axis: int, n: int) -> Tensor:
+    """The same for adaptive windows: between two edges all places lie in the same ones."""
+    o, pieces = sent.shape[axis], []
+    edges = sorted({edge for window in _adaptive_windows(n, o) for edge in window})
+    for start, end in itertools.pairwise(edges):
+        first, last = start * o // n, ((start + 1) * o - 1) // n
+        over = functools.reduce(torch.add, (sent.narrow(axis, i, 1) for i in range(first, last + 1)))
+        pieces.append(over.expand(*sent.shape[:axis], end - start, *sent.shape[axis + 1 :]))
+    return torch.cat(pieces, axis)
+
+
+def _mean(n: int, rule: type[Rule], input: Tensor, settings: Sequence[Any]) -> Tensor:
+    kernel_size, stride, padding, _, include_pad, *divisor = settings
+    moves = (each(numbers, n) for numbers in (kernel_size, stride or kernel_size, padding))
+    windows = tuple(Along(k, s, p, include_pad) for k, s, p in zip(*moves, strict=True))
+    pool = _pool(n, f"avg_pool{n}d", input, settings, windows, *divisor)
+    return rule.apply(input, pool)
+
+
+@drop_in
+def avg_pool1d(
+    input: Tensor,
+    kernel_size: Numbers,
+    stride: Numbers | None = None,
+    padding: Numbers = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """The mean of each window, as `torch.nn.functional.avg_pool1d`. Shapes: (N, C, L) or (C, L)."""
+    return _mean(1, AvgPoolFunction, input, (kernel_size, stride, padding, ceil_mode, count_include_pad))
+
+
+def _avg_pool(n: int) -> Callable[..., Tensor]:
+    rule = Float32AvgPoolFunction if n == 3 else AvgPoolFunction
+
+    def avg_pool(
+        input: Tensor,
+        kernel_size: Numbers,
+        stride: Numbers | None = None,
+        padding: Numbers = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Tensor:
+        """The mean of each window of the last {n} axes, as `torch.nn.functional.avg_pool{n}d`.
+
+        Shapes: (N, C, *sizes) or (C, *sizes).
+        """
+        settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        return _mean(n, rule, input, settings)
+
+    return avg_pool
+
+
+avg_pool2d, avg_pool3d = of_dimensions(_avg_pool, (2, 3))
+
+
+def _adaptive_avg_pool(n: int, kernel: Callable[..., Any], rule: type[Rule]) -> None:
+    @stands_for(kernel)
+    def adaptive_avg_pool(input: Tensor, output_size: Numbers) -> Tensor:
+        return rule.apply(input, _pool(n, kernel.__name__, input, (output_size,)))
+
+
+_adaptive_avg_pool(1, torch.adaptive_avg_pool1d, AvgPoolFunction)
+_adaptive_avg_pool(2, kernels.adaptive_avg_pool2d, AvgPoolFunction)
+_adaptive_avg_pool(3, kernels.adaptive_avg_pool3d, Float32AvgPoolFunction)
+
+
+# --- the norm ---
 
 
 class AbsoluteFunction(Rule):
@@ -227,7 +365,7 @@ class RootFunction(Rule):
     r"""y = (k x)^(1/p)      y′ = (k/p) (k x)^(1/p - 1)      (at 0: 0, as torch, whatever g is)"""
 
     def forward(input: Tensor, k: int, p: float) -> Tensor:
-        return (input.sign() * F.relu(input.abs())).mul(k).pow(1 / p)
+        return (input.sign() * input.abs()).mul(k).pow(1 / p)
 
     def grad_input(grad: Tensor, input: Tensor, k: int, p: float) -> Tensor:
         nonzero = input != 0
@@ -235,521 +373,109 @@ class RootFunction(Rule):
         return choose(nonzero, grad * (k / p) * safe.pow(1 / p - 1))
 
 
-def _max_pool(
-    n: int,
-    input: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None,
-    padding: Numbers,
-    dilation: Numbers,
-    ceil_mode: bool,
-    return_indices: bool,
-) -> Any:
-    pool = _pool(n, f"max_pool{n}d_with_indices", input, kernel_size, stride, padding, dilation, ceil_mode)
-    rule = Float32MaxPoolFunction if n == 3 and not return_indices else MaxPoolFunction
-    return rule.apply(input, pool, with_statistics=return_indices)
+def _lp_pool(n: int) -> Callable[..., Tensor]:
+    largest = stand_ins[getattr(torch, f"max_pool{n}d")]
+    mean = (avg_pool1d, avg_pool2d, avg_pool3d)[n - 1]
 
+    def lp_pool(
+        input: Tensor,
+        norm_type: int | float,
+        kernel_size: Numbers,
+        stride: Numbers | None = None,
+        ceil_mode: bool = False,
+    ) -> Tensor:
+        """(Σ xᵖ)^(1/p) of each window of the last {n} axes, as `torch.nn.functional.lp_pool{n}d`.
 
-@drop_in
-def max_pool1d(
-    input: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    dilation: Numbers = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Any:
-    """The largest of each window, and with `return_indices` where it stands, as `torch.nn.functional.max_pool1d`.
+        Shapes: (N, C, *sizes) or (C, *sizes). p is the `norm_type`; infinite: the largest or least |x|.
+        """
+        if norm_type in (math.inf, -math.inf):
+            sign = 1 if norm_type > 0 else -1
+            found = largest(sign * AbsoluteFunction.apply(input), kernel_size, stride or (), 0, 1, ceil_mode)
+            return sign * found
+        powers = mean(PowerFunction.apply(input, norm_type), kernel_size, stride, 0, ceil_mode)
+        return RootFunction.apply(powers, math.prod(each(kernel_size, n)), norm_type)
 
-    Shapes: input (N, C, L) or (C, L); the result alike.
-    """
-    if not (input.is_floating_point() or return_indices):  # only torch's kernel that finds indices takes integers
-        return _pool(1, "max_pool1d", input, kernel_size, stride, padding, dilation, ceil_mode)(input)
-    return _max_pool(1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return lp_pool
 
 
-@drop_in
-def max_pool1d_with_indices(
-    input: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    dilation: Numbers = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`max_pool1d` with its indices, as `torch.nn.functional.max_pool1d_with_indices`."""
-    return _max_pool(1, input, kernel_size, stride, padding, dilation, ceil_mode, True)
+lp_pool1d, lp_pool2d, lp_pool3d = of_dimensions(_lp_pool)
 
 
-@drop_in
-def max_pool2d(
-    input: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    dilation: Numbers = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Any:
-    """The largest of each window, and with `return_indices` where it stands, as `torch.nn.functional.max_pool2d`.
+# --- the table ---
 
-    Shapes: input (N, C, H, W) or (C, H, W); the result alike.
-    """
-    return _max_pool(2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
+def _sizes(n: int) -> tuple[int, ...]:
+    return ((6,), (4, 5), (2, 3, 4))[n - 1]
 
-@drop_in
-def max_pool2d_with_indices(
-    input: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    dilation: Numbers = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`max_pool2d` with its indices, as `torch.nn.functional.max_pool2d_with_indices`."""
-    return _max_pool(2, input, kernel_size, stride, padding, dilation, ceil_mode, True)
 
+def _big(n: int, *args: Any, **kwargs: Any) -> Callable[[Maker], Call]:
+    shape = ((16, 64, 4096), (16, 64, 56, 56), (4, 32, 8, 28, 28))[n - 1]
+    return lambda t: Call(t(*shape), *args, **kwargs)
 
-@drop_in
-def max_pool3d(
-    input: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    dilation: Numbers = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Any:
-    """The largest of each window, and with `return_indices` where it stands, as `torch.nn.functional.max_pool3d`.
 
-    Shapes: input (N, C, D, H, W) or (C, D, H, W); the result alike.
-    """
-    return _max_pool(3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-
-
-@drop_in
-def max_pool3d_with_indices(
-    input: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    dilation: Numbers = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`max_pool3d` with its indices, as `torch.nn.functional.max_pool3d_with_indices`."""
-    return _max_pool(3, input, kernel_size, stride, padding, dilation, ceil_mode, True)
-
-
-def _adaptive_max_pool(n: int, input: Tensor, output_size: Numbers, return_indices: bool) -> Any:
-    pool = _pool(n, f"adaptive_max_pool{n}d_with_indices", input, output_size)
-    rule = Float32MaxPoolFunction if n == 3 else MaxPoolFunction
-    return rule.apply(input, pool, with_statistics=return_indices)
-
-
-@drop_in
-def adaptive_max_pool1d(input: Tensor, output_size: Numbers, return_indices: bool = False) -> Any:
-    """The largest of each of so many windows, as `torch.nn.functional.adaptive_max_pool1d`.
-
-    Shapes: input (N, C, L) or (C, L); the result alike, of `output_size`.
-    """
-    return _adaptive_max_pool(1, input, output_size, return_indices)
-
-
-@drop_in
-def adaptive_max_pool1d_with_indices(
-    input: Tensor, output_size: Numbers, return_indices: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`adaptive_max_pool1d` with its indices, as `torch.nn.functional.adaptive_max_pool1d_with_indices`."""
-    return _adaptive_max_pool(1, input, output_size, True)
-
-
-@drop_in
-def adaptive_max_pool2d(input: Tensor, output_size: Numbers, return_indices: bool = False) -> Any:
-    """The largest of each of so many windows, as `torch.nn.functional.adaptive_max_pool2d`.
-
-    Shapes: input (N, C, H, W) or (C, H, W); the result alike, of `output_size`.
-    """
-    return _adaptive_max_pool(2, input, output_size, return_indices)
-
-
-@drop_in
-def adaptive_max_pool2d_with_indices(
-    input: Tensor, output_size: Numbers, return_indices: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`adaptive_max_pool2d` with its indices, as `torch.nn.functional.adaptive_max_pool2d_with_indices`."""
-    return _adaptive_max_pool(2, input, output_size, True)
-
-
-@drop_in
-def adaptive_max_pool3d(input: Tensor, output_size: Numbers, return_indices: bool = False) -> Any:
-    """The largest of each of so many windows, as `torch.nn.functional.adaptive_max_pool3d`.
-
-    Shapes: input (N, C, D, H, W) or (C, D, H, W); the result alike, of `output_size`.
-    """
-    return _adaptive_max_pool(3, input, output_size, return_indices)
-
-
-@drop_in
-def adaptive_max_pool3d_with_indices(
-    input: Tensor, output_size: Numbers, return_indices: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`adaptive_max_pool3d` with its indices, as `torch.nn.functional.adaptive_max_pool3d_with_indices`."""
-    return _adaptive_max_pool(3, input, output_size, True)
-
-
-def _fractional_max_pool(
-    n: int,
-    input: Tensor,
-    kernel_size: Numbers,
-    output_size: Numbers | None,
-    output_ratio: float | Sequence[float] | None,
-    return_indices: bool,
-    samples: Tensor | None,
-) -> Any:
-    if samples is None:  # drawn as torch draws them
-        batch = 1 if input.dim() == n + 1 else input.size(0)
-        samples = torch.rand(batch, input.size(-1 - n), n, dtype=input.dtype, device=input.device)
-    name = f"fractional_max_pool{n}d_with_indices"
-    pool = _pool(n, name, input, kernel_size, output_size, output_ratio)
-    return FractionalMaxPoolFunction.apply(input, samples, pool, with_statistics=return_indices)
-
-
-@drop_in
-def fractional_max_pool2d(
-    input: Tensor,
-    kernel_size: Numbers,
-    output_size: Numbers | None = None,
-    output_ratio: float | Sequence[float] | None = None,
-    return_indices: bool = False,
-    _random_samples: Tensor | None = None,
-) -> Any:
-    """The largest of windows at random places, as `torch.nn.functional.fractional_max_pool2d`.
-
-    Shapes: input (N, C, H, W) or (C, H, W); the result alike, of `output_size`, or of `output_ratio` of the
-    input's. Draws the same windows as torch does from the same random state.
-
-    Raises:
-        ValueError: neither `output_size` nor `output_ratio` is given.
-    """
-    return _fractional_max_pool(2, input, kernel_size, output_size, output_ratio, return_indices, _random_samples)
-
-
-@drop_in
-def fractional_max_pool2d_with_indices(
-    input: Tensor,
-    kernel_size: Numbers,
-    output_size: Numbers | None = None,
-    output_ratio: float | Sequence[float] | None = None,
-    return_indices: bool = False,
-    _random_samples: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`fractional_max_pool2d` with its indices, as `torch.nn.functional.fractional_max_pool2d_with_indices`."""
-    return _fractional_max_pool(2, input, kernel_size, output_size, output_ratio, True, _random_samples)
-
-
-@drop_in
-def fractional_max_pool3d(
-    input: Tensor,
-    kernel_size: Numbers,
-    output_size: Numbers | None = None,
-    output_ratio: float | Sequence[float] | None = None,
-    return_indices: bool = False,
-    _random_samples: Tensor | None = None,
-) -> Any:
-    """The largest of windows at random places, as `torch.nn.functional.fractional_max_pool3d`.
-
-    Shapes: input (N, C, D, H, W) or (C, D, H, W); the result alike, of `output_size`, or of `output_ratio` of the
-    input's. Draws the same windows as torch does from the same random state.
-
-    Raises:
-        ValueError: neither `output_size` nor `output_ratio` is given.
-    """
-    return _fractional_max_pool(3, input, kernel_size, output_size, output_ratio, return_indices, _random_samples)
-
-
-@drop_in
-def fractional_max_pool3d_with_indices(
-    input: Tensor,
-    kernel_size: Numbers,
-    output_size: Numbers | None = None,
-    output_ratio: float | Sequence[float] | None = None,
-    return_indices: bool = False,
-    _random_samples: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`fractional_max_pool3d` with its indices, as `torch.nn.functional.fractional_max_pool3d_with_indices`."""
-    return _fractional_max_pool(3, input, kernel_size, output_size, output_ratio, True, _random_samples)
-
-
-@drop_in
-def max_unpool1d(
-    input: Tensor,
-    indices: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    output_size: Sequence[int] | None = None,
-) -> Tensor:
-    """Each value put where `indices` says, elsewhere 0, as `torch.nn.functional.max_unpool1d`.
-
-    Shapes: input and indices (N, C, L) or (C, L); the result alike.
-    """
-    pool = _pool(1, "max_unpool1d", input, kernel_size, stride, padding, output_size)
-    return MaxUnpoolFunction.apply(input, indices, pool)
-
-
-@drop_in
-def max_unpool2d(
-    input: Tensor,
-    indices: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    output_size: Sequence[int] | None = None,
-) -> Tensor:
-    """Each value put where `indices` says, elsewhere 0, as `torch.nn.functional.max_unpool2d`.
-
-    Shapes: input and indices (N, C, H, W) or (C, H, W); the result alike.
-    """
-    pool = _pool(2, "max_unpool2d", input, kernel_size, stride, padding, output_size)
-    return MaxUnpoolFunction.apply(input, indices, pool)
-
-
-@drop_in
-def max_unpool3d(
-    input: Tensor,
-    indices: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    output_size: Sequence[int] | None = None,
-) -> Tensor:
-    """Each value put where `indices` says, elsewhere 0, as `torch.nn.functional.max_unpool3d`.
-
-    Shapes: input and indices (N, C, D, H, W) or (C, D, H, W); the result alike.
-    """
-    pool = _pool(3, "max_unpool3d", input, kernel_size, stride, padding, output_size)
-    return MaxUnpoolFunction.apply(input, indices, pool)
-
-
-@drop_in
-def avg_pool1d(
-    input: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-) -> Tensor:
-    """The mean of each window, as `torch.nn.functional.avg_pool1d`.
-
-    Shapes: input (N, C, L) or (C, L); the result alike.
-    """
-    arguments = (kernel_size, stride, padding, ceil_mode, count_include_pad)
-    return AvgPoolFunction.apply(input, _pool(1, "avg_pool1d", input, *arguments))
-
-
-@drop_in
-def avg_pool2d(
-    input: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> Tensor:
-    """The mean of each window, as `torch.nn.functional.avg_pool2d`.
-
-    Shapes: input (N, C, H, W) or (C, H, W); the result alike.
-    """
-    arguments = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    return AvgPoolFunction.apply(input, _pool(2, "avg_pool2d", input, *arguments))
-
-
-@drop_in
-def avg_pool3d(
-    input: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> Tensor:
-    """The mean of each window, as `torch.nn.functional.avg_pool3d`.
-
-    Shapes: input (N, C, D, H, W) or (C, D, H, W); the result alike.
-    """
-    arguments = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    return Float32AvgPoolFunction.apply(input, _pool(3, "avg_pool3d", input, *arguments))
-
-
-@drop_in
-def adaptive_avg_pool1d(input: Tensor, output_size: Numbers) -> Tensor:
-    """The mean of each of so many windows, as `torch.nn.functional.adaptive_avg_pool1d`.
-
-    Shapes: input (N, C, L) or (C, L); the result alike, of `output_size`.
-    """
-    return AdaptiveAvgPoolFunction.apply(input, _pool(1, "adaptive_avg_pool1d", input, output_size))
-
-
-@drop_in
-def adaptive_avg_pool2d(input: Tensor, output_size: Numbers) -> Tensor:
-    """The mean of each of so many windows, as `torch.nn.functional.adaptive_avg_pool2d`.
-
-    Shapes: input (N, C, H, W) or (C, H, W); the result alike, of `output_size`.
-    """
-    return AdaptiveAvgPoolFunction.apply(input, _pool(2, "adaptive_avg_pool2d", input, output_size))
-
-
-@drop_in
-def adaptive_avg_pool3d(input: Tensor, output_size: Numbers) -> Tensor:
-    """The mean of each of so many windows, as `torch.nn.functional.adaptive_avg_pool3d`.
-
-    Shapes: input (N, C, D, H, W) or (C, D, H, W); the result alike, of `output_size`.
-    """
-    return Float32AdaptiveAvgPoolFunction.apply(input, _pool(3, "adaptive_avg_pool3d", input, output_size))
-
-
-def _lp_pool(
-    n: int, input: Tensor, norm_type: float, kernel_size: Numbers, stride: Numbers | None, ceil_mode: bool
-) -> Tensor:
-    largest, mean = _POOLS[n]
-    if norm_type == math.inf:
-        return largest(AbsoluteFunction.apply(input), kernel_size, stride, 0, 1, ceil_mode)
-    if norm_type == -math.inf:
-        return -largest(-AbsoluteFunction.apply(input), kernel_size, stride, 0, 1, ceil_mode)
-    powers = mean(PowerFunction.apply(input, norm_type), kernel_size, stride, 0, ceil_mode)
-    return RootFunction.apply(powers, math.prod(each(kernel_size, n)), norm_type)
-
-
-_POOLS = {1: (max_pool1d, avg_pool1d), 2: (max_pool2d, avg_pool2d), 3: (max_pool3d, avg_pool3d)}
-
-
-@drop_in
-def lp_pool1d(
-    input: Tensor,
-    norm_type: int | float,
-    kernel_size: int,
-    stride: Numbers | None = None,
-    ceil_mode: bool = False,
-) -> Tensor:
-    """(Σ xᵖ)^(1/p) of each window, p the `norm_type`, as `torch.nn.functional.lp_pool1d`.
-
-    Shapes: input (N, C, L) or (C, L); the result alike.
-    """
-    return _lp_pool(1, input, norm_type, kernel_size, stride, ceil_mode)
-
-
-@drop_in
-def lp_pool2d(
-    input: Tensor,
-    norm_type: int | float,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    ceil_mode: bool = False,
-) -> Tensor:
-    """(Σ xᵖ)^(1/p) of each window, p the `norm_type`, as `torch.nn.functional.lp_pool2d`.
-
-    Shapes: input (N, C, H, W) or (C, H, W); the result alike.
-    """
-    return _lp_pool(2, input, norm_type, kernel_size, stride, ceil_mode)
-
-
-@drop_in
-def lp_pool3d(
-    input: Tensor,
-    norm_type: int | float,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    ceil_mode: bool = False,
-) -> Tensor:
-    """(Σ xᵖ)^(1/p) of each window, p the `norm_type`, as `torch.nn.functional.lp_pool3d`.
-
-    Shapes: input (N, C, D, H, W) or (C, D, H, W); the result alike.
-    """
-    return _lp_pool(3, input, norm_type, kernel_size, stride, ceil_mode)
-
-
-_SIDES = {1: (6,), 2: (4, 5), 3: (2, 3, 4)}
-_BIG = {1: (16, 64, 4096), 2: (16, 64, 56, 56), 3: (4, 32, 8, 28, 28)}
-
-
-def _places(t: Maker, *shape: int) -> Tensor:
+def _places(t: Maker, n: int, *shape: int) -> Tensor:
     """What a max pool of 2 finds in each window, in a tensor of twice these sides."""
-    axes = len(shape) - 2
-    wide = t(*shape[:2], *(2 * side for side in shape[2:]))
-    return _max_pool(axes, wide, 2, None, 0, 1, False, True)[1]
+    wide = t(*shape[:-n], *(2 * side for side in shape[-n:]))
+    return getattr(torch.nn.functional, f"max_pool{n}d")(wide, 2, return_indices=True)[1]
+
+
+def _register(n: int) -> None:
+    sizes, ones = _sizes(n), (1,) * (n - 1)
+    register(
+        f"max_pool{n}d",
+        samples=lambda t: [
+            Call(t(2, 1, *sizes), 2, 1, 0, (*ones, 2)),
+            Call(t(2, *sizes), 3, 2, 1, ceil_mode=True),
+        ],
+        big=_big(n, 3, 2, 1),
+    )
+    register(
+        f"adaptive_max_pool{n}d",
+        samples=lambda t: [Call(t(2, 1, *sizes), 2), Call(t(2, *sizes), (*ones, 3))],
+        big=_big(n, 7),
+    )
+    register(
+        f"max_unpool{n}d",
+        samples=lambda t: [
+            Call(t(2, 1, *sizes), _places(t, n, 2, 1, *sizes), 2),
+            Call(t(2, *sizes), _places(t, n, 2, *sizes), 2, 2, 0, [2 * side + 1 for side in sizes]),
+        ],
+        big=lambda t: Call(*(big := _big(n)(t)).args, _places(t, n, *big[0].shape), 2),
+    )
+    register(
+        (avg_pool1d, avg_pool2d, avg_pool3d)[n - 1],
+        samples=lambda t: [
+            Call(t(2, 1, *sizes), (2, 3, 3)[-n:], 2, 1, ceil_mode=True, count_include_pad=False),
+            Call(t(2, *sizes), (2,) * n, (1,) * n, 1, ceil_mode=True),
+            *([] if n == 1 else [Call(t(2, 1, *sizes), 2, 3, divisor_override=3)]),
+        ],
+        big=_big(n, 2),
+    )
+    register(
+        f"adaptive_avg_pool{n}d",
+        samples=lambda t: [Call(t(2, 1, *sizes), 2), Call(t(2, *sizes), (*ones, 4))],
+        big=_big(n, 7),
+    )
+    register(
+        (lp_pool1d, lp_pool2d, lp_pool3d)[n - 1],
+        samples=lambda t: [
+            Call(t(2, 1, *sizes), 2, 2),
+            Call(t(2, *sizes, low=0.5, high=2), 3.0, 2, 1, ceil_mode=True),
+            Call(t(1, 1, *sizes), -math.inf, 2),
+        ],
+        big=_big(n, 2, 2),
+    )
+    if n > 1:
+        register(
+            f"fractional_max_pool{n}d",
+            samples=lambda t: [
+                Call(t(2, 1, *sizes), (1, 2, 2)[-n:], output_size=(1, 1, 2)[-n:]),
+                Call(t(2, *sizes), 1, output_ratio=(0.5,) * n),
+            ],
+            big=_big(n, 2, output_ratio=(0.5,) * n),
+            random=True,
+        )
 
 
 for _n in (1, 2, 3):
-    _max, _adaptive_max, _unpool, _avg, _adaptive_avg, _lp = (
-        globals()[f"{name}{_n}d"]
-        for name in ("max_pool", "adaptive_max_pool", "max_unpool", "avg_pool", "adaptive_avg_pool", "lp_pool")
-    )
-    register(
-        _max,
-        samples=lambda t, n=_n: [
-            Call(t(2, 1, *_SIDES[n]), 2),
-            Call(t(2, *_SIDES[n]), 2, 1, 1, (1,) * (n - 1) + (2,), ceil_mode=True),
-        ],
-        big=lambda t, n=_n: Call(t(*_BIG[n]), 3, 2, 1),
-    )
-    register(
-        _adaptive_max,
-        samples=lambda t, n=_n: [Call(t(2, 1, *_SIDES[n]), 2), Call(t(2, *_SIDES[n]), (1,) * (n - 1) + (3,))],
-        big=lambda t, n=_n: Call(t(*_BIG[n]), 7),
-    )
-    register(
-        _avg,
-        samples=lambda t, n=_n: (
-            [
-                Call(t(2, 1, *_SIDES[n]), 2),
-                Call(t(2, 1, *_SIDES[n]), (2, 3, 3)[-n:], 2, 1, ceil_mode=True, count_include_pad=False),
-                Call(t(2, *_SIDES[n]), (2,) * n, (1,) * n, 1, ceil_mode=True),
-            ]
-            + ([] if n == 1 else [Call(t(2, 1, *_SIDES[n]), 2, 3, divisor_override=3)])
-        ),
-        big=lambda t, n=_n: Call(t(*_BIG[n]), 2),
-    )
-    register(
-        _adaptive_avg,
-        samples=lambda t, n=_n: [
-            Call(t(2, 1, *_SIDES[n]), 2),
-            Call(t(2, *_SIDES[n]), (1,) * (n - 1) + (4,)),
-        ],
-        big=lambda t, n=_n: Call(t(*_BIG[n]), 7),
-    )
-    register(
-        _unpool,
-        samples=lambda t, n=_n: [
-            Call(t(2, 1, *_SIDES[n]), _places(t, 2, 1, *_SIDES[n]), 2),
-            Call(t(2, *_SIDES[n]), _places(t, 1, 2, *_SIDES[n])[0], 2, 2, 0, [2 * side + 1 for side in _SIDES[n]]),
-        ],
-        big=lambda t, n=_n: Call(t(*_BIG[n]), _places(t, *_BIG[n]), 2),
-    )
-    register(
-        _lp,
-        samples=lambda t, n=_n: [
-            Call(t(2, 1, *_SIDES[n]), 2, 2),
-            Call(t(2, *_SIDES[n], low=0.5, high=2), 3.0, 2, 1, ceil_mode=True),
-            Call(t(1, 1, *_SIDES[n]), math.inf, 2),
-        ],
-        big=lambda t, n=_n: Call(t(*_BIG[n]), 2, 2),
-    )
-
-for _n, _fractional in ((2, fractional_max_pool2d), (3, fractional_max_pool3d)):
-    register(
-        _fractional,
-        samples=lambda t, n=_n: [
-            Call(t(2, 1, *_SIDES[n]), (1, 2, 2)[-n:], output_size=(1, 2, 3)[-n:]),
-            Call(t(2, *_SIDES[n]), 1, output_ratio=(0.5,) * n),
-        ],
-        big=lambda t, n=_n: Call(t(*_BIG[n]), 2, output_ratio=(0.5,) * n),
-        random=True,
-    )
+    _register(_n)
