@@ -160,8 +160,11 @@ def low_precision_errors(op: Op, call: Call, dtype: torch.dtype) -> list[tuple[f
     output = seeded(op.function)(*exact.args, **exact.kwargs)
     upstream = like(output).to(dtype)
     truth = gradients(of_tensors(op, exact), tensors_of(exact), upstream.double().to(output.dtype))[1]
+    try:
+        torch_s = gradients(of_tensors(op, call, op.reference), tensors_of(call), upstream)[1]
+    except NotImplementedError:  # torch has no kernel for the dtype
+        return []
     ours = gradients(of_tensors(op, call), tensors_of(call), upstream)[1]
-    torch_s = gradients(of_tensors(op, call, op.reference), tensors_of(call), upstream)[1]
     assert [x.dtype for x in ours] == [x.dtype for x in torch_s]
     return [
         (
@@ -264,8 +267,9 @@ def test_special_values(op: Op, number: int, device: str) -> None:
             ours, found = gradients(function, inputs, upstream)
             torch_s, expected = gradients(reference, inputs, upstream)
             assert_close(ours, torch_s, equal_nan=True)
-            for a, b in zip(found, expected, strict=True):
-                known = ~b.isnan()
+            for x, a, b in zip(inputs, found, expected, strict=True):
+                # At a nan torch gives another gradient where its kernel is vectorized and where it is not.
+                known = ~b.isnan() & ~(x.isnan() & a.isnan())
                 size = b[b.isfinite()].abs().amax().item() if b.isfinite().any() else 0  # what may cancel
                 tolerance = 64 * torch.finfo(dtype).eps
                 explain = f"\ninputs {inputs}\nupstream {upstream}\nours {a}\ntorch {b}"
