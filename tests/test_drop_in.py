@@ -144,10 +144,14 @@ def test_autocast(op: Op, number: int, device: str) -> None:
     for dtype, lower in itertools.product((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
         call = sample(op, number, device, dtype)
         results = []
-        for function in (op.function, op.reference):
-            with torch.autocast(device, lower):
-                results.append(gradients(of_tensors(op, call, function), tensors_of(call)))
-        (ours, found), (torch_s, expected) = results
+        try:
+            for function in (op.reference, op.function):
+                with torch.autocast(device, lower):
+                    results.append(gradients(of_tensors(op, call, function), tensors_of(call)))
+        except NotImplementedError:  # torch has no kernel for the dtype
+            assert not results, "torch has"
+            continue
+        (torch_s, expected), (ours, found) = results
         assert (ours.dtype, [x.dtype for x in found]) == (torch_s.dtype, [x.dtype for x in expected])
         rounding = 16 * torch.finfo(lower).eps
         assert_close((ours, found), (torch_s, expected), rtol=rounding, atol=rounding)
