@@ -15,7 +15,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,7 +43,9 @@ def _ours() -> dict[Any, Any]:
     for op in registry.ops().values():
         if not isinstance(op.written, str):
             found |= dict.fromkeys((op.reference, *op.stands_for), op.written)
-    return found
+    found |= registry.stand_ins
+    # a Function is called by its apply
+    return {theirs: SimpleNamespace(apply=f) if isinstance(theirs, type) else f for theirs, f in found.items()}
 
 
 class _Twin(ModuleType):

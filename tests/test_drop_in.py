@@ -212,8 +212,9 @@ def test_strides(op: Op, call: Call) -> None:
     for i, tensor in enumerate(tensors):
         for other in layouts(tensor.detach()):
             changed = [*tensors[:i], other.requires_grad_(), *tensors[i + 1 :]]
-            assert_close(gradients(function, changed), gradients(reference, changed))
-            if not op.random:  # which draws in the order of memory
+            if op.random:  # which draws in the order of memory
+                assert_close(gradients(function, changed), gradients(reference, changed))
+            else:  # torch's batch norm reads a strided weight as if contiguous: its oracle is itself, contiguous
                 assert_close(gradients(function, changed), (output, expected))
     for upstream in layouts(like(output)):
         assert_close(gradients(function, tensors, upstream)[1], expected)
@@ -228,11 +229,13 @@ def test_zero_size(op: Op, call: Call) -> None:
     ]
     batched = [(place, x) for place, x in tensors if x.dim() and x.shape[0] == first.shape[0]]
     empty = call.replace([place for place, _ in batched], [x[:0] for _, x in batched])
-    assert_close(
-        gradients(of_tensors(op, empty), tensors_of(empty)),
-        gradients(of_tensors(op, empty, op.reference), tensors_of(empty)),
-        equal_nan=True,
-    )
+    try:
+        expected = gradients(of_tensors(op, empty, op.reference), tensors_of(empty))
+    except RuntimeError:  # an axis that torch does not let be empty
+        with pytest.raises(RuntimeError):
+            gradients(of_tensors(op, empty), tensors_of(empty))
+        return
+    assert_close(gradients(of_tensors(op, empty), tensors_of(empty)), expected, equal_nan=True)
 
 
 SPECIAL = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -102,6 +102,28 @@ def times(temporary: Tensor, factor: Tensor) -> Tensor:
     if temporary.dtype == factor.dtype and nothing_looks_on(temporary, factor):
         return temporary.mul_(factor)
     return temporary * factor
+
+
+def plus(temporary: Tensor, term: Tensor, factor: Tensor | None = None) -> Tensor:
+    """temporary + term · factor, written over `temporary` likewise."""
+    if temporary.dtype == term.dtype and nothing_looks_on(temporary, term):
+        return temporary.add_(term) if factor is None else temporary.addcmul_(term, factor)
+    return temporary + (term if factor is None else term * factor)
+
+
+_BLOCK = 2**17
+
+
+def product_blocks(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """a · b, where nothing looks on in blocks of the first axis that stay in the CPU's cache, each to be used, or
+    written over, before the next: fresh memory for the whole would cost more than the arithmetic."""
+    size = max(1, len(a) * _BLOCK // max(1, a.numel()))
+    if not a.is_cpu or size >= len(a) or a.dtype != b.dtype or not nothing_looks_on(a, b):
+        yield a * b
+        return
+    block = a.new_empty(size, *a.shape[1:])
+    for x, y in zip(a.split(size), b.split(size), strict=True):
+        yield torch.mul(x, y, out=block[: len(x)])
 
 
 class Pointwise(Rule):
