@@ -14,7 +14,7 @@ from torch.nn.modules import _functions
 
 from manualgrad.ops.elementary import drop_in, plus, product_blocks, times
 from manualgrad.registry import Call, register, stand_in
-from manualgrad.rule import Rule, cuda_autocasts
+from manualgrad.rule import FLOAT32, Rule, cuda_autocasts
 
 Shape = tuple[int, int, int, int]
 Average = Callable[[Tensor], Tensor]
@@ -100,8 +100,12 @@ class NormFunction(ScaledFunction):
     def normalized(seen: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         return times(seen - mean, rstd)
 
-    def grad_input(grad: Tensor, orthogonal: Tensor, outside: Tensor, average: Average) -> Tensor:
-        return times(plus(orthogonal, -average(orthogonal)), outside).reshape(grad.shape)
+    def level(orthogonal: Tensor, average: Average) -> Tensor:
+        """E[w g], as E z = 0"""
+        return average(orthogonal)
+
+    def grad_input(grad: Tensor, orthogonal: Tensor, level: Tensor, outside: Tensor) -> Tensor:
+        return times(plus(orthogonal, -level), outside).reshape(grad.shape)
 
     def grad_bias(sent: Tensor, channels: tuple[int, ...]) -> Tensor:
         return sent.sum((0, 3)).reshape(channels)
@@ -273,6 +277,9 @@ class BatchNormFunction(ChannelNormFunction):
 
     def outside(rstd: Tensor, gain: Tensor | None) -> Tensor:
         return rstd if gain is None else rstd * gain
+
+    def level(sent: Tensor, average: Average) -> Tensor:
+        return average(sent)
 
 
 class InstanceNormFunction(BatchNormFunction):
@@ -541,6 +548,8 @@ class LocalResponseNormFunction(Rule):
     Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks", 2012.
     """
 
+    autocast = FLOAT32
+
     def forward(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
         return F.local_response_norm(input, size, alpha, beta, k)
 
@@ -564,6 +573,12 @@ class LocalResponseNormFunction(Rule):
         return found.contiguous(memory_format=suggest_memory_format(grad))
 
 
+class SequenceResponseNormFunction(LocalResponseNormFunction):
+    """The same of (N, C, L): the CPU's autocast treats the average over images alone."""
+
+    autocast = {"cuda": "float32"}
+
+
 @drop_in
 def local_response_norm(
     input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
@@ -574,7 +589,8 @@ def local_response_norm(
     """
     if input.numel() == 0 and input.dim() > 2:
         return input
-    return LocalResponseNormFunction.apply(input, size, alpha, beta, k)
+    rule = SequenceResponseNormFunction if input.dim() == 3 else LocalResponseNormFunction
+    return rule.apply(input, size, alpha, beta, k)
 
 
 register(
@@ -584,6 +600,7 @@ register(
         Call(t(1, 3, 2, 2), 2, alpha=0.7, beta=1.5, k=2.0),
     ],
     big=lambda t: Call(t(8, 64, 32, 32), 5),
+    special=False,  # an infinity reaches every channel of its place
 )
 
 
@@ -591,6 +608,8 @@ class CrossMapLRNFunction(LocalResponseNormFunction):
     r"""The same by a running sum over the channels, which as torch's adds what enters the window and takes off what
     leaves it, but never the first channel.
     """
+
+    autocast = {}
 
     def forward(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
         squares, ahead = input.square(), (size + 1) // 2
@@ -618,9 +637,12 @@ def cross_map_lrn2d(input: Tensor, size: int, alpha: float = 1e-4, beta: float =
 
     Raises:
         ValueError: the input has not four axes.
+        RuntimeError: the input is of integers.
     """
     if input.dim() != 4:
         raise ValueError(f"CrossMapLRN2d: expected input to be 4D, got {input.dim()}D instead")
+    if not (input.is_floating_point() or input.is_complex()):
+        raise RuntimeError(f"CrossMapLRN2d: expected floating-point numbers, got {input.dtype}")
     return CrossMapLRNFunction.apply(input, size, alpha, beta, k)
 
 
@@ -629,5 +651,10 @@ register(
     stands_for=(_functions.CrossMapLRN2d,),
     samples=lambda t: [Call(t(2, 5, 2, 1), 3, 0.5), Call(t(1, 3, 2, 2), 2, 0.7, 1.5, 2.0)],
     big=lambda t: Call(t(8, 64, 32, 32), 5),
+    special=False,
+    lacks=dict.fromkeys(
+        ("as_reference", "gradient_of_each_subset", "autocast", "complex"),
+        "torch's gradient is wrong: its window is not that of the values",
+    ),
 )
 stand_in(_functions.SyncBatchNorm, sync_batch_norm)
