@@ -334,7 +334,7 @@ def declarations(subject: Subject) -> None:
         forwards: list[tuple[tuple[Any, ...], list[Tensor], Any]] = []
         with ExitStack() as stack:
             for name in calls:
-                stack.enter_context(patched(FunctionCtx, name, _recorded(name, calls[name])))
+                stack.enter_context(patched(FunctionCtx, name, _recorded(name, calls[name], cls)))
             stack.enter_context(patched(cls, "forward", staticmethod(_with_record(cls.forward, forwards))))
             subject(*tensors)
         for name, found in calls.items():
@@ -359,11 +359,13 @@ def declarations(subject: Subject) -> None:
                 raise Fails(f"{cls.__name__} marks {what}, {kind(y)}, as non-differentiable, which is no output")
 
 
-def _recorded(name: str, calls: list[tuple[Any, ...]]) -> Any:
+def _recorded(name: str, calls: list[tuple[Any, ...]], cls: type[Function]) -> Any:
+    """The method of ctx of this name, noting the calls in `cls`, among other Functions of the same graph."""
     original = getattr(FunctionCtx, name)
 
     def run(ctx: Any, *tensors: Any) -> None:
-        calls.append(tensors)
+        if getattr(ctx, "_forward_cls", cls) is cls:
+            calls.append(tensors)
         original(ctx, *tensors)
 
     return run
