@@ -115,7 +115,8 @@ def bound(function: FunctionType) -> FunctionType:
         del scope["__name__"]  # or Dynamo looks the names up in torch's module
         # Dynamo keeps what it compiled with the code object, and two functions may not share it
         code = function.__code__.replace(co_name=f"{function.__name__}")
-        copy = FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
+        defaults = function.__defaults__ and tuple(map(replaced, function.__defaults__))  # a default activation
+        copy = FunctionType(code, scope, function.__name__, defaults, function.__closure__)
         copy.__kwdefaults__ = function.__kwdefaults__
         _bound[function] = functools.update_wrapper(copy, function)
         del copy.__wrapped__

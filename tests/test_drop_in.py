@@ -57,7 +57,9 @@ def joined(result: Any) -> Tensor:
     """A result of several tensors as one."""
     if isinstance(result, Tensor):
         return result
-    return torch.cat([part.flatten() for part in result if part is not None])
+    parts = [part.flatten() for part in result if part is not None]
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(parts)
 
 
 def tensors_of(call: Call, needed: Sequence[bool] | None = None) -> list[Tensor]:
@@ -174,7 +176,7 @@ def low_precision_errors(op: Op, call: Call, dtype: torch.dtype) -> list[tuple[f
     """For each gradient the error against float64 of ours and of torch's, and the size of its last place."""
     places = [*call.differentiable(), *call.fixed()]
     exact = call.replace(places, [call[place].double() for place in places])
-    output = seeded(op.function)(*exact.args, **exact.kwargs)
+    output = joined(seeded(op.function)(*exact.args, **exact.kwargs))
     upstream = like(output).to(dtype)
     truth = gradients(of_tensors(op, exact), tensors_of(exact), upstream.double().to(output.dtype))[1]
     try:
@@ -368,8 +370,15 @@ MOVES_OR_ADDS = {
         "DivBackward0",
     ),
     *("MeanBackward0", "MeanBackward1", "MulBackward0", "SumBackward0", "CatBackward0", "RepeatBackward0"),
-    *("SelectBackward0", "SplitBackward0", "SqueezeBackward0", "TransposeBackward0", "UnsafeViewBackward0"),
-    *("ReshapeAliasBackward0", "UnflattenBackward0"),
+    *(
+        "SelectBackward0",
+        "SplitBackward0",
+        "SplitWithSizesBackward0",
+        "SqueezeBackward0",
+        "TransposeBackward0",
+        "UnsafeViewBackward0",
+    ),
+    *("ReshapeAliasBackward0", "UnflattenBackward0", "PermuteBackward0"),
 }
 
 

@@ -63,7 +63,7 @@ register(
     linear,
     samples=lambda t: [
         Call(t(5, 3), t(4, 3), t(4)),
-        Call(t(2, 5, 3), t(4, 3)),
+        Call(t(2, 5, 3), t(4, 3), t(4)),
         Call(t(3), t(4, 3), t(4)),
         Call(t(5, 3), t(3)),
         Call(t(5, 3), t(4, 3), t(1)),

@@ -564,9 +564,7 @@ class LocalResponseNormFunction(Rule):
     def scale(seen: Tensor, window: Tensor, alpha: float, k: float) -> Tensor:
         return (window @ seen.square()) * alpha + k
 
-    def grad_input(
-        grad: Tensor, seen: Tensor, window: Tensor, scale: Tensor, alpha: float, beta: float
-    ) -> Tensor:
+    def grad_input(grad: Tensor, seen: Tensor, window: Tensor, scale: Tensor, alpha: float, beta: float) -> Tensor:
         direct = times(scale.pow(-beta), grad.reshape(seen.shape))
         along = window.mT @ (direct * seen / scale)
         found = plus(direct, times(along, seen) * (-2 * alpha * beta)).reshape(grad.shape)
