@@ -163,8 +163,8 @@ def test_autocast(op: Op, number: int, device: str) -> None:
             for function in (op.reference, op.function):
                 with torch.autocast(device, lower):
                     results.append(gradients(of_tensors(op, call, function), tensors_of(call)))
-        except NotImplementedError:  # torch has no kernel for the dtype
-            assert not results, "torch has"
+        except RuntimeError:  # torch has no kernel for the dtype, or refuses the mixture
+            assert not results, "torch does not"
             continue
         (torch_s, expected), (ours, found) = results
         assert (ours.dtype, [x.dtype for x in found]) == (torch_s.dtype, [x.dtype for x in expected])

@@ -28,7 +28,8 @@ def verified(op: Op, number: int | None, device: str, law: str) -> Report:
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law != DISTRIBUTED])
 def test_law(law: str, op: Op, number: int, device: str) -> None:
-    verified(op, number, device, law).raise_if_failed()
+    if law != "special_values" or op.special:
+        verified(op, number, device, law).raise_if_failed()
 
 
 def test_adjoint_at_full_size(op: Op, device: str) -> None:
