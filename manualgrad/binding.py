@@ -33,7 +33,8 @@ _NAMESPACES = (torch, torch._VF, torch.backends, torch.backends.mha)  # pyright:
 def _inference_only() -> bool:
     """The transformers' path for inference, one operation of torch's, has no derivative in forward mode, and
     whether one is asked for torch's own conditions do not see."""
-    return _get_fastpath_enabled() and (torch.is_grad_enabled() or not differentiated())
+    with torch.no_grad():  # reverse mode they do see
+        return _get_fastpath_enabled() and not differentiated()
 
 
 @functools.cache
@@ -56,7 +57,7 @@ class _Twin(ModuleType):
         self._original = original
 
     def __getattr__(self, name: str) -> Any:
-        found = replaced(getattr(self._original, name))
+        found = replaced(getattr(self._original, name), _called())
         vars(self)[name] = found
         return found
 

@@ -474,26 +474,23 @@ class SyncBatchNormFunction(BatchNormFunction):
         eps: float,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rule = SyncBatchNormFunction
-        shape, axes = rule.shape(input, groups), rule.axes()
-        seen = input.reshape(shape).to(torch.promote_types(input.dtype, torch.float32))
-        count = rule.count(shape, axes, group)
-        average = rule.average(count, axes, group)
-        mean = average(seen)
-        var = average((seen - mean).square())
+        seen = input.reshape(*input.shape[:2], math.prod(input.shape[2:])).to(torch.promote_types(input.dtype, torch.float32))
+        count = _over_processes(torch.tensor(float(seen.numel() // groups)), group).item()
+        mean = _over_processes(seen.sum((0, 2)), group) / count
+        centered = seen - mean.unsqueeze(1)
+        var = _over_processes(centered.square().sum((0, 2)), group) / count
         rstd = (var + eps).rsqrt()
         for running, new in ((running_mean, mean), (running_var, var * count / (count - 1))):
             if running is not None:
-                running.lerp_(new.flatten().to(running.dtype), momentum)
-        gain = rule.gain(weight, shape)
-        output = (seen - mean) * (rstd if gain is None else rstd * gain)
+                running.lerp_(new.to(running.dtype), momentum)
+        output = centered * (rstd if weight is None else rstd * weight).unsqueeze(1)
         if bias is not None:
-            output = output + bias.reshape(-1, 1, 1)
-        return output.reshape(input.shape).to(input.dtype), mean, rstd
+            output = output + bias.unsqueeze(1)
+        shape = (1, groups, 1, 1)
+        return output.reshape(input.shape).to(input.dtype), mean.reshape(shape), rstd.reshape(shape)
 
     def count(shape: Shape, axes: tuple[int, ...], group: dist.ProcessGroup) -> float:
-        here = torch.tensor(float(math.prod(shape[axis] for axis in axes)))
-        return SumOverProcessesFunction.forward(here, group).item()
+        return _over_processes(torch.tensor(float(math.prod(shape[axis] for axis in axes))), group).item()
 
     def average(count: float, axes: tuple[int, ...], group: dist.ProcessGroup) -> Average:
         return lambda tensor: SumOverProcessesFunction.apply(tensor.sum(axes, keepdim=True), group) / count
@@ -506,12 +503,16 @@ class SumOverProcessesFunction(Rule):
     """
 
     def forward(input: Tensor, group: dist.ProcessGroup) -> Tensor:
-        output = input.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(output, group=group)
-        return output
+        return _over_processes(input, group)
 
     def grad_input(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
         return SumOverProcessesFunction.apply(grad, group)
+
+
+def _over_processes(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def sync_batch_norm(
@@ -527,7 +528,8 @@ def sync_batch_norm(
 ) -> Tensor:
     """`batch_norm` in training, of the batches of all processes of a group as one.
 
-    As torch.nn.SyncBatchNorm calls it, there on GPUs alone; here on the CPU as well. A process may have no examples.
+    As torch.nn.SyncBatchNorm calls it, there on GPUs alone; here on the CPU as well. A process may have no
+    examples.
 
     Raises:
         ValueError: only one number for each channel.
@@ -603,8 +605,8 @@ register(
 
 
 class CrossMapLRNFunction(LocalResponseNormFunction):
-    r"""The same by a running sum over the channels, which as torch's adds what enters the window and takes off what
-    leaves it, but never the first channel.
+    r"""The same by a running sum over the channels, which as torch's adds what enters the window and takes off
+    what leaves it, but never the first channel.
     """
 
     autocast = {}
