@@ -41,6 +41,8 @@ def declared(request: pytest.FixtureRequest) -> None:
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     op = parameters.get("op")
     if isinstance(op, Op):
-        reason = op.lacks.get(parameters.get("law", request.function.__name__.removeprefix("test_")))
+        test = request.function.__name__  # in full where a law of verify has the same name
+        names = [parameters["law"]] if "law" in parameters else [test, test.removeprefix("test_")]
+        reason = next((op.lacks[name] for name in names if name in op.lacks), None)
         if reason:
             request.node.add_marker(pytest.mark.xfail(reason=reason, run="kills the process" not in reason))
