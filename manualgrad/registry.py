@@ -132,6 +132,8 @@ class Op:
     """One function of torch.nn.functional (and its module) with what is needed to try it."""
 
     written: FunctionType | str
+    reference: Callable[..., Any]
+    """torch's own."""
     area: str
     samples: Callable[[Maker], Iterable[Call]]
     big: Callable[[Maker], Call]
@@ -150,17 +152,11 @@ class Op:
             return getattr(importlib.import_module("manualgrad.nn.functional"), self.name)
         return self.written
 
-    @property
-    def reference(self) -> Callable[..., Any]:
-        """torch's own function of this name."""
-        return getattr(torch.nn.functional, self.name, None) or getattr(torch, self.name)
-
     def __repr__(self) -> str:
         return self.name
 
 
 _table: dict[str, Op] = {}
-
 stand_ins: dict[Any, Callable[..., Any]] = {}
 """Ours for operations that torch's functions call, and call in ours once bound (see `elementary.stands_for`). What
 torch's function checks, warns of and broadcasts before it calls them needs no copy."""
@@ -169,6 +165,7 @@ torch's function checks, warns of and broadcasts before it calls them needs no c
 def register(
     function: Any,
     *,
+    reference: Callable[..., Any] | None = None,
     samples: Callable[[Maker], Iterable[Call]],
     big: Callable[[Maker], Call],
     random: bool = False,
@@ -180,14 +177,17 @@ def register(
     Args:
         function: ours, named as in torch.nn.functional, or if it is not there, in torch; the name alone of one
             that calls ours and is torch's own otherwise.
+        reference: torch's own, where it stands in neither.
         samples: small inputs, away from kinks, on which every law is tried.
         big: an input of the size that real models have, for the benchmark.
         random: the result depends on the random state.
         special: ±0, ±inf, nan and the kinks may stand in its floating inputs.
         lacks: laws that do not hold for it, each with the reason (shown to users; a stale one fails a test).
     """
+    name = function if isinstance(function, str) else function.__name__
+    reference = reference or getattr(torch.nn.functional, name, None) or getattr(torch, name)
     area = sys._getframe(1).f_globals["__name__"].rpartition(".")[2]
-    op = Op(function, area, samples, big, random, special, lacks or {})
+    op = Op(function, reference, area, samples, big, random, special, lacks or {})
     _table[op.name] = op
 
 

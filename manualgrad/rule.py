@@ -214,6 +214,8 @@ def _complete(rule: type[Rule]) -> None:
                 lambda grad: _computed_in_float32(compute, [*known, grad], rounded), torch.zeros_like(output)
             )[1]
             tangent = pushforward(tuple(_primal(tangents[i]) for i in moved))[0]
+            if 0 in tangent.stride():  # expanded: refused for an output that is a view (F.linear's, of three axes)
+                tangent = tangent.contiguous()
         return (tangent, *[None] * len(rule.statistics)) if has_statistics else tangent
 
     parts: dict[str, Any] = {"forward": rule.forward, "setup_context": setup_context, "backward": backward}

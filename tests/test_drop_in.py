@@ -49,14 +49,22 @@ def of_tensors(op: Op, call: Call, function: Callable[..., Tensor] | None = None
 
     def run(*tensors: Tensor) -> Tensor:
         full = call.replace(places, tensors)
-        found = chosen(*full.args, **full.kwargs)
-        return found if isinstance(found, Tensor) else torch.cat([x.reshape(-1) for x in tensors_in(found)])
+        return joined(chosen(*full.args, **full.kwargs))
 
     return run
 
 
 def tensors_in(result: Any) -> list[Tensor]:
     return [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+
+
+def joined(result: Any) -> Tensor:
+    """A result of several tensors as one."""
+    if isinstance(result, Tensor):
+        return result
+    parts = [part.flatten() for part in tensors_in(result)]
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(parts)
 
 
 def tensors_of(call: Call, needed: Sequence[bool] | None = None) -> list[Tensor]:
@@ -218,14 +226,10 @@ def test_strides(op: Op, call: Call) -> None:
     for i, tensor in enumerate(tensors):
         for other in layouts(tensor.detach()):
             changed = [*tensors[:i], other.requires_grad_(), *tensors[i + 1 :]]
-            found = gradients(function, changed)
-            try:
-                assert_close(found, gradients(reference, changed))
-            except RuntimeError as refusal:  # torch's operation takes no such strides
-                if "view size is not compatible" not in str(refusal):
-                    raise
-            if not op.random:  # which draws in the order of memory
-                assert_close(found, (output, expected))
+            if op.random:  # which draws in the order of memory
+                assert_close(gradients(function, changed), gradients(reference, changed))
+            else:  # torch's batch norm reads a strided weight as if contiguous: its oracle is itself, contiguous
+                assert_close(gradients(function, changed), (output, expected))
     for upstream in layouts(like(output)):
         assert_close(gradients(function, tensors, upstream)[1], expected)
 
@@ -338,8 +342,7 @@ def test_errors(op: Op, call: Call) -> None:
         outcomes: list[Any] = []
         for function in (op.function, op.reference):
             try:
-                output = seeded(function)(*bad.args, **bad.kwargs)
-                outcomes.append(output)
+                outcomes.append(joined(seeded(function)(*bad.args, **bad.kwargs)))
             except Exception as error:
                 outcomes.append(error)
         ours, torch_s = outcomes

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import choose, drop_in, times
+from manualgrad.ops.elementary import choose, drop_in, plus, times
 from manualgrad.registry import Call, Maker, register
 from manualgrad.rule import LOWER, Rule
 
@@ -68,9 +68,9 @@ class AttentionFunction(Rule):
         query: Tensor, keys: Tensor, sigma: float, added: Tensor | None, attended: Tensor | None
     ) -> Tensor:
         scores = (query * sigma) @ keys.mT
-        if attended is not None:
-            added = choose(attended.expand_as(added), added)
-        return torch.softmax(scores if added is None else scores + added, -1)
+        if added is not None:
+            scores = plus(scores, added if attended is None else choose(attended.expand_as(added), added))
+        return torch.softmax(scores, -1)
 
     def kept() -> Tensor | None:
         return None
@@ -180,54 +180,12 @@ register(
     scaled_dot_product_attention,
     samples=lambda t: [
         Call(t(2, 1, 3, 2), t(2, 1, 4, 2), t(2, 1, 4, 2), is_causal=True),
-        Call(t(3, 2), t(4, 2), t(4, 3), t.fixed(3, 4), scale=0.5),
+        Call(t(2, 3, 2), t(2, 4, 2), t(2, 4, 3), t(3, 4), scale=0.5),
         Call(t(1, 4, 3, 2), t(1, 2, 3, 2), t(1, 2, 3, 2), enable_gqa=True),
         Call(t(2, 3, 2), t(2, 3, 2), t(2, 3, 2), torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool()),
     ],
     big=lambda t: Call(t(2, 8, 256, 64), t(2, 8, 256, 64), t(2, 8, 256, 64), is_causal=True),
-    special=False,
-)
-
-
-class ProductFunction(Rule):
-    r"""Y = A B + C, of each matrix of a batch      ∂L/∂A = g Bᵀ      ∂L/∂B = Aᵀ g      ∂L/∂C = g"""
-
-    autocast = LOWER
-    in_float32 = False  # products accumulate in float32 as they are
-    complex = True
-
-    def forward(a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
-        return torch.bmm(a, b) if c is None else torch.baddbmm(c, a, b)
-
-    def grad_a(grad: Tensor, b: Tensor) -> Tensor:
-        return grad @ b.mH
-
-    def grad_b(grad: Tensor, a: Tensor) -> Tensor:
-        return a.mH @ grad
-
-    def grad_c(grad: Tensor, c: Tensor) -> Tensor:
-        return _summed(grad, c.shape)
-
-
-@drop_in
-def bmm(input: Tensor, mat2: Tensor) -> Tensor:
-    """A B of each matrix of a batch, (N, l, m) and (N, m, n), as `torch.bmm`."""
-    return ProductFunction.apply(input, mat2, None)
-
-
-@drop_in
-def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor) -> Tensor:
-    """C + A B of each matrix of a batch, as `torch.baddbmm` without its factors. C broadcasts."""
-    return ProductFunction.apply(batch1, batch2, input)
-
-
-register(
-    bmm, samples=lambda t: [Call(t(2, 3, 4), t(2, 4, 2))], big=lambda t: Call(t(16, 128, 128), t(16, 128, 128))
-)
-register(
-    baddbmm,
-    samples=lambda t: [Call(t(2, 3, 2), t(2, 3, 4), t(2, 4, 2)), Call(t(3, 1), t(2, 3, 4), t(2, 4, 2))],
-    big=lambda t: Call(t(16, 128, 128), t(16, 128, 128), t(16, 128, 128)),
+    special=False,  # a row that nothing attends to still multiplies what it holds by 0
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -48,7 +48,8 @@ def stands_for(kernel: Callable[..., object]) -> Callable[[Wrapped], Wrapped]:
     """What follows, a rule or a function, is what torch's functions, bound, call in place of this operation."""
 
     def enter(ours: Wrapped) -> Wrapped:
-        stand_ins[kernel] = _refusing_as(kernel, getattr(ours, "apply", ours))  # by which a rule is called
+        # a rule is called by its apply, and so is a Function
+        stand_ins[kernel] = _refusing_as(getattr(kernel, "apply", kernel), getattr(ours, "apply", ours))
         return ours
 
     return enter
@@ -164,18 +165,33 @@ def times(temporary: Tensor, factor: Tensor | float) -> Tensor:
     return temporary.mul_(factor) if writes else temporary * factor
 
 
-def plus(temporary: Tensor, term: Tensor) -> Tensor:
-    """temporary + term, written over `temporary` in the same way."""
-    if temporary.dtype == term.dtype and nothing_looks_on(temporary, term):
-        return temporary.add_(term)
-    return temporary + term
-
-
 def added(temporary: Tensor, dim: int, index: Tensor, addends: Tensor) -> Tensor:
     """`temporary` with the addends added along `dim` where `index` says, written over it likewise."""
     if temporary.dtype == addends.dtype and nothing_looks_on(temporary, addends):
         return temporary.scatter_add_(dim, index, addends)
     return temporary.scatter_add(dim, index, addends)
+
+
+def plus(temporary: Tensor, term: Tensor, factor: Tensor | None = None) -> Tensor:
+    """temporary + term · factor, written over `temporary` likewise."""
+    if temporary.dtype == term.dtype and nothing_looks_on(temporary, term):
+        return temporary.add_(term) if factor is None else temporary.addcmul_(term, factor)
+    return temporary + (term if factor is None else term * factor)
+
+
+_BLOCK = 2**17
+
+
+def product_blocks(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """a · b, where nothing looks on in blocks of the first axis that stay in the CPU's cache, each to be used, or
+    written over, before the next: fresh memory for the whole would cost more than the arithmetic."""
+    size = max(1, len(a) * _BLOCK // max(1, a.numel()))
+    if not a.is_cpu or size >= len(a) or a.dtype != b.dtype or not nothing_looks_on(a, b):
+        yield a * b
+        return
+    block = a.new_empty(size, *a.shape[1:])
+    for x, y in zip(a.split(size), b.split(size), strict=True):
+        yield torch.mul(x, y, out=block[: len(x)])
 
 
 class Pointwise(Rule):

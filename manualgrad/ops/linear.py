@@ -63,7 +63,7 @@ register(
     linear,
     samples=lambda t: [
         Call(t(5, 3), t(4, 3), t(4)),
-        Call(t(2, 5, 3), t(4, 3)),
+        Call(t(2, 5, 3), t(4, 3), t(4)),
         Call(t(5, 3), t(3)),
         Call(t(5, 3), t(4, 3), t(1)),
     ],
@@ -126,4 +126,46 @@ register(
         Call(t(3), t(2), t(4, 3, 2), t(4)),
     ],
     big=lambda t: Call(t(256, 64), t(256, 64), t(64, 64, 64), t(64)),
+)
+
+
+class ProductFunction(Rule):
+    r"""Y = A B + C, of each matrix of a batch      ∂L/∂A = g Bᵀ      ∂L/∂B = Aᵀ g      ∂L/∂C = g"""
+
+    autocast = LOWER
+    in_float32 = False  # products accumulate in float32 as they are
+    complex = True
+
+    def forward(a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
+        return torch.bmm(a, b) if c is None else torch.baddbmm(c, a, b)
+
+    def grad_a(grad: Tensor, b: Tensor) -> Tensor:
+        return grad @ b.mH
+
+    def grad_b(grad: Tensor, a: Tensor) -> Tensor:
+        return a.mH @ grad
+
+    def grad_c(grad: Tensor) -> Tensor:
+        return grad
+
+
+@drop_in
+def bmm(input: Tensor, mat2: Tensor) -> Tensor:
+    """A B of each matrix of a batch, (N, l, m) and (N, m, n), as `torch.bmm`."""
+    return ProductFunction.apply(input, mat2, None)
+
+
+@drop_in
+def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor) -> Tensor:
+    """C + A B of each matrix of a batch, as `torch.baddbmm` without its factors. C broadcasts."""
+    return ProductFunction.apply(batch1, batch2, input.expand(*batch1.shape[:2], batch2.shape[2]))
+
+
+register(
+    bmm, samples=lambda t: [Call(t(2, 3, 4), t(2, 4, 2))], big=lambda t: Call(t(16, 128, 128), t(16, 128, 128))
+)
+register(
+    baddbmm,
+    samples=lambda t: [Call(t(2, 3, 2), t(2, 3, 4), t(2, 4, 2)), Call(t(3, 1), t(2, 3, 4), t(2, 4, 2))],
+    big=lambda t: Call(t(16, 128, 128), t(16, 128, 128), t(16, 128, 128)),
 )
