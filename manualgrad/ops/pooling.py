@@ -323,13 +323,18 @@ def _avg_pool(n: int) -> Callable[..., Tensor]:
 avg_pool2d, avg_pool3d = of_dimensions(_avg_pool, (2, 3))
 
 
+@drop_in
+def adaptive_avg_pool1d(input: Tensor, output_size: Numbers) -> Tensor:
+    """The mean of each of so many windows, as `torch.nn.functional.adaptive_avg_pool1d`: (N, C, L) or (C, L)."""
+    return AvgPoolFunction.apply(input, _pool(1, "adaptive_avg_pool1d", input, (output_size,)))
+
+
 def _adaptive_avg_pool(n: int, kernel: Callable[..., Any], rule: type[Rule]) -> None:
     @stands_for(kernel)
     def adaptive_avg_pool(input: Tensor, output_size: Numbers) -> Tensor:
         return rule.apply(input, _pool(n, kernel.__name__, input, (output_size,)))
 
 
-_adaptive_avg_pool(1, torch.adaptive_avg_pool1d, AvgPoolFunction)
 _adaptive_avg_pool(2, kernels.adaptive_avg_pool2d, AvgPoolFunction)
 _adaptive_avg_pool(3, kernels.adaptive_avg_pool3d, Float32AvgPoolFunction)
 
@@ -452,7 +457,7 @@ def _register(n: int) -> None:
         big=_big(n, 2),
     )
     register(
-        f"adaptive_avg_pool{n}d",
+        adaptive_avg_pool1d if n == 1 else f"adaptive_avg_pool{n}d",
         samples=lambda t: [Call(t(2, 1, *sizes), 2), Call(t(2, *sizes), (*ones, 4))],
         big=_big(n, 7),
     )
