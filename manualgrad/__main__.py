@@ -58,13 +58,14 @@ def _coverage(names: list[str]) -> int:
         print(f"no function is called {name!r}", file=sys.stderr)
         return 2
     print(coverage.HEAD)
-    table = []
+    marks = []
     for op in ops().values():
         if not names or op.name in names:
-            table.append(coverage.row(op))
-            print(table[-1], flush=True)
+            row = coverage.row(op)
+            marks.append((row.orders, row.orders_of_torch))
+            print(row, flush=True)
     if not names:
-        print(f"\n{coverage.summary(table)}")
+        print(f"\n{coverage.summary(marks)}")
     if absent := coverage.missing():
         print(f"\nNot derived: {', '.join(absent)}")
     return 1 if absent else 0

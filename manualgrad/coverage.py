@@ -78,9 +78,9 @@ def _called(module: type[torch.nn.Module]) -> set[str]:
         if isinstance(function, FunctionType) and "torch.nn.modules.module" not in str(function.__module__):
             steps = [(step.opname, step.argval) for step in dis.get_instructions(function)]
             for (before, space), (opname, name) in itertools.pairwise([("", ""), *steps]):
-                through = before == "LOAD_GLOBAL" and space in ("F", "torch", "_VF", "_cross_map_lrn2d")
+                through = before == "LOAD_GLOBAL" and space in ("F", "torch", "_VF")
                 if opname == "LOAD_GLOBAL" or (through and opname in ("LOAD_ATTR", "LOAD_METHOD")):
-                    names.add(name)
+                    names.add(name.removeprefix("_"))
     return names
 
 
@@ -183,13 +183,11 @@ def _modules_of(op: Op) -> list[str]:
     return sorted(name for name, value in _modules(nn).items() if op.name in _called(value))
 
 
-def summary(table: Sequence[Row]) -> str:
-    """How many operations are right at each order."""
+def summary(marks: Sequence[tuple[str, str]]) -> str:
+    """How many operations are right at each order, from their marks, ours and torch's."""
     lines = ["| order | ours: right | torch: right | refused | silently wrong |", "|---|---|---|---|---|"]
     for n in range(4):
-        ours = sum(row.orders[n] == RIGHT for row in table)
-        right, refused, wrong = (
-            sum(row.orders_of_torch[n] == mark for row in table) for mark in (RIGHT, REFUSED, WRONG)
-        )
-        lines.append(f"| {n + 1} | {ours} of {len(table)} | {right} | {refused} | {wrong} |")
+        ours = sum(mark[n] == RIGHT for mark, _ in marks)
+        counts = [sum(theirs[n] == mark for _, theirs in marks) for mark in (RIGHT, REFUSED, WRONG)]
+        lines.append(f"| {n + 1} | {ours} of {len(marks)} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines)

@@ -185,9 +185,9 @@ def register(
         lacks: laws that do not hold for it, each with the reason (shown to users; a stale one fails a test).
     """
     name = function if isinstance(function, str) else function.__name__
-    reference = reference or getattr(torch.nn.functional, name, None) or getattr(torch, name)
+    theirs = reference or getattr(torch.nn.functional, name, None) or getattr(torch, name)
     area = sys._getframe(1).f_globals["__name__"].rpartition(".")[2]
-    op = Op(function, reference, area, samples, big, random, special, lacks or {})
+    op = Op(function, theirs, area, samples, big, random, special, lacks or {})
     _table[op.name] = op
 
 

@@ -42,6 +42,7 @@ def test_sparse_embedding_bag() -> None:
             weight = Maker()(6, 2).requires_grad_()
             output = functional.embedding_bag(index, weight, offsets, mode=mode, sparse=True, padding_idx=2)
             output.sin().sum().backward()
+            assert weight.grad is not None
             assert weight.grad.is_sparse
             found.append(weight.grad.to_dense())
         assert_close(found[0], found[1])

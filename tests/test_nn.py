@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph import foreign
 from torch.testing import assert_close
 
 from manualgrad import nn
@@ -126,6 +127,43 @@ def test_sparse_embedding_and_max_norm() -> None:
         assert weight.grad.is_sparse
         results.append((output.detach(), weight.grad.to_dense(), weight.detach().clone()))
     assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "groups"),
+    [
+        ((8, 8), (2, 8, 16), 2),
+        ((2, 8, 8), (8, 8), 2),
+        ((8, 8), (8, 16), 2),
+        ((2, 4, 8), (2, 8, 16), 0),
+        ((12, 8), (2, 8, 16), 2),
+    ],
+)
+def test_grouped_products(a: tuple[int, ...], b: tuple[int, ...], groups: int) -> None:
+    """torch has them in float32 and lower alone, which is too coarse for the laws: against the plain products."""
+    make = Maker(torch.float32)
+    x, y = make(*a).requires_grad_(), make(*b).requires_grad_()
+    ends = torch.tensor([3, 8], dtype=torch.int32) if groups else None
+
+    def plain(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not groups:
+            return x @ y
+        parts = []
+        for g, part in enumerate((slice(0, 3), slice(3, 8))):
+            left = x[g] if x.dim() == 3 else x[:, part] if y.dim() == 2 else x[part]
+            right = y[g] if y.dim() == 3 else y[part] if x.dim() == 2 else y[:, part]
+            parts.append(left @ right)
+        return torch.stack(parts) if x.dim() == y.dim() else torch.cat(parts, 0 if x.dim() == 2 else 1)
+
+    def derivatives(function: Any) -> list[torch.Tensor]:
+        found = function(x, y)[:8]  # behind the last group stands what happens to be in memory
+        first = torch.autograd.grad(found.sin().sum(), (x, y), create_graph=True)
+        second = torch.autograd.grad(sum(g.cos().sum() for g in first), (x, y))
+        return [found, *first, *second]
+
+    ours = derivatives(lambda x, y: nn.functional.grouped_mm(x, y, offs=ends))
+    assert not foreign(nn.functional.grouped_mm(x, y, offs=ends))
+    assert_close(ours, derivatives(plain), rtol=1e-4, atol=1e-4)
 
 
 def network(nn: ModuleType, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

@@ -12,8 +12,9 @@ from defects import by_law
 from sound import SOUND
 
 import manualgrad
-from manualgrad import registry
+from manualgrad import coverage
 from manualgrad.ops.linear import LinearFunction
+from manualgrad.registry import Op, ops
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,10 +24,24 @@ README = (ROOT / "README.md").read_text()
 def test_generated_tables() -> None:
     """After a change: run the command that stands above the table, and paste what it prints."""
     script = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
-    assert registry.markdown() in README
     assert script["layer_norm_table"]() in README
     assert by_law() in README
     assert f"over\n{len(SOUND)} sound Functions" in README
+
+
+def test_nothing_is_missing() -> None:
+    assert not coverage.missing()
+
+
+def test_coverage(op: Op) -> None:
+    """Its row, as `python -m manualgrad coverage NAME` prints it."""
+    assert f"{coverage.row(op)}\n" in README
+
+
+def test_summary_of_coverage() -> None:
+    rows = [line.split(" | ") for line in README.splitlines() if re.match(r"\| `\w+` \| .*`\w+\.py` \|", line)]
+    assert [name.strip("|` ") for name, *_ in rows] == list(ops())
+    assert coverage.summary([(marks[3], marks[4]) for marks in rows]) in README
 
 
 def test_the_example_of_verify() -> None:

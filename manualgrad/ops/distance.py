@@ -15,7 +15,7 @@ from manualgrad.rule import Rule
 Axes = int | tuple[int, ...]
 
 
-class NormFunction(Rule):
+class VectorNormFunction(Rule):
     r"""n = ‖x‖ = (Σ |x|ᵖ)^(1/p)      along one axis or several
 
     n^(p-1) dn = Σ |x|^(p-1) ⟨sgn x, dx⟩      ∂L/∂x = g n′,   n′ = sgn(x) |x/n|^(p-1)
@@ -61,7 +61,7 @@ def _slope(unit: Tensor, p: float, dim: Axes) -> Tensor:
 
 def norm(input: Tensor, p: float, dim: Axes = -1, keepdim: bool = False) -> Tensor:
     """(Σ |x|ᵖ)^(1/p) along `dim`."""
-    return NormFunction.apply(input, p, dim, keepdim)
+    return VectorNormFunction.apply(input, p, dim, keepdim)
 
 
 @drop_in

@@ -208,6 +208,33 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor if scale == 1 else tensor * scale
 
 
+@stands_for(torch.abs)
+class AbsoluteFunction(Rule):
+    r"""y = |x|      ∂L/∂x = g sign x      (at 0: 0; for complex x: sign x = x / |x|)"""
+
+    complex = True
+
+    def forward(input: Tensor) -> Tensor:
+        return torch.abs(input)
+
+    def grad_input(grad: Tensor, input: Tensor) -> Tensor:
+        return times(input.sgn(), grad)
+
+
+@stands_for(torch.pow)
+class PowerFunction(Pointwise):
+    r"""y = xⁿ      y′ = n xⁿ⁻¹      n: a number"""
+
+    autocast = {"cuda": "float32"}
+    complex = True
+
+    def forward(input: Tensor, exponent: float) -> Tensor:
+        return torch.pow(input, exponent)
+
+    def derivative(input: Tensor, exponent: float) -> Tensor:
+        return exponent * input ** (exponent - 1)
+
+
 class DifferenceFunction(Rule):
     r"""y = a - b      ∂L/∂a = g,   ∂L/∂b = -g      (keeps nothing)"""
 

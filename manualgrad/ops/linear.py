@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import drop_in, rows
+from manualgrad.ops.elementary import choose, drop_in, rows, stands_for
 from manualgrad.registry import Call, register
 from manualgrad.rule import LOWER, Rule
 
@@ -169,3 +169,58 @@ register(
     samples=lambda t: [Call(t(2, 3, 2), t(2, 3, 4), t(2, 4, 2)), Call(t(3, 1), t(2, 3, 4), t(2, 4, 2))],
     big=lambda t: Call(t(16, 128, 128), t(16, 128, 128), t(16, 128, 128)),
 )
+
+
+class GroupedProductFunction(Rule):
+    r"""Y_g = A_g B_g, of each group g      a tensor of three axes has a matrix for each group; of one of two axes
+    ``ends`` says which rows, columns or, of both, which part of the common axis belong to each
+
+    differential      dY_g = dA_g B_g + A_g dB_g
+    pair with G       ∂L/∂A_g = G_g B_gᵀ            ∂L/∂B_g = A_gᵀ G_g
+    Both are grouped products of the same groups again; what lies behind the last group is sent nothing.
+
+    Gale, Narayanan, Young and Zaharia, "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts", 2023.
+    """
+
+    in_float32 = False  # products accumulate in float32 as they are
+
+    def forward(
+        a: Tensor, b: Tensor, ends: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
+    ) -> Tensor:
+        return F.grouped_mm(a, b, offs=ends, bias=bias, out_dtype=out_dtype)
+
+    def grad_a(grad: Tensor, a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
+        return _within(_grouped(grad, b.mT, ends), ends, (1 if b.dim() == 2 else 0) if a.dim() == 2 else None)
+
+    def grad_b(grad: Tensor, a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
+        return _within(_grouped(a.mT, grad, ends), ends, (0 if a.dim() == 2 else 1) if b.dim() == 2 else None)
+
+
+def _grouped(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
+    """Laid out as the kernel takes it: rows of the first, columns of the second."""
+    return GroupedProductFunction.apply(a.contiguous(), b.mT.contiguous().mT, ends, None, None)
+
+
+def _within(tensor: Tensor, ends: Tensor | None, axis: int | None) -> Tensor:
+    """Zero behind the last group, which the kernel leaves as the memory happens to be."""
+    if ends is None or axis is None:
+        return tensor
+    inside = torch.arange(tensor.shape[axis], device=tensor.device) < ends[-1]
+    return choose((inside.unsqueeze(1) if axis == 0 else inside).expand_as(tensor), tensor)
+
+
+@stands_for(F.grouped_mm)
+def grouped_mm(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    *,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A product of matrices for each group, as `torch.nn.functional.grouped_mm`, in float32 and lower.
+
+    Shapes: with R rows of all groups, (R, k) and (groups, k, n), the result (R, n); (groups, m, k) and (k, C), the
+    result (m, C); (m, R) and (R, n), or (groups, m, k) and (groups, k, n), the result (groups, m, n).
+    """
+    return GroupedProductFunction.apply(mat_a, mat_b, offs, bias, out_dtype)

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import DifferenceFunction, Pointwise, broadcast, choose, drop_in, stands_for, times
+from manualgrad.ops.elementary import (
+    AbsoluteFunction,
+    DifferenceFunction,
+    broadcast,
+    choose,
+    drop_in,
+    stands_for,
+    times,
+)
 from manualgrad.registry import Call, register
 from manualgrad.rule import FLOAT32, Rule, plain
 
@@ -105,33 +113,6 @@ class SmoothL1LossFunction(HuberLossFunction):
 
     def grad_input(sent: Tensor, difference: Tensor, delta: float) -> Tensor:
         return times(difference.clamp(-delta, delta), sent / delta)
-
-
-@stands_for(torch.abs)
-class AbsoluteFunction(Rule):
-    r"""y = |x|      ∂L/∂x = g sign x      (at 0: 0; for complex x: sign x = x / |x|)"""
-
-    complex = True
-
-    def forward(input: Tensor) -> Tensor:
-        return torch.abs(input)
-
-    def grad_input(grad: Tensor, input: Tensor) -> Tensor:
-        return times(input.sgn(), grad)
-
-
-@stands_for(torch.pow)
-class PowerFunction(Pointwise):
-    r"""y = xⁿ      y′ = n xⁿ⁻¹      n: a number"""
-
-    autocast = {"cuda": "float32"}
-    complex = True
-
-    def forward(input: Tensor, exponent: float) -> Tensor:
-        return torch.pow(input, exponent)
-
-    def derivative(input: Tensor, exponent: float) -> Tensor:
-        return exponent * input ** (exponent - 1)
 
 
 @stands_for(_nn.l1_loss)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.modules.utils import _list_with_default
 
 from manualgrad.ops.elementary import (
+    AbsoluteFunction,
     Numbers,
-    Pointwise,
+    PowerFunction,
     channels_last,
     choose,
     drop_in,
@@ -340,30 +341,6 @@ _adaptive_avg_pool(3, kernels.adaptive_avg_pool3d, Float32AvgPoolFunction)
 
 
 # --- the norm ---
-
-
-class AbsoluteFunction(Rule):
-    r"""y = |x|      dy = Re(s̄ dx),  s = x/|x|:  ∂L/∂x = g s      (at 0: 0, as torch)"""
-
-    complex = True
-
-    def forward(input: Tensor) -> Tensor:
-        return input.abs()
-
-    def grad_input(grad: Tensor, input: Tensor) -> Tensor:
-        return grad * input.sgn()
-
-
-class PowerFunction(Pointwise):
-    r"""y = xᵖ      y′ = p xᵖ⁻¹"""
-
-    autocast = {"cuda": "float32"}
-
-    def forward(input: Tensor, exponent: float) -> Tensor:
-        return input.pow(exponent)
-
-    def derivative(input: Tensor, exponent: float) -> Tensor:
-        return exponent * input.pow(exponent - 1)
 
 
 class RootFunction(Rule):
