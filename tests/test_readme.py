@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import runpy
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from sound import SOUND
 
 import manualgrad
 from manualgrad import coverage
+from manualgrad.ops import activation
+from manualgrad.ops.activation import LogSigmoidFunction
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.registry import Op, ops
 
@@ -58,6 +61,13 @@ def test_the_rule_shown_is_the_rule() -> None:
     for name in ("forward", "grad_input", "grad_weight", "grad_bias"):
         body = inspect.getsource(getattr(LinearFunction, name)).splitlines()[-1].strip().replace(".conj()", "")
         assert body in shown
+
+
+def test_the_operation_shown_is_the_operation() -> None:
+    assert textwrap.indent(inspect.getsource(LogSigmoidFunction), " " * 3) in README
+    for line in ('logsigmoid = _activation("logsigmoid", LogSigmoidFunction)', "(logsigmoid, [{}])"):
+        assert line in README
+        assert line in inspect.getsource(activation)
 
 
 def test_links_and_commands() -> None:
