@@ -124,7 +124,9 @@ def measure(name: str, make: Callable[[], tuple[Subject, Subject]], settings: Se
     for _ in range(REPEATS):
         (ours, our_forward), (torch_s, torch_forward) = make()
         op = registry.ops().get(name)
-        if op is None or "torchs_gradient_of_each_subset" not in op.lacks:  # declared to differ, as torch's is wrong
+        if (
+            op is None or "torchs_gradient_of_each_subset" not in op.lacks
+        ):  # declared to differ, as torch's is wrong
             compare(name, ours(), torch_s(), settings)
         kept = (1 + kept_bytes(our_forward)) / (1 + kept_bytes(torch_forward))  # 1: both may keep nothing
         begin = time.perf_counter()

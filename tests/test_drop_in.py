@@ -250,7 +250,7 @@ def test_torchs_zero_size(op: Op, call: Call) -> None:
     empty = call.replace(batched, [call[place][:0] for place in batched])
     try:
         expected = gradients(of_tensors(op, empty, op.reference), tensors_of(empty))
-    except RuntimeError:
+    except (IndexError, RuntimeError):
         if refused(op.reference, empty):  # the size of the batch stands elsewhere too
             assert refused(op.function, empty)
         else:  # a gradient where torch has none

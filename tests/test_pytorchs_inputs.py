@@ -218,6 +218,8 @@ def test_module(entry: ModuleInfo | Extra) -> None:
         for name, made, given in module_inputs(entry, training):
             ours, torch_s = (module.train(training) for module in both(name, made))
             results = [tried(module, given, list(module.parameters())) for module in (ours, torch_s)]
+            if name == "CrossMapLRN2d":  # torch's gradient is not the derivative of its values
+                results = [(output, []) for output, _ in results]
             compare(*results)
             assert not foreign(results[0][0])
             assert_close(dict(ours.state_dict()), dict(torch_s.state_dict()), rtol=0, atol=0, equal_nan=True)

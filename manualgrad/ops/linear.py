@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import choose, drop_in, rows, stands_for
+from manualgrad.ops.elementary import choose, drop_in, rows, scaled, stands_for
 from manualgrad.registry import Call, register
 from manualgrad.rule import LOWER, Rule
 
@@ -130,35 +130,36 @@ register(
 
 
 class ProductFunction(Rule):
-    r"""Y = A B + C, of each matrix of a batch      ∂L/∂A = g Bᵀ      ∂L/∂B = Aᵀ g      ∂L/∂C = g"""
+    r"""Y = α A B + β C, of each matrix of a batch      ∂L/∂A = α g Bᵀ      ∂L/∂B = α Aᵀ g      ∂L/∂C = β g"""
 
     autocast = LOWER
     in_float32 = False  # products accumulate in float32 as they are
     complex = True
 
-    def forward(a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
-        return torch.bmm(a, b) if c is None else torch.baddbmm(c, a, b)
+    def forward(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+        return torch.bmm(a, b) if c is None else torch.baddbmm(c, a, b, alpha=alpha, beta=beta)
 
-    def grad_a(grad: Tensor, b: Tensor) -> Tensor:
-        return grad @ b.mH
+    def grad_a(grad: Tensor, b: Tensor, alpha: float) -> Tensor:
+        return scaled(grad @ b.mH, alpha)
 
-    def grad_b(grad: Tensor, a: Tensor) -> Tensor:
-        return a.mH @ grad
+    def grad_b(grad: Tensor, a: Tensor, alpha: float) -> Tensor:
+        return scaled(a.mH @ grad, alpha)
 
-    def grad_c(grad: Tensor) -> Tensor:
-        return grad
+    def grad_c(grad: Tensor, beta: float) -> Tensor:
+        return scaled(grad, beta)
 
 
 @drop_in
 def bmm(input: Tensor, mat2: Tensor) -> Tensor:
     """A B of each matrix of a batch, (N, l, m) and (N, m, n), as `torch.bmm`."""
-    return ProductFunction.apply(input, mat2, None)
+    return ProductFunction.apply(input, mat2, None, 1, 0)
 
 
 @drop_in
-def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor) -> Tensor:
-    """C + A B of each matrix of a batch, as `torch.baddbmm` without its factors. C broadcasts."""
-    return ProductFunction.apply(batch1, batch2, input.expand(*batch1.shape[:2], batch2.shape[2]))
+def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """β C + α A B of each matrix of a batch, as `torch.baddbmm`. C broadcasts."""
+    whole = input.expand(*batch1.shape[:2], batch2.shape[2])
+    return ProductFunction.apply(batch1, batch2, whole, alpha, beta)
 
 
 register(
@@ -166,7 +167,10 @@ register(
 )
 register(
     baddbmm,
-    samples=lambda t: [Call(t(2, 3, 2), t(2, 3, 4), t(2, 4, 2)), Call(t(3, 1), t(2, 3, 4), t(2, 4, 2))],
+    samples=lambda t: [
+        Call(t(2, 3, 2), t(2, 3, 4), t(2, 4, 2)),
+        Call(t(3, 1), t(2, 3, 4), t(2, 4, 2), beta=0.5, alpha=2.0),
+    ],
     big=lambda t: Call(t(16, 128, 128), t(16, 128, 128), t(16, 128, 128)),
 )
 

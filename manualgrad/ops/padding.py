@@ -45,7 +45,7 @@ class BorderPadFunction(Rule):
     circular    j = i mod n
 
     ⟨g, dy⟩ = Σᵢ g[i] dx[j(i)]:  each x collects the g of every place it was copied to,
-    ∂L/∂x[j] = Σ g[i] over j(i) = j:  the border folded back onto what is inside, axis by axis, and cut off.
+    ∂L/∂x[j] = Σ g[i] over j(i) = j:  what is inside, and the border folded back onto it, axis by axis.
     """
 
     complex = True
@@ -54,12 +54,15 @@ class BorderPadFunction(Rule):
         return F.pad(input, border.sizes, mode, value)
 
     def grad_input(grad: Tensor, border: Border, mode: str) -> Tensor:
-        total = grad.clone()
         for axis, (before, after) in enumerate(zip(border.sizes[::2], border.sizes[1::2], strict=True), 1):
-            n = grad.shape[-axis] - before - after
-            for i in (*range(-before, 0), *range(n, n + after)):
-                total.select(-axis, before + _SOURCE[mode](i, n)).add_(total.select(-axis, before + i))
-        return ConstantPadFunction.apply(total, border.inverse(), None)
+            if before or after:
+                n = grad.shape[-axis] - before - after
+                inside = Border((*(0, 0) * (axis - 1), -before, -after))
+                total = ConstantPadFunction.apply(grad, inside, None)
+                for i in (*range(-before, min(0, n + after)), *range(max(n, -before), n + after)):
+                    total.select(-axis, _SOURCE[mode](i, n)).add_(grad.select(-axis, before + i))
+                grad = total
+        return grad
 
 
 class Float32BorderPadFunction(BorderPadFunction):
