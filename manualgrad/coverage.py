@@ -99,20 +99,26 @@ _STEP = 1e-4
 
 def orders(op: Op) -> tuple[str, str]:
     """For orders 1 to 4 a mark each, ours and torch's: right in every mixture of modes, silently wrong in one, or
-    refused. Along a line a derivative is one number; the truth is the difference quotient of our own, one order
-    lower, which the laws have held against the order below in turn."""
-    ours, torch_s = [RIGHT] * 4, [RIGHT] * 4
-    for call in list(op.samples(Maker()))[:1]:
-        if call.gradient_is_derivative:
-            args, kwargs = call.marked()
-            lines = [_along(function, args, kwargs) for function in (op.function, op.reference)]
-            for n, mixtures in enumerate(MIXTURES):
-                below = [derivative(lines[0], "r" * n, at=k * _STEP) for k, _ in _STENCIL]
-                truth = sum(weight * value for (_, weight), value in zip(_STENCIL, below, strict=True)) / _STEP
-                tolerance = 1e-7 * max(abs(truth), *map(abs, below), 1)
-                for marks, along in ((ours, lines[0]), (torch_s, lines[1])):
-                    marks[n] = max(marks[n], _mark(along, mixtures, truth, tolerance), key=_worse)
-    return "".join(ours), "".join(torch_s)
+    refused, on the first sample whose gradient is the derivative.
+
+    Along a line a derivative is one number. The truth is the difference quotient of our own, one order lower,
+    which the laws have held against the order below in turn.
+    """
+    call = next(call for call in op.samples(Maker()) if call.gradient_is_derivative or call.after)
+    args, kwargs = call.marked()
+    lines = [_along(_of_what_precedes(f, call), args, kwargs) for f in (op.function, op.reference)]
+    marks = ["", ""]
+    for n, mixtures in enumerate(MIXTURES):
+        below = [derivative(lines[0], "r" * n, at=k * _STEP) for k, _ in _STENCIL]
+        truth = sum(weight * value for (_, weight), value in zip(_STENCIL, below, strict=True)) / _STEP
+        tolerance = 1e-7 * max(abs(truth), *map(abs, below), 1)
+        marks = [mark + _mark(along, mixtures, truth, tolerance) for mark, along in zip(marks, lines, strict=True)]
+    return marks[0], marks[1]
+
+
+def _of_what_precedes(function: Callable[..., Any], call: Call) -> Callable[..., Any]:
+    after = call.after
+    return function if after is None else lambda x, *args, **kwargs: function(after(x), *args, **kwargs)
 
 
 _worse = (RIGHT, REFUSED, WRONG).index

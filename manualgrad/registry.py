@@ -31,10 +31,15 @@ class Call:
         self.args = args
         self.kwargs = kwargs
         self.gradient_is_derivative = True
+        self.after: Callable[[Tensor], Tensor] | None = None
 
-    def with_gradient_by_definition(self) -> Call:
-        """The gradient is what torch defines it to be, not the derivative: no finite difference shows it."""
+    def with_gradient_by_definition(self, after: Callable[[Tensor], Tensor] | None = None) -> Call:
+        """The gradient is what torch defines it to be, not the derivative: no finite difference shows it.
+
+        It may be the derivative of the whole, if the first argument has come through the function `after`.
+        """
         self.gradient_is_derivative = False
+        self.after = after
         return self
 
     def differentiable(self) -> list[Place]:
