@@ -17,6 +17,8 @@ from manualgrad import nn
 from manualgrad.ops.normalization import sync_batch_norm
 from manualgrad.registry import Maker
 
+synced: Any = sync_batch_norm
+
 ROWS = {"uneven": (3, 5), "one each": (1, 1), "one process has none": (4, 0)}
 MOMENTUM = 0.3
 
@@ -46,7 +48,7 @@ def process(rank: int, rows: tuple[int, int], rendezvous: str) -> None:
 
     ours = run(
         here,
-        lambda tensors, running: sync_batch_norm(*tensors, *running, 1e-5, MOMENTUM, dist.group.WORLD, 2),
+        lambda tensors, running: synced(*tensors, *running, 1e-5, MOMENTUM, dist.group.WORLD, 2),
     )
     whole = run(
         slice(None),

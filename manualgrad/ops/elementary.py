@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -136,7 +136,7 @@ def indicator(compare: Callable[..., Tensor], a: Tensor, b: float) -> Tensor:
 def choose(mask: Tensor, a: Tensor | None, b: Tensor | None = None) -> Tensor:
     """`a` where `mask`, else `b` (None: zero). Unlike a product with the mask, exact for inf and nan.
 
-    The mask: booleans, or an `indicator`, which may be written over.
+    The mask: booleans, or an `indicator` of a's dtype, which may be written over.
     """
     one = b if a is None else a
     assert one is not None
@@ -144,8 +144,10 @@ def choose(mask: Tensor, a: Tensor | None, b: Tensor | None = None) -> Tensor:
         # torch.where is scalar on the CPU (10 times the memory's speed is lost). Integer arithmetic on the bits is
         # vectorized and as exact: whatever is not chosen, infinities and nan too, leaves no trace.
         bits = _INTEGERS[one.element_size()]
-        chosen = mask.view(bits) if mask.dtype == one.dtype else mask.to(bits)
-        chosen = chosen.eq_(0) if a is None else chosen.ne_(0)
+        if mask.dtype == torch.bool:
+            chosen = (mask.logical_not() if a is None else mask).to(bits)
+        else:
+            chosen = mask.view(bits).eq_(0) if a is None else mask.view(bits).ne_(0)
         if a is None or b is None:
             return chosen.mul_(one.view(bits)).view(one.dtype)
         return chosen.mul_(a.view(bits) - b.view(bits)).add_(b.view(bits)).view(a.dtype)
@@ -177,21 +179,6 @@ def plus(temporary: Tensor, term: Tensor, factor: Tensor | None = None) -> Tenso
     if temporary.dtype == term.dtype and nothing_looks_on(temporary, term):
         return temporary.add_(term) if factor is None else temporary.addcmul_(term, factor)
     return temporary + (term if factor is None else term * factor)
-
-
-_BLOCK = 2**17
-
-
-def product_blocks(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """a · b, where nothing looks on in blocks of the first axis that stay in the CPU's cache, each to be used, or
-    written over, before the next: fresh memory for the whole would cost more than the arithmetic."""
-    size = max(1, len(a) * _BLOCK // max(1, a.numel()))
-    if not a.is_cpu or size >= len(a) or a.dtype != b.dtype or not nothing_looks_on(a, b):
-        yield a * b
-        return
-    block = a.new_empty(size, *a.shape[1:])
-    for x, y in zip(a.split(size), b.split(size), strict=True):
-        yield torch.mul(x, y, out=block[: len(x)])
 
 
 class Pointwise(Rule):

@@ -83,8 +83,8 @@ class MSELossFunction(DifferenceLoss):
     def forward(input: Tensor, target: Tensor, reduction: int) -> Tensor:
         return _nn.mse_loss(input, target, reduction)
 
-    def grad_input(sent: Tensor, difference: Tensor) -> Tensor:
-        return times(difference, 2 * sent)
+    def grad_input(grad: Tensor, difference: Tensor, target: Tensor, reduction: int) -> Tensor:
+        return times(difference, grad * (2 / max(target.numel(), 1) if reduction == MEAN else 2))
 
 
 @stands_for(_nn.huber_loss)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.nn.modules import _functions
 
-from manualgrad.ops.elementary import drop_in, plus, product_blocks, stands_for, times
+from manualgrad.ops.elementary import drop_in, plus, stands_for, times
 from manualgrad.registry import Call, register
 from manualgrad.rule import FLOAT32, Rule, cuda_autocasts
 
@@ -57,13 +57,11 @@ class ScaledFunction(Rule):
         return rstd.conj()
 
     def sums(sent: Tensor, normalized: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Σ t over the examples, and Σ w t over the channels of a group; from block to block of examples."""
-        found = []
-        for product in product_blocks(sent, normalized.conj()):
-            t = product if product.shape[-1] == 1 else product.sum(-1, keepdim=True)
-            found.append((t.sum(0), (t if inside is None else times(t, inside)).sum(2, keepdim=True)))
-        by_channel, by_group = zip(*found, strict=True)
-        return torch.stack(by_channel).sum(0), torch.cat(by_group)
+        """Σ t over the examples, and Σ w t over the channels of a group."""
+        product = sent * normalized.conj()
+        t = product if product.shape[-1] == 1 else product.sum(-1, keepdim=True)
+        by_channel = t.sum(0)
+        return by_channel, (t if inside is None else times(t, inside)).sum(2, keepdim=True)
 
     def orthogonal(
         sent: Tensor, inside: Tensor | None, sums: tuple[Tensor, Tensor], normalized: Tensor, average: Average
