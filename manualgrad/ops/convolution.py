@@ -296,10 +296,10 @@ for _n, _plain, _transposed in (
     (2, conv2d, conv_transpose2d),
     (3, conv3d, conv_transpose3d),
 ):
-    # special=False: torch's kernels differ among themselves in what a padded 0 times an infinite gradient is
     _of_size = partial(_big, n=_n)
-    register(_plain, samples=partial(_samples, n=_n), big=_of_size, special=False)
-    register(_transposed, samples=partial(_transposed_samples, n=_n), big=_of_size, special=False)
+    # torch's conv1d skips the padding in float32; in float64, as ours, it multiplies its 0 by an infinite gradient
+    register(_plain, samples=partial(_samples, n=_n), big=_of_size, special=_n > 1)
+    register(_transposed, samples=partial(_transposed_samples, n=_n), big=_of_size)
 
 register(
     conv_tbc,
