@@ -6,6 +6,7 @@ there in places), so there the oracle is the finite difference of the derivative
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -304,6 +305,14 @@ def test_torchs_special_values(op: Op, number: int, device: str) -> None:
                 assert_close(
                     a[known], b[known], rtol=tolerance, atol=tolerance * size, msg=lambda m, more=explain: m + more
                 )
+
+
+def test_special_values_are_declared_where_they_fail(op: Op, device: str) -> None:
+    if not op.special:
+        trial = dataclasses.replace(op, special=True)
+        with pytest.raises((AssertionError, RuntimeError, ValueError)):
+            for number, _ in enumerate(op.samples(Maker())):
+                test_torchs_special_values(trial, number, device)
 
 
 def special(tensor: Tensor, shift: int = 0) -> Tensor:

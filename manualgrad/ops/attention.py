@@ -214,5 +214,5 @@ register(
         _multi_head(t, t(4, 2), t(3, 2), attn_mask=t.fixed(4, 3), average_attn_weights=False, bias=False),
     ],
     big=lambda t: _multi_head(t, t(128, 8, 256), t(128, 8, 256), heads=8, need_weights=False),
-    special=False,
+    special=False,  # as above
 )

@@ -153,7 +153,7 @@ register(
     big=lambda t: Call(
         t(150, 32, 64).log_softmax(2), 1 + t.index(63, 32, 30), torch.full((32,), 150), torch.full((32,), 30)
     ),
-    special=False,
+    special=False,  # log-probabilities have no infinity but -∞
     lacks={
         "compile": "the shapes that torch's forward computes with depend on the lengths",
         "large_values": "torch's gradient has e^x in it, which overflows where x is no log-probability",

@@ -81,7 +81,7 @@ register(
         Call(t(3), t(3), p=math.inf),
     ],
     big=lambda t: Call(t(4096, 256), t(4096, 256)),
-    special=False,
+    special=False,  # between infinities which is the largest is for each to say
 )
 
 
@@ -134,7 +134,7 @@ register(
     pdist,
     samples=lambda t: [Call(t(4, 3)), Call(t(4, 2), p=3.0)],
     big=lambda t: Call(t(256, 64)),
-    special=False,
+    special=False,  # 0 · ∞ in the sums over pairs
     lacks={"torchs_zero_size": "torch's gradient of no rows at all kills the process"},
 )
 
@@ -183,7 +183,6 @@ register(
     normalize,
     samples=lambda t: [Call(t(4, 3)), Call(t(2, 3, 2), p=3.0, dim=-1), Call(t(2, 3, 2), p=1.0, dim=(0, 2))],
     big=lambda t: Call(t(4096, 256)),
-    special=False,
 )
 
 
@@ -230,5 +229,4 @@ register(
     cosine_similarity,
     samples=lambda t: [Call(t(4, 3), t(4, 3)), Call(t(2, 3, 2), t(3, 1), dim=-2)],
     big=lambda t: Call(t(4096, 256), t(4096, 256)),
-    special=False,
 )

@@ -194,7 +194,7 @@ register(
         Call(t(4, 3, low=0.05, high=0.95), t(4, 3, low=0, high=1), t.fixed(3, low=0.5, high=2), reduction="none"),
     ],
     big=lambda t: Call(t(1024, 1024, low=0.05, high=0.95), t(1024, 1024, low=0, high=1)),
-    special=False,
+    special=False,  # only probabilities are taken
 )
 
 register(
@@ -377,5 +377,5 @@ register(
         Call(t(4, 3), t(3), t(4, low=0.5, high=2), full=True, reduction="none"),
     ],
     big=lambda t: Call(t(1024, 1024), t(1024, 1024), t(1024, 1024, low=0.5, high=2)),
-    special=False,
+    special=False,  # no variance below 0 is taken
 )

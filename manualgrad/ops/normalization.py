@@ -656,7 +656,7 @@ register(
     reference=_functions.CrossMapLRN2d.apply,
     samples=lambda t: [Call(t(2, 5, 2, 1), 3, 0.5), Call(t(1, 3, 2, 2), 2, 0.7, 1.5, 2.0)],
     big=lambda t: Call(t(8, 64, 32, 32), 5),
-    special=False,
+    special=False,  # as above
     lacks=dict.fromkeys(
         ("as_reference", "torchs_gradient_of_each_subset", "torchs_autocast", "complex"),
         "torch's gradient is wrong: its window is not that of the values",

@@ -147,7 +147,6 @@ for _name, _mode in (("upsample", {"mode": "bilinear"}), ("upsample_bilinear", {
         _name,
         samples=lambda t, mode=_mode: [Call(t(1, 2, 3, 2), scale_factor=2, **mode)],
         big=lambda t, mode=_mode: Call(t(4, 32, 64, 64), scale_factor=2, **mode),
-        special=False,
         lacks={"compile": "it warns that its name is deprecated, which torch.compile does not trace"},
     )
 
@@ -308,7 +307,7 @@ register(
         Call(t(1, 1, 4, 3), t(1, 3, 2, 2), "nearest", align_corners=True),
     ],
     big=lambda t: Call(t(4, 32, 64, 64), t(4, 64, 64, 2, low=-1, high=1), align_corners=False),
-    special=False,
+    special=False,  # weights of 0 multiply what is not finite
     lacks={
         "vmap": "where input and grid are batched along different axes, torch's own batching takes a wrong size"
     },
