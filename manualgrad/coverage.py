@@ -158,7 +158,8 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         modules = ", ".join(f"`{name}`" for name in self.modules)
-        lacks = "; ".join(f"`{law}`: {reason}" for law, reason in self.lacks.items())
+        laws = {reason: [law for law in self.lacks if self.lacks[law] == reason] for reason in self.lacks.values()}
+        lacks = "; ".join(f"`{'`, `'.join(names)}`: {reason}" for reason, names in laws.items())
         return (
             f"| `{self.name}` | {modules} | {self.file} | {self.orders} | {self.orders_of_torch} | "
             f"{self.kept:.3g} | {self.kept_by_torch:.3g} | {lacks} |"

@@ -187,7 +187,8 @@ def register(
         big: an input of the size that real models have, for the benchmark.
         random: the result depends on the random state.
         special: ±0, ±inf, nan and the kinks may stand in its floating inputs.
-        lacks: laws that do not hold for it, each with the reason (shown to users; a stale one fails a test).
+        lacks: laws that do not hold for it ("law-2": on its third sample), each with the reason, shown to users; a
+            stale one fails a test.
     """
     name = function if isinstance(function, str) else function.__name__
     theirs = reference or getattr(torch.nn.functional, name, None) or getattr(torch, name)

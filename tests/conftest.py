@@ -41,6 +41,7 @@ def declared(request: pytest.FixtureRequest) -> None:
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     op = parameters.get("op")
     if isinstance(op, Op):
-        reason = op.lacks.get(parameters.get("law", request.function.__name__.removeprefix("test_")))
+        name = parameters.get("law", request.function.__name__.removeprefix("test_"))
+        reason = op.lacks.get(name) or op.lacks.get(f"{name}-{parameters.get('number')}")
         if reason:
             request.node.add_marker(pytest.mark.xfail(reason=reason, run="kills the process" not in reason))

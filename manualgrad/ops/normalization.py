@@ -393,6 +393,8 @@ def instance_norm(
     """
     if not isinstance(use_input_stats, bool):
         raise TypeError(f"use_input_stats must be a bool, but is {use_input_stats!r}")
+    if not len(input):  # raises what torch raises
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     tensors = (input, weight, bias, running_mean, running_var)
     if not use_input_stats:
         if any(x is not None and x.dim() != 1 for x in tensors[1:]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manualgrad.ops.elementary import drop_in
 from manualgrad.registry import Call, register
-from manualgrad.rule import Rule
+from manualgrad.rule import Rule, nothing_looks_on
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class BorderPadFunction(Rule):
                 n = grad.shape[-axis] - before - after
                 inside = Border((*(0, 0) * (axis - 1), -before, -after))
                 total = ConstantPadFunction.apply(grad, inside, None)
+                if not nothing_looks_on(grad):
+                    total = total.clone()  # its derivative keeps what is written over here
                 for i in (*range(-before, min(0, n + after)), *range(max(n, -before), n + after)):
                     total.select(-axis, _SOURCE[mode](i, n)).add_(grad.select(-axis, before + i))
                 grad = total
