@@ -184,6 +184,8 @@ BY_HAND = {
     **dict.fromkeys(("hinge_embedding_loss", "triplet_margin_loss"), "cast before it is composed"),
     "cross_map_lrn2d": "torch's pow writes into a buffer, which autocast leaves alone",
 }
+if not rule.cuda_autocasts("rms_norm"):
+    BY_HAND["rms_norm"] = "torch 2.11 composes it inside of one operation"
 
 
 def test_cuda_autocast_as_torch_registers_it(op: registry.Op) -> None:
