@@ -134,7 +134,7 @@ class Maker:
 
 @dataclass(frozen=True)
 class Op:
-    """One function of torch.nn.functional (and its module) with what is needed to try it."""
+    """One function of torch.nn.functional with what is needed to try it."""
 
     written: FunctionType | str
     reference: Callable[..., Any]

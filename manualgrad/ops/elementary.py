@@ -91,15 +91,10 @@ def rows(tensor: Tensor, k: int = 1) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[: tensor.dim() - k]), *tensor.shape[tensor.dim() - k :])
 
 
-def last(k: int) -> tuple[int, ...]:
-    """The last k axes."""
-    return tuple(range(-k, 0))
-
-
 def channels_last(tensor: Tensor) -> bool:
     """It is an image (or a volume) whose channels lie innermost in memory, and nothing looks on."""
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if form is None or not nothing_looks_on(tensor, tensor) or tensor.is_contiguous():
+    if form is None or not nothing_looks_on(tensor) or tensor.is_contiguous():
         return False
     return tensor.is_contiguous(memory_format=form)
 

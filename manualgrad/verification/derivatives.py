@@ -33,5 +33,15 @@ def derivative(function: Scalar, modes: str, at: float = 0.0) -> float:
     return function(torch.tensor(at, dtype=torch.float64)).item()
 
 
+_FOUR_POINTS = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
+
+
+def quotient(function: Scalar, modes: str, step: float = 1e-4) -> tuple[float, float]:
+    """The difference quotient at 0 of the derivative of these modes, and the size of the numbers that it tells."""
+    values = [derivative(function, modes, at=k * step) for k, _ in _FOUR_POINTS]
+    found = sum(weight * value for (_, weight), value in zip(_FOUR_POINTS, values, strict=True)) / step
+    return found, max(abs(found), *map(abs, values), 1)
+
+
 def _pushed_forward(function: Scalar) -> Scalar:
     return lambda t: jvp(function, (t,), (torch.ones_like(t),))[1]
