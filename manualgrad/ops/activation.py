@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import Pointwise, choose, drop_in, indicator, scaled, stands_for, times
+from manualgrad.ops.elementary import Pointwise, choose, drop_in, indicator, scaled, stands_for, times, written
 from manualgrad.registry import Call, register
 from manualgrad.rule import LOWER, Rule
 
@@ -22,9 +22,7 @@ _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  
 
 def _applied(rule: type[Rule], input: Tensor, *settings: float, inplace: bool) -> Tensor:
     """The rule's output, or with `inplace` the input that it was written into. The rule then keeps a copy."""
-    if not inplace:
-        return rule.apply(input, *settings)
-    return input.copy_(rule.apply(input.clone(), *settings))
+    return written(input, rule.apply(input.clone() if inplace else input, *settings), inplace)
 
 
 def _activation(name: str, rule: type[Rule]) -> Callable[[Tensor], Tensor]:
