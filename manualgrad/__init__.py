@@ -1,6 +1,8 @@
 """Backpropagation written by hand, inside PyTorch, good enough to train on.
 
     import manualgrad.nn as nn      # instead of import torch.nn as nn
+    manualgrad.convert(model)       # or a model that exists, in place; `revert` gives it back
+    with manualgrad.enabled(): ...  # or torch's own functions, called in here
 
 Each layer and loss is a `torch.autograd.Function` whose gradient is written by hand, its derivation beside it
 (`manualgrad.ops`). `Rule` makes one from pure functions; `registry.ops` lists them all; `verify` tries the laws
@@ -8,7 +10,9 @@ that they hold on anyone's.
 """
 
 from manualgrad import nn, registry
+from manualgrad.conversion import conversion_report, convert, revert
+from manualgrad.enabling import enabled
 from manualgrad.rule import Rule
 from manualgrad.verification import verify
 
-__all__ = ["Rule", "nn", "registry", "verify"]
+__all__ = ["Rule", "conversion_report", "convert", "enabled", "nn", "registry", "revert", "verify"]
