@@ -262,18 +262,15 @@ def _enabling(kind: Class) -> tuple[tuple[type, ...], dict[str, Any]]:
 
 
 def _over(beneath: Class, kind: Class) -> Class:
-    """A parametrized module's class with another class beneath."""
+    """A parametrized module's class with another class beneath: that which it was made over, if it still fits."""
     if beneath is kind.__bases__[0]:
         return kind
-    before = vars(kind).get("_over")
-    if (
-        before is not None
-        and before.__bases__[0] is beneath
-        and vars(before).keys() - {"_over"} == vars(kind).keys() - {"_over"}
-    ):
+    before = vars(kind).get("_made_over")
+    if before and before.__bases__[0] is beneath and vars(before).keys() | {"_made_over"} == vars(kind).keys():
         return before
     contents = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(beneath)(kind.__name__, (beneath,), contents | {"_over": kind})
+    metaclass: Any = type(beneath)
+    return metaclass(kind.__name__, (beneath,), contents | {"_made_over": kind})
 
 
 # --- functions that modules hold ---

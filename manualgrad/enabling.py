@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def replacement(
 
     A rule that is to take the place of an operation under a condition on the arguments has its place here.
     """
-    ours = _table().get(func)
+    ours = _TABLE.get(func)
     if ours is None or not all(kind in _PLAIN for kind in types):
         return None
     return ours if _concerns_us([*args, *kwargs.values()]) else None
@@ -95,7 +96,6 @@ def _concerns_us(values: Iterable[Any]) -> bool:
 _SPACES = (torch, torch.special, torch._C._nn, Tensor)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@functools.cache
 def _table() -> dict[Any, Callable[..., Any]]:
     """By torch's function or method, ours, to be called with the same arguments."""
     found: dict[Any, Callable[..., Any]] = {
@@ -103,7 +103,13 @@ def _table() -> dict[Any, Callable[..., Any]]:
         for name, theirs in vars(F).items()
         if not name.startswith("_") and callable(theirs) and vars(functional)[name] is not theirs
     }
-    found |= {op.reference: op.function for op in registry.ops().values()}
+    found |= {
+        op.reference: op.function
+        for op in registry.ops().values()
+        if not isinstance(
+            op.reference, MethodType
+        )  # a Function's apply: no mode sees it, and Dynamo cannot look it up
+    }
 
     def enter(name: str, ours: Callable[..., Any], in_order: bool = False) -> None:
         for theirs in (getattr(space, name, None) for space in _SPACES):
@@ -227,3 +233,6 @@ def _given(
         for x in overload
     )
     return values if fit else None
+
+
+_TABLE = _table()
