@@ -10,9 +10,13 @@ that they hold on anyone's.
 """
 
 from manualgrad import nn, registry
+from manualgrad.adapters import register_adapter
 from manualgrad.conversion import conversion_report, convert, revert
 from manualgrad.enabling import enabled
 from manualgrad.rule import Rule
 from manualgrad.verification import verify
 
-__all__ = ["Rule", "conversion_report", "convert", "enabled", "nn", "registry", "revert", "verify"]
+__all__ = [
+    *("Rule", "nn", "registry", "verify"),
+    *("conversion_report", "convert", "enabled", "register_adapter", "revert"),
+]

@@ -7,6 +7,7 @@ modules, parameters, buffers, hooks, optimizers and tied weights stay the object
     a subclass of one           a subclass of both, made here, if it overrides nothing that ours does
     parametrized                `torch.nn.utils.parametrize` gives each module a class of its own: the same over
                                 what becomes of the one beneath
+    known to an adapter         a subclass, made here, with the adapter's forward (`manualgrad.adapters`)
     any other, with a forward   if ``functional``, a subclass, made here, whose forward runs inside `enabled`
 
 Functions that modules hold (an ``activation``) are exchanged in the same way. `revert` reads all of it off the
@@ -25,10 +26,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from manualgrad import binding
+from manualgrad import adapters, binding
 from manualgrad.enabling import enabled
 from manualgrad.nn import functional as our_functional
 
@@ -36,7 +37,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Class = type[nn.Module]
 
 
-def convert(model: Model, *, functional: bool = False) -> Model:
+def convert(model: Model, *, functional: bool = False, fused_loss: bool = False) -> Model:
     """Exchange the modules of `torch.nn` in a model for ours, in place.
 
         model = manualgrad.convert(torchvision.models.resnet18())
@@ -45,15 +46,29 @@ def convert(model: Model, *, functional: bool = False) -> Model:
         model: any module: a network, one layer, a loss; also inside of DataParallel, DDP or torch.compile.
         functional: what the model's own ``forward`` methods call (``F.relu``, ``x.softmax(-1)``) is ours as well:
             they run inside `enabled`.
+        fused_loss: a causal language model of `transformers` that is given labels in training computes its loss by
+            `linear_cross_entropy`, without ever making the logits; in its output there are none.
 
     Returns:
         The same model. `conversion_report` says what became of each module; `revert` undoes it.
 
     Raises:
         TypeError: `model` is no module.
+        ValueError: with ``fused_loss``, it has no causal language model in it that computes its loss as is usual.
     """
+    language_models = [module for module in _modules(model) if adapters.fuses(module)] if fused_loss else []
+    if fused_loss and not language_models:
+        raise ValueError(
+            f"fused_loss: this {type(model).__name__} has no causal language model of transformers in it that has a "
+            "linear head and the usual loss"
+        )
     for module in _modules(model):
         _give(module, _becomes(module, functional).kind, _our_functions())
+    for module in language_models:
+        head: Any = module.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        for part, contents in ((module, adapters.fused_model), (head, adapters.fused_head)):
+            if vars(type(part)).get("_made", (None,))[0] is not _fused:
+                _give(part, _fused(type(part), contents), {})
     return model
 
 
@@ -106,12 +121,8 @@ def conversion_report(model: nn.Module) -> Report:
     rows: list[Row] = []
     for name, module in model.named_modules():
         kind, note = _becomes(module, functional=False)
-        converted = _was(module) is not type(module)
-        if vars(type(module)).get("_made_by") is _enabling:
-            note = "its forward runs inside enabled()"
-        elif kind is not type(module):
-            note = "can be converted"
-        rows.append(Row(name, type(module).__name__, converted, note))
+        note = note if kind is type(module) else "can be converted"
+        rows.append(Row(name, type(module).__name__, _was(module) is not type(module), note))
     return Report(tuple(rows))
 
 
@@ -145,6 +156,8 @@ def _becomes(module: nn.Module, functional: bool) -> _Fate:
     if parametrize.is_parametrized(module):
         beneath, note = _class_becomes(kind.__bases__[0], functional)
         return _Fate(_over(beneath, kind), note)
+    if _class_was(kind) is kind and (forward := adapters.adapted(module)):
+        return _Fate(_adapted(kind, forward))
     return _class_becomes(kind, functional)
 
 
@@ -155,7 +168,7 @@ def _was(module: nn.Module) -> Class:
 
 def _class_becomes(kind: Class, functional: bool) -> _Fate:
     if _class_was(kind) is not kind:
-        return _Fate(kind)
+        return _Fate(kind, getattr(kind, "_note", ""))
     torchs = next((base for base in kind.__mro__ if _ours(base) is not base), None)
     if torchs is kind:
         return _Fate(_ours(kind))
@@ -171,8 +184,9 @@ def _class_becomes(kind: Class, functional: bool) -> _Fate:
 
 
 def _class_was(kind: Class) -> Class:
-    made_from = vars(kind).get("_made_from")
-    return made_from or next((base for base in kind.__bases__ if _ours(base) is kind), kind)
+    while "_made" in vars(kind):
+        kind = vars(kind)["_made"][1][0]
+    return next((base for base in kind.__bases__ if _ours(base) is kind), kind)
 
 
 def _ours(kind: Any) -> Any:
@@ -189,8 +203,8 @@ def _overridden(kind: Class, torchs: Class) -> list[str]:
         for name, value in vars(base).items()
         if isinstance(value, (FunctionType, type))
     }
-    users = kind.__mro__[: kind.__mro__.index(torchs)]
-    return sorted(exchanged.intersection(*[{name for base in users for name in vars(base)}]) - {"__init__"})
+    users = {name for base in kind.__mro__[: kind.__mro__.index(torchs)] for name in vars(base)}
+    return sorted(exchanged & users - {"__init__"})
 
 
 # --- classes made here ---
@@ -208,22 +222,24 @@ class _Quiet(nn.Module):
 
 
 _lock = RLock()
+_Contents = tuple[tuple[type, ...], dict[str, Any]]
 
 
-def _maker(make: Callable[[Class], tuple[tuple[type, ...], dict[str, Any]]]) -> Callable[[Class], Class]:
-    """One class for each class: `make` says with which bases and contents."""
+def _maker(make: Callable[..., _Contents]) -> Callable[..., Class]:
+    """One class for each class and what else is given: `make` says with which bases and contents."""
 
-    made: dict[Class, Class] = {}
+    @functools.cache
+    def made(*given: Any) -> Class:
+        kind, (bases, contents) = given[0], make(*given)
+        bases = bases if issubclass(kind, _Quiet) else (_Quiet, *bases)
+        about = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        about |= {"_made": (maker, given), "_note": ""}
+        return _metaclass(type(kind))(kind.__name__, bases, about | contents)
 
     @functools.wraps(make)
-    def maker(kind: Class) -> Class:
+    def maker(*given: Any) -> Class:
         with _lock:
-            if kind not in made:
-                bases, contents = make(kind)
-                about = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-                about |= {"_made_from": kind, "_made_by": maker}
-                made[kind] = _metaclass(type(kind))(kind.__name__, (_Quiet, *bases), about | contents)
-            return made[kind]
+            return made(*given)
 
     return maker
 
@@ -231,26 +247,26 @@ def _maker(make: Callable[[Class], tuple[tuple[type, ...], dict[str, Any]]]) -> 
 @functools.cache
 def _metaclass(users: type) -> Any:
     """`_Made`, and with it the metaclass that a user's class has."""
+    if issubclass(users, _Made):
+        return users
     found = _Made if users is type else type("_Made", (_Made, users), {})
     copyreg.pickle(found, _pickled)  # pyright: ignore[reportArgumentType]
     return found
 
 
 def _pickled(kind: Any) -> Any:
-    if "_made_from" not in vars(kind):  # a class that others made from one of ours
-        return kind.__qualname__
-    return vars(kind)["_made_by"], (vars(kind)["_made_from"],)
+    return vars(kind).get("_made", kind.__qualname__)  # a name: others have made it from one of ours
 
 
 @_maker
-def _joined(kind: Class) -> tuple[tuple[type, ...], dict[str, Any]]:
+def _joined(kind: Class) -> _Contents:
     """A user's subclass of a class of torch's, which calls what ours calls."""
     torchs = next(base for base in kind.__mro__ if _ours(base) is not base)
     return (kind, _ours(torchs)), {}
 
 
 @_maker
-def _enabling(kind: Class) -> tuple[tuple[type, ...], dict[str, Any]]:
+def _enabling(kind: Class) -> _Contents:
     """A class whose forward calls ours when it calls torch's functions."""
 
     @functools.wraps(kind.forward)
@@ -258,7 +274,24 @@ def _enabling(kind: Class) -> tuple[tuple[type, ...], dict[str, Any]]:
         with enabled():
             return kind.forward(self, *args, **kwargs)
 
-    return (kind,), {"forward": forward}
+    return (kind,), {"forward": forward, "_note": "its forward runs inside enabled()"}
+
+
+@_maker
+def _adapted(kind: Class, adapter: Callable[[Any, Tensor], Tensor]) -> _Contents:
+    """A class with an adapter's forward."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return adapter(self, *args, *kwargs.values())
+
+    return (kind,), {"forward": forward, "_note": f"its forward is {adapter.__module__}.{adapter.__qualname__}"}
+
+
+@_maker
+def _fused(kind: Class, contents: Callable[[Class], dict[str, Any]]) -> _Contents:
+    """A class that takes part in computing a loss without logits."""
+    return (kind,), contents(kind) | {"_note": "its loss is computed without logits"}
 
 
 def _over(beneath: Class, kind: Class) -> Class:

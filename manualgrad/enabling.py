@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from manualgrad import registry
 from manualgrad.nn import functional
+from manualgrad.ops.elementary import _REFUSALS
 from manualgrad.rule import Rule, beyond_reverse_mode
 
-_REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _PLAIN = (Tensor, Parameter)
 
 
