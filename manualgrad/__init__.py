@@ -17,6 +17,13 @@ from manualgrad.rule import Rule
 from manualgrad.verification import verify
 
 __all__ = [
-    *("Rule", "nn", "registry", "verify"),
-    *("conversion_report", "convert", "enabled", "register_adapter", "revert"),
+    "Rule",
+    "conversion_report",
+    "convert",
+    "enabled",
+    "nn",
+    "register_adapter",
+    "registry",
+    "revert",
+    "verify",
 ]
