@@ -167,18 +167,18 @@ class Fusion:
         **_: Any,
     ) -> Tensor:
         """transformers' ``ForCausalLMLoss`` of what the head would make of its input."""
-        hidden = logits
         if logits is not self.hidden or vocab_size != self.head.weight.shape[0]:
             raise RuntimeError(
                 f"{type(self.model).__name__} does something to its logits before the loss (a scale, a cap, a "
                 "choice), so the two cannot be one: revert it, and convert it without fused_loss"
             )
-        if shift_labels is None:
-            shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets: Any = shift_labels
+        if targets is None:
+            targets = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         loss = functional.linear_cross_entropy(
-            hidden.flatten(0, -2),
+            logits.flatten(0, -2),
             self.head.weight,
-            shift_labels.flatten().to(hidden.device),
+            targets.flatten().to(logits.device),
             linear_bias=self.head.bias,
             ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",
