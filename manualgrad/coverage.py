@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from manualgrad import nn
 from manualgrad.registry import Call, Maker, Op, ops, stand_ins
-from manualgrad.saving import kept_bytes
+from manualgrad.meter import kept_bytes
 from manualgrad.verification.derivatives import derivative, line, quotient
 from manualgrad.verification.subject import Subject, upstream
 

@@ -52,6 +52,8 @@ from torch._functorch import eager_transforms
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
+from manualgrad import saving
+
 
 class Formula(NamedTuple):
     """``target = function(*names)``"""
@@ -64,7 +66,9 @@ class Formula(NamedTuple):
 class Plan(NamedTuple):
     """What one set of needed gradients takes: which values to keep, and how to compute from them."""
 
-    tensors: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]  # out of inputs and outputs, what to keep
+    tensors: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # out of inputs and outputs, what to keep
+    early: Callable[..., tuple[Any, ...]] | None  # of some inputs and outputs, what to compute and keep
+    early_from: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # those
     settings: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     names: tuple[str, ...]  # of the tensors, then of the settings
     backward: Callable[..., tuple[Tensor | None, ...]]  # (*kept, grad) -> a gradient, or None, for each input
@@ -86,6 +90,13 @@ class Rule:
 
     complex: ClassVar[bool] = False
     """The gradients hold for complex numbers."""
+
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """Names of methods whose value is small: computed in the forward, and kept in place of what they name."""
+
+    cheap: ClassVar[bool] = False
+    """The output takes one pass over memory to make: a rule that is to keep it may make it again (see saving.py), by
+    this rule, or by its method ``recompute``."""
 
     forward: ClassVar[Callable[..., Any]]
     function: ClassVar[type[Function]]
@@ -123,6 +134,10 @@ def _complete(rule: type[Rule]) -> None:
     given = frozenset((*values, "grad"))
     moving = frozenset(rule.statistics) & frozenset(methods)
     _check(rule, parameters, given, methods)
+    recompute = methods.get("recompute")
+    if recompute is None and rule.cheap:
+        recompute = Formula("recompute", lambda *args: rule.apply(*args), inputs)
+    remade_from = () if recompute is None else tuple((name, values.index(name)) for name in recompute.names)
 
     def in_order(targets: Iterable[str], given: frozenset[str]) -> list[Formula]:
         """The formulas that compute `targets` from what is given, each after those it names."""
@@ -139,20 +154,26 @@ def _complete(rule: type[Rule]) -> None:
         return list(order.values())
 
     @cache
-    def plan(needed: tuple[bool, ...], forward_mode: bool) -> Plan:
+    def plan(needed: tuple[bool, ...], forward_mode: bool, thrifty: bool = False) -> Plan:
         wanted = [name for name, need in zip(gradients, needed, strict=True) if need]
         for name in wanted:
             check_differentiable(name)
-        formulas, anew = in_order(wanted, given), in_order(wanted, given - moving)
+        kept = frozenset(rule.keeps if thrifty else ())
+        formulas, anew = in_order(wanted, given | kept), in_order(wanted, given - moving | kept)
         named = {name for formula in (*formulas, *anew) for name in formula.names}
         if forward_mode:  # any input may have a tangent
             any_of = in_order([name for name in gradients if name in methods], given - moving)
             named |= {name for formula in any_of for name in formula.names} | {"output"}
         tensors = [name for name in values if name in named and is_tensor[name]]
         settings = [name for name in values if name in named and not is_tensor[name]]
-        names = (*tensors, *settings)
+        early = [name for name in rule.keeps if name in named & kept]
+        names = (*tensors, *early, *settings)
+        first = in_order(early, given)
+        early_from = [name for name in values if any(name in formula.names for formula in first)]
         return Plan(
             _taking([values.index(name) for name in tensors]),
+            _written(first, early_from, early) if early else None,
+            _taking([values.index(name) for name in early_from]),
             _taking([values.index(name) for name in settings]),
             names,
             _written(formulas, (*names, "grad"), gradients),
@@ -173,29 +194,62 @@ def _complete(rule: type[Rule]) -> None:
             )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if refuses_complex and inputs[0].is_complex():
-            raise RuntimeError(f"{rule.__name__} does not support automatic differentiation for complex numbers")
-        every = inputs + output if has_statistics else (*inputs, output)
+        every = prepared(ctx, inputs, output)
         forward_mode = _forward_mode()
         chosen = plan(ctx.needs_input_grad, forward_mode)
         tensors = chosen.tensors(every)
         ctx.save_for_backward(*tensors)
-        dtypes = None
-        if in_float32 and every[n].dtype in _LOW:
-            dtypes = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
-        ctx.kept = chosen, chosen.settings(every), dtypes
-        if has_statistics:
-            ctx.mark_non_differentiable(*output[1:])
-            ctx.set_materialize_grads(False)  # or backward is given zeros for the statistics
+        ctx.kept = chosen, None, chosen.settings(every), low_precision(inputs, every)
         if forward_mode:
             ctx.save_for_forward(*tensors)  # the same: else grad(vmap) goes wrong
             ctx.set_materialize_grads(False)
 
+    def setup_thriftily(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """The same where nothing looks on: whatever is large is kept by its recipe, if there is one."""
+        large = saving.large(output[0] if has_statistics else output)
+        if _forward_mode() or not (large or saving.large(inputs[0])):
+            return setup_context(ctx, inputs, output)
+        every = prepared(ctx, inputs, output)
+        chosen = plan(ctx.needs_input_grad, False, thrifty=True)
+        tensors, dtypes = chosen.tensors(every), low_precision(inputs, every)
+        if chosen.early is not None:
+            known = chosen.early_from(every)
+            tensors += chosen.early(*(_in_float32(known) if dtypes else known))
+        pantry = saving.Pantry(tensors)
+        if large and recompute is not None:
+            parts = dict(zip(chosen.names, pantry.parts, strict=False))
+            asked = [(every[place], parts.get(name)) for name, place in remade_from]
+            ctx.recipe = pantry.recipe(recompute.function, asked, every[n])
+        ctx.save_for_backward(*pantry.tensors)
+        ctx.kept = chosen, pantry.again(), chosen.settings(every), dtypes
+        return None
+
+    def prepared(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
+        """All values; what autograd is to know of the output is said."""
+        if refuses_complex and inputs[0].is_complex():
+            raise RuntimeError(f"{rule.__name__} does not support automatic differentiation for complex numbers")
+        if has_statistics:
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)  # or backward is given zeros for the statistics
+        elif output is inputs[0]:
+            ctx.mark_dirty(output)
+        return inputs + output if has_statistics else (*inputs, output)
+
+    def low_precision(inputs: tuple[Any, ...], every: tuple[Any, ...]) -> list[torch.dtype | None] | None:
+        """To which dtypes the gradients are rounded, if they are computed in float32."""
+        if not in_float32 or every[n].dtype not in _LOW:
+            return None
+        return [x.dtype if isinstance(x, Tensor) else None for x in inputs]
+
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(inputs)
-        chosen, settings, dtypes = ctx.kept
-        known, compute = (*ctx.saved_tensors, *settings, grad), chosen.backward
+        chosen, again, settings, dtypes = ctx.kept
+        tensors = ctx.saved_tensors
+        if again is not None:
+            with _without_autocast(tensors) if _autocasting() else nullcontext():
+                tensors = again(tensors)
+        known, compute = (*tensors, *settings, grad), chosen.backward
         if differentiated():
             known, compute = _without_dead_wrappers(known), chosen.differentiable
         if dtypes or _autocasting():
@@ -203,7 +257,7 @@ def _complete(rule: type[Rule]) -> None:
         return compute(*known)
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | tuple[Tensor | None, ...]:
-        chosen, settings, dtypes = ctx.kept
+        chosen, _, settings, dtypes = ctx.kept
         with _outer_tangents():
             known = [*[_primal(x) for x in ctx.saved_tensors], *settings]
             moved = [i for i, tangent in enumerate(tangents) if tangent is not None]
@@ -218,12 +272,14 @@ def _complete(rule: type[Rule]) -> None:
                 tangent = tangent.contiguous()
         return (tangent, *[None] * len(rule.statistics)) if has_statistics else tangent
 
-    parts: dict[str, Any] = {"forward": rule.forward, "setup_context": setup_context, "backward": backward}
-    functions = {name: staticmethod(part) for name, part in parts.items()}
-    rule.function = type(
-        rule.__name__, (Function,), functions | {"jvp": staticmethod(jvp), "generate_vmap_rule": True}
-    )
-    rule.apply = staticmethod(_entry(rule, type(rule.__name__, (Function,), functions)))
+    def function(setup_context: Callable[..., None], **more: Any) -> Any:
+        parts = {"forward": rule.forward, "setup_context": setup_context, "backward": backward, **more}
+        methods = {name: staticmethod(part) if callable(part) else part for name, part in parts.items()}
+        return type(rule.__name__, (Function,), methods)
+
+    rule.function = function(setup_context, jvp=jvp, generate_vmap_rule=True)
+    thrifty = function(setup_thriftily, jvp=jvp)
+    rule.apply = staticmethod(_entry(rule, thrifty, function(setup_context)))
 
 
 def _check(
@@ -269,7 +325,7 @@ def _computed_in_float32(
 ) -> tuple[Tensor | None, ...]:
     """`compute` without autocast, and if there are `dtypes` in float32, rounded to them once at the end."""
     if dtypes:
-        known = [x.float() if isinstance(x, Tensor) and x.dtype in _LOW else x for x in known]
+        known = _in_float32(known)
     with _without_autocast(known):
         found = compute(*known)
     if dtypes:
@@ -277,13 +333,17 @@ def _computed_in_float32(
     return found
 
 
-def _entry(rule: type[Rule], twin: Any) -> Callable[..., Any]:
+def _in_float32(values: Iterable[Any]) -> list[Any]:
+    return [x.float() if isinstance(x, Tensor) and x.dtype in _LOW else x for x in values]
+
+
+def _entry(rule: type[Rule], thrifty: Any, twin: Any) -> Callable[..., Any]:
     @torch.compiler.allow_in_graph
     def compiled(*args: Any) -> Any:
         return twin.apply(*args)
 
     general = rule.function.apply
-    parent: Any = super(Function, rule.function)
+    parent: Any = super(Function, thrifty)
     direct = parent.apply  # Function.apply without the 10 µs in which it reads the signature
     forward = rule.forward
     has_statistics = bool(rule.statistics)

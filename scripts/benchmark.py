@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 from manualgrad import nn, registry
-from manualgrad.saving import kept_bytes
+from manualgrad.meter import kept_bytes
 from manualgrad.training import CommandLine, parse_settings
 from manualgrad.verification.derivatives import derivative, line
 

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 from manualgrad.registry import Call, Maker, Op
-from manualgrad.saving import kept_bytes
+from manualgrad.meter import kept_bytes
 
 SEED = 7
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

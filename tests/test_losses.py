@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from manualgrad import nn
 from manualgrad.registry import Maker
-from manualgrad.saving import kept_bytes
+from manualgrad.meter import kept_bytes
 
 ours: Any = nn.functional
 
