@@ -219,7 +219,7 @@ def _complete(rule: type[Rule]) -> None:
         if large and recompute is not None:
             parts = dict(zip(chosen.names, pantry.parts, strict=False))
             asked = [(every[place], parts.get(name)) for name, place in remade_from]
-            ctx.recipe = pantry.recipe(recompute.function, asked, every[n])
+            ctx.recipe = pantry.recipe(recompute.function, asked, every[n], output is inputs[0])
         ctx.save_for_backward(*pantry.tensors)
         ctx.kept = chosen, pantry.again(), chosen.settings(every), dtypes
         return None
@@ -438,6 +438,13 @@ def nothing_looks_on(*tensors: Tensor) -> bool:
         if type(x) is not Tensor or _batched(x):  # batched by the older vmap, of grad(is_grads_batched=True)
             return False
     return True
+
+
+def may_be_overwritten(tensor: Tensor) -> bool:
+    """A rule may write its output over this input: in reverse mode alone, and over no leaf and no view, of which torch
+    asks more."""
+    plain = type(tensor) is Tensor and not beyond_reverse_mode() and not torch.compiler.is_compiling()
+    return plain and not tensor._is_view() and not (tensor.is_leaf and tensor.requires_grad)
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -76,10 +76,10 @@ def large(value: Any) -> bool:
     return isinstance(value, Tensor) and value.numel() >= SMALL and type(value) in (Tensor, Parameter)
 
 
-def recipe_of(tensor: Tensor) -> Recipe | None:
-    """How the tensor is made again, if the rule that made it says so and it is as it was made."""
+def recipe_of(tensor: Tensor, writes: int = 0) -> Recipe | None:
+    """How the tensor is made again, if the rule that made it says so and it was written to just so often since."""
     recipe = getattr(tensor.grad_fn, "recipe", None)
-    if recipe is None or recipe.made.version != tensor._version:
+    if recipe is None or recipe.made.version + writes != tensor._version:
         return None
     return recipe
 
@@ -140,7 +140,11 @@ class Pantry:
         return lambda tensors: [_taken(part, tensors) for part in parts]
 
     def recipe(
-        self, make: Callable[..., Tensor], asked: Iterable[tuple[Any, Slot | Recipe | None]], made: Tensor
+        self,
+        make: Callable[..., Tensor],
+        asked: Iterable[tuple[Any, Slot | Recipe | None]],
+        made: Tensor,
+        in_place: bool,
     ) -> Recipe | None:
         """How `made` is made, of values that are either kept here (as the part), or by others; else None."""
         parts: list[Any] = []
@@ -151,11 +155,13 @@ class Pantry:
                 part = value
             elif value.is_leaf:
                 part = kept(value)
-            elif (part := recipe_of(value)) is None:
+            elif (part := recipe_of(value, in_place)) is None:
                 return None
             parts.append(part)
         depth = 1 + max((part.depth for part in parts if isinstance(part, Recipe)), default=0)
-        return Recipe(make, tuple(parts), kept(made), depth) if depth <= _DEEPEST else None
+        if depth > _DEEPEST:
+            return None
+        return Recipe(make, tuple(parts), Kept(ref(made), made._version + in_place), depth)  # mark_dirty counts one
 
     def _left_behind(self, part: Any) -> Any:
         """A part for others to follow: with weak references for the places."""

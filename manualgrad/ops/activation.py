@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manualgrad.ops.elementary import Pointwise, choose, drop_in, indicator, scaled, stands_for, times, written
 from manualgrad.registry import Call, register
-from manualgrad.rule import LOWER, Rule
+from manualgrad.rule import LOWER, Rule, may_be_overwritten
 
 _elu = torch._C._nn.elu  # F.elu with its two scales  # pyright: ignore[reportAttributeAccessIssue]
 LOG2_E = math.log2(math.e)
@@ -421,7 +421,23 @@ class SoftshrinkFunction(HardshrinkFunction):
         return F.softshrink(input, lambd)
 
 
-relu = _activation_inplace("relu", ReLUFunction)
+class ReLUInPlaceFunction(ReLUFunction):
+    """The same, written over x, of which nothing is kept."""
+
+    def forward(input: Tensor) -> Tensor:
+        return torch.relu_(input)
+
+    def recompute(input: Tensor) -> Tensor:
+        return ReLUFunction.apply(input)
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    if inplace and may_be_overwritten(input):
+        return ReLUInPlaceFunction.apply(input)
+    return _applied(ReLUFunction, input, inplace=inplace)
+
+
+relu = _named(_relu, "relu", ReLUFunction)
 
 
 @drop_in
