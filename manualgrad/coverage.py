@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from manualgrad import nn
-from manualgrad.registry import Call, Maker, Op, ops, stand_ins
 from manualgrad.meter import kept_bytes
+from manualgrad.registry import Call, Maker, Op, ops, stand_ins
 from manualgrad.verification.derivatives import derivative, line, quotient
 from manualgrad.verification.subject import Subject, upstream
 

@@ -95,8 +95,8 @@ class Rule:
     """Names of methods whose value is small: computed in the forward, and kept in place of what they name."""
 
     cheap: ClassVar[bool] = False
-    """The output takes one pass over memory to make: a rule that is to keep it may make it again (see saving.py), by
-    this rule, or by its method ``recompute``."""
+    """The output takes one pass over memory to make: a rule that is to keep it may make it again (see saving.py),
+    by this rule, or by its method ``recompute``, whose presence says as much."""
 
     forward: ClassVar[Callable[..., Any]]
     function: ClassVar[type[Function]]
@@ -216,7 +216,7 @@ def _complete(rule: type[Rule]) -> None:
             known = chosen.early_from(every)
             tensors += chosen.early(*(_in_float32(known) if dtypes else known))
         pantry = saving.Pantry(tensors)
-        if large and recompute is not None:
+        if large and recompute is not None and "output" not in chosen.names:
             parts = dict(zip(chosen.names, pantry.parts, strict=False))
             asked = [(every[place], parts.get(name)) for name, place in remade_from]
             ctx.recipe = pantry.recipe(recompute.function, asked, every[n], output is inputs[0])
@@ -441,8 +441,8 @@ def nothing_looks_on(*tensors: Tensor) -> bool:
 
 
 def may_be_overwritten(tensor: Tensor) -> bool:
-    """A rule may write its output over this input: in reverse mode alone, and over no leaf and no view, of which torch
-    asks more."""
+    """A rule may write its output over this input: in reverse mode alone, and over no leaf and no view, of which
+    torch asks more."""
     plain = type(tensor) is Tensor and not beyond_reverse_mode() and not torch.compiler.is_compiling()
     return plain and not tensor._is_view() and not (tensor.is_leaf and tensor.requires_grad)
 

@@ -4,22 +4,23 @@ A network keeps most of its memory for tensors that are made in one pass from ot
 
     z = linear(x);   y = gelu(z);   linear(y)      gelu keeps z, and the second linear would keep y
 
-Each rule whose output is so cheap leaves a `Recipe` on its node of the graph: how the output is made, and from what,
-by weak references alone. A rule that is to keep such an output keeps what the recipe names instead, which is no more
-memory than is kept already, and makes the output again in its backward. Recipes go through one another: of dropout(gelu(z))
-z is kept, and the mask.
+Each rule whose output is so cheap leaves a `Recipe` on its node of the graph: how the output is made, and from
+what, by weak references alone. A rule that is to keep such an output keeps what the recipe names instead, which is
+no more memory than is kept already, and makes the output again in its backward. Recipes go through one another: of
+dropout(gelu(z)) z is kept, and the mask.
 
-    it is found       on ``tensor.grad_fn``, which a write in place replaces, or which does not write in another version
+    it is found       on ``tensor.grad_fn``, which a write in place replaces, or else leaves with another version
     it is used        if all that it names still lives, in the version that it was made from
     what is kept      goes through ``save_for_backward``, as any tensor: hooks see it, and torch checks its version
-    in the backward   the tensor itself is taken if it still lives unchanged, so that whoever holds it can differentiate
-                      with respect to it; else it is made again, by rules, so that this can be differentiated too
+    in the backward   the tensor itself is taken if it still lives unchanged, so that whoever holds it can
+                      differentiate by it; else it is made again, by rules, so that this can be differentiated too
 
-A mask of booleans is kept as bits, which is a recipe as well.
+A mask of booleans is kept as bits, which is a recipe as well. (What is written through ``.data`` has no version:
+torch does not see it in what it keeps, nor does a recipe.)
 
-Chen, Xu, Zhang and Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016, do the same with whole segments of a
-network, products of matrices included. Jain et al., "Gist: Efficient Data Encoding for Deep Neural Network Training", 2018,
-keep ReLU's mask in bits.
+Chen, Xu, Zhang and Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016, do the same with whole
+segments of a network, products of matrices included. Jain et al., "Gist: Efficient Data Encoding for Deep Neural
+Network Training", 2018, keep ReLU's mask in bits.
 """
 
 from __future__ import annotations
@@ -161,7 +162,9 @@ class Pantry:
         depth = 1 + max((part.depth for part in parts if isinstance(part, Recipe)), default=0)
         if depth > _DEEPEST:
             return None
-        return Recipe(make, tuple(parts), Kept(ref(made), made._version + in_place), depth)  # mark_dirty counts one
+        return Recipe(
+            make, tuple(parts), Kept(ref(made), made._version + in_place), depth
+        )  # mark_dirty counts one
 
     def _left_behind(self, part: Any) -> Any:
         """A part for others to follow: with weak references for the places."""
@@ -182,7 +185,7 @@ def _taken(part: Any, tensors: Sequence[Tensor]) -> Any:
     return part
 
 
-# A byte b spread over the eight bytes of a word, b · 0x0101…, has in each another of its bits where 0x8040…01 has one.
+# b · 0x0101…01 is a byte b in each of a word's eight bytes; 0x8040…01 takes another bit of it from each.
 _SPREAD, _EACH, _ONES = 0x0101010101010101, 0x8040201008040201 - 2**64, 0x7F7F7F7F7F7F7F7F
 _GATHER = 0x0102040810204080
 """The product of a word of eight booleans with this has them as the bits of its highest byte."""

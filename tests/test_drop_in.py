@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-from manualgrad.registry import Call, Maker, Op
 from manualgrad.meter import kept_bytes
+from manualgrad.registry import Call, Maker, Op
 
 SEED = 7
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

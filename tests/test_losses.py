@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from manualgrad import nn
-from manualgrad.registry import Maker
 from manualgrad.meter import kept_bytes
+from manualgrad.registry import Maker
 
 ours: Any = nn.functional
 

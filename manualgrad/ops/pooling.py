@@ -127,7 +127,7 @@ class MaxPoolFunction(Rule):
 
 
 def _within_windows(indices: Tensor, pool: Pool) -> Tensor:
-    """Of regular windows, which place of its window each index is (a byte); else the index, in four bytes if it fits."""
+    """Of regular windows which place of its window each index is, a byte; else the index, in four if it fits."""
     if pool.kernel.startswith("max_pool"):
         kernel, *_ = _regular(pool)
         if math.prod(kernel) <= 256:
