@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 from manualgrad import nn, registry
-from manualgrad.meter import kept_bytes
+from manualgrad.meter import saved_bytes
 from manualgrad.training import CommandLine, parse_settings
 from manualgrad.verification.derivatives import derivative, line
 
@@ -124,15 +124,10 @@ def measure(name: str, make: Callable[[], tuple[Subject, Subject]], settings: Se
     for _ in range(REPEATS):
         (ours, our_forward), (torch_s, torch_forward) = make()
         op = registry.ops().get(name)
-        if (
-            op is None or "torchs_gradient_of_each_subset" not in op.lacks
-        ):  # declared to differ, as torch's is wrong
-            op = registry.ops().get(name)
-        if (
-            op is None or "torchs_gradient_of_each_subset" not in op.lacks
-        ):  # declared to differ, as torch's is wrong
+        if op is None or "torchs_gradient_of_each_subset" not in op.lacks:  # or torch's is wrong
             compare(name, ours(), torch_s(), op, settings)
-        kept = (1 + kept_bytes(our_forward)) / (1 + kept_bytes(torch_forward))  # 1: both may keep nothing
+        ours_kept, torchs = (saved_bytes(forward).everything for forward in (our_forward, torch_forward))
+        kept = (1 + ours_kept) / (1 + torchs)  # 1: both may keep nothing
         begin = time.perf_counter()
         fresh: list[tuple[float, float]] = []
         while len(fresh) < 5 or time.perf_counter() - begin < settings.seconds / REPEATS:
