@@ -96,10 +96,11 @@ class _Shown:
         raise NotImplementedError
 
     def lines(self) -> list[tuple[Layer, list[int]]]:
-        """Each layer of any column, and what it keeps in each."""
+        """Each layer that keeps something in any column, and how much in each."""
         columns = self.columns().values()
         layers = dict.fromkeys(layer for column in columns for layer in column.layers)
-        return [(layer, [column.layers.get(layer, 0) for column in columns]) for layer in layers]
+        lines = [(layer, [column.layers.get(layer, 0) for column in columns]) for layer in layers]
+        return [line for line in lines if any(line[1])]
 
     def __str__(self) -> str:
         """A table in Markdown, laid out to be read as it is."""
@@ -143,7 +144,7 @@ class SavedBytes(_Shown):
     """What is kept for backward, in bytes; ``print`` shows it as a table."""
 
     layers: Mapping[Layer, int]
-    """What each layer was the first to keep, in the order in which they did."""
+    """What each layer was the first to keep (it may be nothing), in the order in which they ran."""
     inputs: int
     """The inputs of the call that are kept. They are there in any case, as are the parameters."""
     parameters: int
@@ -161,7 +162,8 @@ class SavedBytes(_Shown):
 
     @property
     def rows(self) -> list[Row]:
-        return [Row(*layer, size, size / self.total) for layer, size in self.layers.items()]
+        """The layers that keep something."""
+        return [Row(*layer, size, size / self.total) for layer, size in self.layers.items() if size]
 
     def columns(self) -> dict[str, SavedBytes]:
         return {"kept": self}
@@ -291,11 +293,11 @@ class _Meter:
         given -= parameters
         parameters |= other - given
         sizes: dict[int, int] = {}
-        layers: dict[Layer, int] = {}
+        layers = dict.fromkeys((layer for _, layer in self.moments), 0)
         for tensor, layer in found:
             for key, size in storages(tensor):
-                if key not in sizes and key not in parameters | given and size:
-                    layers[layer] = layers.get(layer, 0) + size
+                if key not in sizes and key not in parameters | given:
+                    layers[layer] += size
                 sizes[key] = size
         return SavedBytes(
             layers,
