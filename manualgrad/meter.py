@@ -188,12 +188,13 @@ class Comparison(_Shown):
 # The count
 
 
+@dataclass(eq=False)
 class _Kept:
     """What autograd is given to keep in a tensor's place; its life tells whether autograd still does."""
 
-    def __init__(self, packed: Any, layer: Layer) -> None:
-        self.packed = packed
-        self.layer = layer
+    packed: Any
+    """The tensor, or what the hooks in force made of it."""
+    layer: Layer
 
 
 class _Meter:
@@ -306,7 +307,7 @@ class _Meter:
         )
 
     def found_in(self, nodes: Iterable[Any]) -> Iterator[tuple[Tensor, Layer]]:
-        """The tensors that hang on a ctx, or that another hook than ours has packed, with their layers."""
+        """The tensors that hang on a ctx, or that a hook has packed (ours have been found), with their layers."""
         for node in nodes:
             i = bisect_right(self.moments, node._sequence_nr(), key=itemgetter(0))
             for tensor in tensors([getattr(node, "__dict__", {}), *_packed(node)]):
@@ -335,7 +336,7 @@ def _graph(outputs: Iterable[Tensor], since: int) -> Iterator[Any]:
 
 
 def _packed(node: Node) -> Iterator[Any]:
-    """What the hooks have packed for a node: of ours a `_Kept`, in which no tensor is seen."""
+    """What the hooks have packed for a node."""
     for name in dir(node):
         if name.startswith("_raw_saved_"):
             saved = getattr(node, name)

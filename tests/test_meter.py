@@ -236,6 +236,23 @@ def test_hooks_around_stay_in_force() -> None:
         assert len(seen) == 5
 
 
+def test_one_measurement_in_another() -> None:
+    found: list[SavedBytes] = []
+
+    def run(a: Tensor) -> Tensor:
+        found.append(saved_bytes(torch.nn.Tanh(), a))
+        return torch.nn.functional.tanh(a)
+
+    assert saved_bytes(run, x()).total == N
+    assert found[0].total == N
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_scripted() -> None:
+    net = torch.jit.script(torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Sigmoid()))
+    assert saved_bytes(net, x()).total == 2 * N
+
+
 def test_hooks_forbidden() -> None:
     with disable_saved_tensors_hooks("not here"), pytest.raises(RuntimeError, match="not here"):
         saved_bytes(torch.exp, x())
