@@ -13,8 +13,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import manualgrad.nn.functional as F
-from manualgrad import nn, saving
-from manualgrad.meter import kept_bytes
+from manualgrad import nn, saved_bytes, saving
 from manualgrad.ops.elementary import product
 from manualgrad.registry import Maker, Op
 from manualgrad.verification import verify
@@ -36,6 +35,10 @@ def x() -> Tensor:
 
 def linear() -> nn.Linear:
     return nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+
+
+def kept_bytes(function: Callable[..., Any], *args: Any) -> int:
+    return saved_bytes(function, *args).everything
 
 
 def bits(n: int) -> int:
