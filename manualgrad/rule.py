@@ -402,3 +402,13 @@ def _primal(tensor: Any) -> Any:
     if isinstance(tensor, Tensor) and _nested_forward_mode() and not functorch.is_batchedtensor(tensor):
         return forward_ad.unpack_dual(tensor, level=0).primal
     return tensor
+
+
+def keeping_is_seen() -> bool:
+    """A hook of the user's is given what this forward keeps, and may hold on to it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def last_backward() -> bool:
+    """The graph is not retained: what a rule has kept is read now for the last time."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()

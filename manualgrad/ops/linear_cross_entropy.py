@@ -1,0 +1,484 @@
+"""Cross entropy of the scores that a linear map gives: a language model's head and its loss, without the scores.
+
+N rows and C classes have N·C scores, for a vocabulary more than all else that a step keeps. They are made some rows at
+a time, all in one place, and are gone when the loss of these rows is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import _reduction
+
+from manualgrad.ops.elementary import added, choose, drop_in, plus, rows, times
+from manualgrad.ops.linear import LinearFunction
+from manualgrad.ops.loss import MEAN, NONE
+from manualgrad.registry import Call, register
+from manualgrad.rule import Rule, beyond_reverse_mode, cast, keeping_is_seen, last_backward, nothing_looks_on
+
+_PIECE = 2**24
+"""Scores at a time, 64 MiB of them in float32: rows enough for products at full speed."""
+
+
+class Answers(NamedTuple):
+    """What is right in some rows: q = hard at its place + soft;  Σ q;  which rows count (None: all)."""
+
+    mass: Tensor
+    soft: Tensor | None
+    place: Tensor | None = None
+    hard: Tensor | None = None
+    valid: Tensor | None = None
+
+
+class Reading(NamedTuple):
+    """How a target is read: a class index, or a probability for each class."""
+
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+
+    def answers(self, target: Tensor, like: Tensor) -> Answers:
+        """q of these rows, to be held against scores of the classes that `like` has, in its dtype."""
+        weight, smoothing = self.weight, self.label_smoothing
+        weight = None if weight is None else weight.to(like.dtype)
+        if target.is_floating_point():
+            soft = self.smoothed(target.to(like.dtype))
+            soft = soft if weight is None else soft * _along(weight, soft)
+            return Answers(soft.sum(1), soft)
+        valid = target != self.ignore_index
+        place = target * valid  # an ignored index may lie outside the classes
+        hard = mass = valid.to(like.dtype) if weight is None else choose(valid, weight[place])
+        soft = None
+        if smoothing:
+            hard = hard * (1 - smoothing)
+            soft = like.new_ones(len(like)) if weight is None else weight
+            soft = _along(soft * (smoothing / len(like)), target.unsqueeze(1))
+            mass = hard + soft.sum()
+        return Answers(mass, soft, place, hard, valid)
+
+    def smoothed(self, target: Tensor) -> Tensor:
+        """t′ of class probabilities t."""
+        smoothing = self.label_smoothing
+        return target * (1 - smoothing) + smoothing / target.shape[1] if smoothing else target
+
+    def mean(self, total: Tensor, target: Tensor) -> Tensor:
+        """A sum over rows, divided by how much they count."""
+        if target.is_floating_point():
+            return total / (target.numel() // max(target.shape[1], 1))
+        valid = target != self.ignore_index
+        return total / (valid if self.weight is None else choose(valid, self.weight[target * valid])).sum().to(
+            total.dtype
+        )
+
+
+def _along(weight: Tensor, scores: Tensor) -> Tensor:
+    """A weight for each class, shaped to broadcast along the class axis."""
+    return weight.reshape(-1, *[1] * (scores.dim() - 2))
+
+
+def _pieces(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reading: Reading, size: int
+) -> Iterator[tuple[Tensor, Tensor, Answers]]:
+    """Of some rows after another: inputs, scores, answers. The scores may be written over: where nothing looks on,
+    the next take their place."""
+    flat, shift = rows(weight), None if bias is None else bias.flatten()
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    like = weight.new_empty(len(weight), dtype=wide)
+    room: Tensor | None = None
+    for x, t in zip(input.split(size), target.split(size), strict=True):
+        q = reading.answers(t, like)
+        if q.valid is not None:  # whatever an ignored row holds leaves no trace
+            counts = q.valid.flatten(1).any(1) if q.valid.dim() > 1 else q.valid
+            x = choose(counts.unsqueeze(1).expand_as(x), x.contiguous())
+        if room is None:
+            scores = F.linear(x, flat, shift)
+        elif shift is None:
+            scores = torch.mm(x, flat.mT, out=room[: len(x)])
+        else:
+            scores = torch.addmm(shift, x, flat.mT, out=room[: len(x)])
+        if room is None and nothing_looks_on(scores):
+            room = scores
+        yield x, scores.to(wide).view(len(x), *weight.shape[:-1]), q
+
+
+class Softmax(NamedTuple):
+    """p = exponentials / total, without the division; λ = log Σ e^z."""
+
+    exponentials: Tensor
+    total: Tensor
+    logsumexp: Tensor
+
+
+def _softmax(scores: Tensor) -> Softmax:
+    """Written over the scores, where nothing looks on."""
+    top = scores.detach().amax(1, keepdim=True)  # p does not depend on it
+    shifted = plus(scores, -top)
+    exponentials = shifted.exp_() if nothing_looks_on(shifted) else shifted.exp()
+    total = exponentials.sum(1)
+    return Softmax(exponentials, total, total.log() + top.squeeze(1))
+
+
+def _right(scores: Tensor, q: Answers) -> Tensor:
+    """Σ_c q_c z_c"""
+    found = torch.zeros_like(q.mass) if q.soft is None else (scores * q.soft).sum(1)
+    if q.place is not None and q.hard is not None:
+        found = found + q.hard * scores.gather(1, q.place.unsqueeze(1)).squeeze(1)
+    return found
+
+
+def _losses(right: Tensor, softmax: Softmax, q: Answers) -> Tensor:
+    losses = softmax.logsumexp * q.mass - right
+    return losses if q.valid is None else choose(q.valid, losses)
+
+
+def _slope(softmax: Softmax, q: Answers, sent: Tensor) -> Tensor:
+    """D, written over the exponentials where nothing looks on."""
+    sent = sent.expand_as(q.mass).contiguous()
+    sent = sent if q.valid is None else choose(q.valid, sent)
+    slope = times(softmax.exponentials, (sent * q.mass / softmax.total).unsqueeze(1))
+    if q.place is not None and q.hard is not None:
+        slope = added(slope, 1, q.place.unsqueeze(1), (-sent * q.hard).unsqueeze(1))
+    return slope if q.soft is None else plus(slope, q.soft, -sent.unsqueeze(1))
+
+
+Needed = tuple[bool, bool, bool]
+"""Of input, linear_weight and linear_bias: whose gradient is needed."""
+
+
+def _products(slopes: Iterable[tuple[Tensor, Tensor]], weight: Tensor, needed: Needed) -> list[Tensor | None]:
+    """∂L/∂x = D W,  ∂L/∂W = Dᵀ x  and  ∂L/∂b = Σ D,  from x and D of some rows after another."""
+    to_input: list[Tensor] = []
+    to_weight: Tensor | None = None
+    to_bias: Tensor | None = None
+    for x, slope in slopes:
+        slope = slope.flatten(1)
+        if needed[2]:
+            to_bias = slope.sum(0) if to_bias is None else to_bias + slope.sum(0)
+        wide, slope = slope.dtype, slope.to(weight.dtype)
+        if needed[0]:
+            to_input.append((slope @ rows(weight)).to(wide))
+        if needed[1] and to_weight is None:
+            to_weight = (slope.mT @ x).to(wide)
+        elif needed[1] and to_weight is not None:
+            to_weight = _plus_product(to_weight, slope.mT, x)
+    return [
+        torch.cat(to_input) if needed[0] else None,
+        None if to_weight is None else to_weight.view_as(weight),
+        None if to_bias is None else to_bias.view(weight.shape[:-1]),
+    ]
+
+
+def _plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype != total.dtype:
+        return plus(total, (a @ b).to(total.dtype))
+    return total.addmm_(a, b) if nothing_looks_on(total) else total.addmm(a, b)
+
+
+class LinearCrossEntropyLossFunction(Rule):
+    r"""ℓ = -Σ_c q_c log p_c = λ Σ q - Σ_c q_c z_c,    z = x Wᵀ + b,   λ = log Σ e^z,   p = e^(z - λ)
+
+    q = w t′,  t′ = (1-ε) t + ε/C,  of class probabilities t; of a class index as in `CrossEntropyLossFunction`
+    L: the losses, their sum or their mean;  each is sent s (as there), 0 where ignored
+
+    dλ = ⟨p, dz⟩, so  D = ∂L/∂z = s (p Σ q - q):      ∂L/∂x = D W      ∂L/∂W = Dᵀ x      ∂L/∂b = Σ D
+    and  ∂L/∂q = s (λ - z):      ∂L/∂t = s (1-ε) w (λ - z)      ∂L/∂w = Σ s t′ (λ - z)
+
+    x: (N, in)   W: (C, ..., in)   b: (C, ...)   t: (N, ...) or (N, C, ...)   w: (C)   L: in float32 at least
+    The backward makes z again, and sums over the pieces.
+
+    Wijmans, Huval, Hertzberg, Koltun and Krähenbühl, "Cut Your Losses in Large-Vocabulary Language Models", 2025.
+    """
+
+    in_float32 = False  # what is no product is in float32 as it is
+
+    def forward(
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: int,
+        ignore_index: int,
+        label_smoothing: float,
+        size: int,
+        needed: Needed,
+    ) -> Tensor:
+        reading = Reading(weight, ignore_index, label_smoothing)
+        pieces = _pieces(input, linear_weight, linear_bias, target, reading, size)
+        return _reduced([_losses(_right(z, q), _softmax(z), q) for _, z, q in pieces], target, reading, reduction)
+
+    def reading(weight: Tensor | None, ignore_index: int, label_smoothing: float) -> Reading:
+        return Reading(weight, ignore_index, label_smoothing)
+
+    def sent(grad: Tensor, target: Tensor, reading: Reading, reduction: int) -> Tensor:
+        return reading.mean(grad, target) if reduction == MEAN else grad
+
+    def gradients(
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        reading: Reading,
+        sent: Tensor,
+        size: int,
+        needed: Needed,
+    ) -> list[Any]:
+        pieces = _pieces(input, linear_weight, linear_bias, target, reading, size)
+        slopes = ((x, _slope(_softmax(z), q, s)) for (x, z, q), s in _with_sent(pieces, sent, size))
+        return _products(slopes, linear_weight, needed)
+
+    def grad_input(gradients: list[Any], input: Tensor) -> Tensor:
+        return gradients[0].to(input.dtype)
+
+    def grad_linear_weight(gradients: list[Any], linear_weight: Tensor) -> Tensor:
+        return gradients[1].to(linear_weight.dtype)
+
+    def grad_linear_bias(gradients: list[Any], linear_weight: Tensor) -> Tensor:
+        return gradients[2].to(linear_weight.dtype)
+
+    def surprise(
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        reading: Reading,
+        sent: Tensor,
+        size: int,
+    ) -> Tensor:
+        """s (λ - z): as many numbers as the target holds."""
+        if not target.is_floating_point():
+            raise RuntimeError("a class weight has no gradient where the target is class indices")
+        pieces = _pieces(input, linear_weight, linear_bias, target, reading, size)
+        found = []
+        for (_, z, _), s in _with_sent(pieces, sent, size):
+            found.append((z.logsumexp(1, keepdim=True) - z) * (s.unsqueeze(1) if s.dim() else s))
+        return torch.cat(found)
+
+    def grad_target(surprise: Tensor, target: Tensor, reading: Reading) -> Tensor:
+        kept = surprise * (1 - reading.label_smoothing)
+        return (kept if reading.weight is None else kept * _along(reading.weight, kept)).to(target.dtype)
+
+    def grad_weight(surprise: Tensor, target: Tensor, reading: Reading, weight: Tensor) -> Tensor:
+        return (surprise * reading.smoothed(target)).transpose(0, 1).flatten(1).sum(1).to(weight.dtype)
+
+
+def _with_sent(pieces: Iterable[Any], sent: Tensor, size: int) -> Iterable[tuple[Any, Tensor]]:
+    """Each piece with what its rows are sent: the same for all, or each its own."""
+    return zip(pieces, sent.split(size) if sent.dim() else repeat(sent), strict=False)
+
+
+def _reduced(losses: list[Tensor], target: Tensor, reading: Reading, reduction: int) -> Tensor:
+    if reduction == NONE:
+        return torch.cat(losses)
+    total = torch.stack([piece.sum() for piece in losses]).sum()
+    return reading.mean(total, target) if reduction == MEAN else total
+
+
+class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
+    r"""The same of a sum or a mean, whose rows are all sent one s: D/s is formed in the forward, from scores at hand
+
+    Kept are the slopes of Σ ℓ, which the backward multiplies by s. The one for W is as large as W, so it is written
+    over where nobody can see it any more.
+    """
+
+    statistics = ("slope_input", "slope_linear_weight", "slope_linear_bias")
+
+    def forward(
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: int,
+        ignore_index: int,
+        label_smoothing: float,
+        size: int,
+        needed: Needed,
+        shown: bool,
+    ) -> tuple[Tensor, ...]:
+        reading = Reading(weight, ignore_index, label_smoothing)
+        losses: list[Tensor] = []
+
+        def slopes() -> Iterator[tuple[Tensor, Tensor]]:
+            for x, z, q in _pieces(input, linear_weight, linear_bias, target, reading, size):
+                right, softmax = _right(z, q), _softmax(z)
+                losses.append(_losses(right, softmax, q))
+                yield x, _slope(softmax, q, q.mass.new_ones(()))
+
+        found = _products(slopes(), linear_weight, needed)
+        absent = input.new_empty(0)
+        return _reduced(losses, target, reading, reduction), *[absent if x is None else x for x in found]
+
+    def slopes(
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        reading: Reading,
+        size: int,
+        needed: Needed,
+    ) -> list[Any]:
+        one = input.new_ones(())
+        return LinearCrossEntropyLossFunction.gradients(
+            input, linear_weight, linear_bias, target, reading, one, size, needed
+        )
+
+    def slope_input(slopes: list[Any]) -> Tensor:
+        return slopes[0]
+
+    def slope_linear_weight(slopes: list[Any]) -> Tensor:
+        return slopes[1]
+
+    def slope_linear_bias(slopes: list[Any]) -> Tensor:
+        return slopes[2]
+
+    def grad_input(slope_input: Tensor, sent: Tensor, shown: bool, input: Tensor) -> Tensor:
+        return _sent_on(slope_input, sent, shown).to(input.dtype)
+
+    def grad_linear_weight(slope_linear_weight: Tensor, sent: Tensor, shown: bool, input: Tensor) -> Tensor:
+        return _sent_on(slope_linear_weight, sent, shown).to(input.dtype)
+
+    def grad_linear_bias(slope_linear_bias: Tensor, sent: Tensor, shown: bool, input: Tensor) -> Tensor:
+        return _sent_on(slope_linear_bias, sent, shown).to(input.dtype)
+
+
+def _sent_on(slope: Tensor, sent: Tensor, shown: bool) -> Tensor:
+    return times(slope, sent) if not shown and last_backward() else slope * sent
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | None = None,
+) -> Tensor:
+    """Cross entropy of x Wᵀ + b without the scores in memory, as `torch.nn.functional.linear_cross_entropy`.
+
+    Shapes: input (N, in) or (in), linear_weight (C, in) or (C, ..., in), linear_bias (C, ...), weight (C), target
+    (N, ...) or () of class indices, or (N, C, ...) or (C) of class probabilities. The result is a number, or with
+    reduction "none" of the shape that class indices have.
+
+    Everything that torch's does in pieces or not is done in pieces here, to any order: `options` say of how many rows
+    (by default as many as give 2²⁴ scores). Its precision is float32's at least, whichever ``acc_policy`` is
+    named, and the graph may be retained whether or not ``allow_retain_graph`` says so.
+
+    Raises:
+        ValueError: an unknown reduction, or options that contradict each other.
+        RuntimeError: other shapes, or a class weight that requires a gradient with class indices.
+        IndexError: a class index that is none.
+    """
+    how = _reduction.get_enum(reduction)
+    _check_shapes(input, linear_weight, linear_bias, target, weight, ignore_index)
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    soft = target.is_floating_point()
+    tracked = torch.is_grad_enabled()
+    if tracked and not soft and weight is not None and weight.requires_grad:
+        raise RuntimeError("a class weight has no gradient where the target is class indices")
+    single = input.dim() == 1
+    if single:
+        input, target = input.unsqueeze(0), target.unsqueeze(0)
+    lowered = torch.is_autocast_enabled(input.device.type)
+    tensors = input, linear_weight, linear_bias = cast(LinearFunction, (input, linear_weight, linear_bias))
+    index = -100 if ignore_index is None else ignore_index
+    size = _size(options, len(input), math.prod(linear_weight.shape[:-1]), input)
+    args = (*tensors, target, weight, how, index, float(label_smoothing), size)
+    if torch.compiler.is_compiling() or beyond_reverse_mode():  # requires_grad does not tell
+        loss = LinearCrossEntropyLossFunction.apply(*args, (True, True, linear_bias is not None))
+    else:
+        needed = tuple(tracked and x is not None and x.requires_grad for x in tensors)
+        once = (
+            any(needed)
+            and how != NONE
+            and not target.requires_grad
+            and not (weight is not None and weight.requires_grad)
+        )
+        if once:
+            loss = LinearCrossEntropyLossOnceFunction.apply(*args, needed, keeping_is_seen())
+        else:
+            loss = LinearCrossEntropyLossFunction.apply(*args, needed)
+    loss = loss if lowered else loss.to(input.dtype)
+    return loss.squeeze(0) if single and how == NONE else loss
+
+
+def _check_shapes(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int | None,
+) -> None:
+    if input.dim() not in (1, 2) or linear_weight.dim() < 2 or input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            f"an input (N, in) or (in) and a linear_weight (C, ..., in), not {tuple(input.shape)} and "
+            f"{tuple(linear_weight.shape)}"
+        )
+    batch, (classes, *more) = input.shape[:-1], linear_weight.shape[:-1]
+    if more and not batch:
+        raise RuntimeError(
+            f"a linear_weight {tuple(linear_weight.shape)} needs a batch of inputs, not a single one"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"a linear_bias {tuple(linear_weight.shape[:-1])} for a linear_weight {tuple(linear_weight.shape)}, not "
+            f"{tuple(linear_bias.shape)}"
+        )
+    if weight is not None and weight.shape != (classes,):
+        raise RuntimeError(f"a weight for each of {classes} classes, not {tuple(weight.shape)}")
+    if target.shape == (*batch, classes, *more):
+        if not target.is_floating_point():
+            raise RuntimeError(f"class probabilities are floating numbers, not {target.dtype}")
+        if ignore_index is not None:
+            raise RuntimeError("ignore_index is of class indices: a target of probabilities has none")
+    elif target.shape != (*batch, *more) or target.dtype != torch.int64:
+        raise RuntimeError(
+            f"a target of class indices, int64 {(*batch, *more)}, or of probabilities {(*batch, classes, *more)}, not "
+            f"{target.dtype} {tuple(target.shape)}"
+        )
+
+
+def _size(options: LinearCrossEntropyOptions | None, n: int, scores: int, input: Tensor) -> int:
+    """Rows of a piece, of n rows that have so many scores each."""
+    if options is None or (options.batch_chunk_size is None and options.chunking_method == "auto"):
+        pieces = max(1, -(-n * scores // _PIECE))
+        return max(1, -(-n // pieces))
+    given = options._adjust(n, input.shape[1], scores, input.dtype, input.device)
+    return given.batch_chunk_size or n
+
+
+if hasattr(nn, "LinearCrossEntropyOptions"):  # since torch 2.13
+    LinearCrossEntropyOptions = nn.LinearCrossEntropyOptions
+    linear_cross_entropy = drop_in(linear_cross_entropy)
+
+register(
+    linear_cross_entropy,
+    samples=lambda t: [
+        Call(t(5, 2), t(3, 2), t.index(3, 5), linear_bias=t(3), weight=t.fixed(3, low=0.5, high=2)),
+        Call(t(4, 2), t(3, 2, 2), t.index(3, 4, 2), ignore_index=1, label_smoothing=0.1, reduction="none"),
+        Call(
+            t(4, 2),
+            t(3, 2),
+            t(4, 3).softmax(1),
+            linear_bias=t(3),
+            weight=t(3, low=0.5, high=2),
+            label_smoothing=0.1,
+        ),
+        Call(t(2), t(3, 2), t.index(3), linear_bias=t(3), label_smoothing=0.2, weight=t.fixed(3, low=0.5, high=2)),
+        Call(t(4, 2), t(3, 2, 2), t(4, 3, 2).softmax(1), reduction="sum"),
+    ],
+    big=lambda t: Call(t(256, 128), t(8192, 128), t.index(8192, 256)),
+)
