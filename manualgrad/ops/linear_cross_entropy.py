@@ -1,25 +1,24 @@
 """Cross entropy of the scores that a linear map gives: a language model's head and its loss, without the scores.
 
-N rows and C classes have N·C scores, for a vocabulary more than all else that a step keeps. They are made some rows at
-a time, all in one place, and are gone when the loss of these rows is known.
+N rows and C classes have N·C scores, for a vocabulary more than all else that a step keeps. They are made some
+rows at a time, all in one place, and are gone when the loss of these rows is known.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import _reduction
 
-from manualgrad.ops.elementary import added, choose, drop_in, plus, rows, times
+from manualgrad.binding import bound
+from manualgrad.ops.elementary import _refusing_as, added, choose, plus, rows, times
 from manualgrad.ops.linear import LinearFunction
-from manualgrad.ops.loss import MEAN, NONE
+from manualgrad.ops.loss import MEAN, NONE, REDUCTIONS
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule, beyond_reverse_mode, cast, keeping_is_seen, last_backward, nothing_looks_on
 
@@ -88,14 +87,14 @@ def _pieces(
 ) -> Iterator[tuple[Tensor, Tensor, Answers]]:
     """Of some rows after another: inputs, scores, answers. The scores may be written over: where nothing looks on,
     the next take their place."""
-    flat, shift = rows(weight), None if bias is None else bias.flatten()
+    flat, shift = rows(weight), None if bias is None else bias.reshape(-1)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     like = weight.new_empty(len(weight), dtype=wide)
     room: Tensor | None = None
     for x, t in zip(input.split(size), target.split(size), strict=True):
         q = reading.answers(t, like)
         if q.valid is not None:  # whatever an ignored row holds leaves no trace
-            counts = q.valid.flatten(1).any(1) if q.valid.dim() > 1 else q.valid
+            counts = q.valid.reshape(len(x), -1).any(1) if q.valid.dim() > 1 else q.valid
             x = choose(counts.unsqueeze(1).expand_as(x), x.contiguous())
         if room is None:
             scores = F.linear(x, flat, shift)
@@ -105,7 +104,7 @@ def _pieces(
             scores = torch.addmm(shift, x, flat.mT, out=room[: len(x)])
         if room is None and nothing_looks_on(scores):
             room = scores
-        yield x, scores.to(wide).view(len(x), *weight.shape[:-1]), q
+        yield x, scores.to(wide).reshape(len(x), *weight.shape[:-1]), q
 
 
 class Softmax(NamedTuple):
@@ -152,13 +151,17 @@ Needed = tuple[bool, bool, bool]
 """Of input, linear_weight and linear_bias: whose gradient is needed."""
 
 
+def _one(q: Answers) -> Tensor:
+    return q.mass.new_ones(())
+
+
 def _products(slopes: Iterable[tuple[Tensor, Tensor]], weight: Tensor, needed: Needed) -> list[Tensor | None]:
     """∂L/∂x = D W,  ∂L/∂W = Dᵀ x  and  ∂L/∂b = Σ D,  from x and D of some rows after another."""
     to_input: list[Tensor] = []
     to_weight: Tensor | None = None
     to_bias: Tensor | None = None
     for x, slope in slopes:
-        slope = slope.flatten(1)
+        slope = slope.reshape(len(x), -1)
         if needed[2]:
             to_bias = slope.sum(0) if to_bias is None else to_bias + slope.sum(0)
         wide, slope = slope.dtype, slope.to(weight.dtype)
@@ -170,8 +173,8 @@ def _products(slopes: Iterable[tuple[Tensor, Tensor]], weight: Tensor, needed: N
             to_weight = _plus_product(to_weight, slope.mT, x)
     return [
         torch.cat(to_input) if needed[0] else None,
-        None if to_weight is None else to_weight.view_as(weight),
-        None if to_bias is None else to_bias.view(weight.shape[:-1]),
+        None if to_weight is None else to_weight.reshape(weight.shape),
+        None if to_bias is None else to_bias.reshape(weight.shape[:-1]),
     ]
 
 
@@ -266,7 +269,9 @@ class LinearCrossEntropyLossFunction(Rule):
         return (kept if reading.weight is None else kept * _along(reading.weight, kept)).to(target.dtype)
 
     def grad_weight(surprise: Tensor, target: Tensor, reading: Reading, weight: Tensor) -> Tensor:
-        return (surprise * reading.smoothed(target)).transpose(0, 1).flatten(1).sum(1).to(weight.dtype)
+        return (
+            (surprise * reading.smoothed(target)).transpose(0, 1).reshape(len(weight), -1).sum(1).to(weight.dtype)
+        )
 
 
 def _with_sent(pieces: Iterable[Any], sent: Tensor, size: int) -> Iterable[tuple[Any, Tensor]]:
@@ -282,10 +287,10 @@ def _reduced(losses: list[Tensor], target: Tensor, reading: Reading, reduction: 
 
 
 class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
-    r"""The same of a sum or a mean, whose rows are all sent one s: D/s is formed in the forward, from scores at hand
+    r"""The same for a sum or a mean, whose rows are all sent one s: D is formed in the forward, the scores at hand
 
-    Kept are the slopes of Σ ℓ, which the backward multiplies by s. The one for W is as large as W, so it is written
-    over where nobody can see it any more.
+    Kept are the slopes of Σ ℓ, which the backward multiplies by s. The one of W is as large as W, so it is written
+    over where nobody sees it any more.
     """
 
     statistics = ("slope_input", "slope_linear_weight", "slope_linear_bias")
@@ -310,7 +315,7 @@ class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
             for x, z, q in _pieces(input, linear_weight, linear_bias, target, reading, size):
                 right, softmax = _right(z, q), _softmax(z)
                 losses.append(_losses(right, softmax, q))
-                yield x, _slope(softmax, q, q.mass.new_ones(()))
+                yield x, _slope(softmax, q, _one(q))
 
         found = _products(slopes(), linear_weight, needed)
         absent = input.new_empty(0)
@@ -325,10 +330,8 @@ class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
         size: int,
         needed: Needed,
     ) -> list[Any]:
-        one = input.new_ones(())
-        return LinearCrossEntropyLossFunction.gradients(
-            input, linear_weight, linear_bias, target, reading, one, size, needed
-        )
+        pieces = _pieces(input, linear_weight, linear_bias, target, reading, size)
+        return _products(((x, _slope(_softmax(z), q, _one(q))) for x, z, q in pieces), linear_weight, needed)
 
     def slope_input(slopes: list[Any]) -> Tensor:
         return slopes[0]
@@ -353,6 +356,35 @@ def _sent_on(slope: Tensor, sent: Tensor, shown: bool) -> Tensor:
     return times(slope, sent) if not shown and last_backward() else slope * sent
 
 
+def _composed(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    """What torch's function is equivalent to, for a torch that has none."""
+    _check_shapes(input, linear_weight, linear_bias, target, ignore_index)
+    scores = F.linear(input, rows(linear_weight), None if linear_bias is None else linear_bias.reshape(-1))
+    return F.cross_entropy(
+        scores.reshape(*input.shape[:-1], *linear_weight.shape[:-1]),
+        target,
+        weight=weight,
+        reduction=reduction,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        label_smoothing=label_smoothing,
+    )
+
+
+_reference: Any = getattr(F, "linear_cross_entropy", _composed)  # torch has it since 2.13
+
+
+@partial(_refusing_as, _reference)
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -365,53 +397,70 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: LinearCrossEntropyOptions | None = None,
 ) -> Tensor:
-    """Cross entropy of x Wᵀ + b without the scores in memory, as `torch.nn.functional.linear_cross_entropy`.
+    """Cross entropy of x Wᵀ + b, as `torch.nn.functional.linear_cross_entropy`, which torch has since 2.13.
 
     Shapes: input (N, in) or (in), linear_weight (C, in) or (C, ..., in), linear_bias (C, ...), weight (C), target
     (N, ...) or () of class indices, or (N, C, ...) or (C) of class probabilities. The result is a number, or with
     reduction "none" of the shape that class indices have.
 
-    Everything that torch's does in pieces or not is done in pieces here, to any order: `options` say of how many rows
-    (by default as many as give 2²⁴ scores). Its precision is float32's at least, whichever ``acc_policy`` is
-    named, and the graph may be retained whether or not ``allow_retain_graph`` says so.
+    More than 2²⁴ scores are never in memory together, whatever the target, the smoothing and the reduction; with
+    `options` the rows are taken in pieces as these say. The precision of sums is float32's at least, whichever
+    ``acc_policy`` they name, and the graph may be retained whether or not ``allow_retain_graph``.
 
     Raises:
         ValueError: an unknown reduction, or options that contradict each other.
-        RuntimeError: other shapes, or a class weight that requires a gradient with class indices.
+        RuntimeError: other shapes; a class weight that requires a gradient beside class indices.
         IndexError: a class index that is none.
     """
-    how = _reduction.get_enum(reduction)
-    _check_shapes(input, linear_weight, linear_bias, target, weight, ignore_index)
-    if not 0 <= label_smoothing <= 1:
-        raise RuntimeError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
-    soft = target.is_floating_point()
-    tracked = torch.is_grad_enabled()
-    if tracked and not soft and weight is not None and weight.requires_grad:
-        raise RuntimeError("a class weight has no gradient where the target is class indices")
-    single = input.dim() == 1
-    if single:
-        input, target = input.unsqueeze(0), target.unsqueeze(0)
-    lowered = torch.is_autocast_enabled(input.device.type)
-    tensors = input, linear_weight, linear_bias = cast(LinearFunction, (input, linear_weight, linear_bias))
-    index = -100 if ignore_index is None else ignore_index
-    size = _size(options, len(input), math.prod(linear_weight.shape[:-1]), input)
-    args = (*tensors, target, weight, how, index, float(label_smoothing), size)
-    if torch.compiler.is_compiling() or beyond_reverse_mode():  # requires_grad does not tell
-        loss = LinearCrossEntropyLossFunction.apply(*args, (True, True, linear_bias is not None))
-    else:
-        needed = tuple(tracked and x is not None and x.requires_grad for x in tensors)
-        once = (
-            any(needed)
-            and how != NONE
-            and not target.requires_grad
-            and not (weight is not None and weight.requires_grad)
+    n, scores = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
+    if options is None and n * scores <= _PIECE:
+        return bound(_reference)(
+            *(input, linear_weight, target),
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
         )
-        if once:
-            loss = LinearCrossEntropyLossOnceFunction.apply(*args, needed, keeping_is_seen())
-        else:
-            loss = LinearCrossEntropyLossFunction.apply(*args, needed)
-    loss = loss if lowered else loss.to(input.dtype)
-    return loss.squeeze(0) if single and how == NONE else loss
+    how = REDUCTIONS.index(reduction)
+    _check_shapes(input, linear_weight, linear_bias, target, ignore_index)
+    classes, soft = len(linear_weight), target.is_floating_point()
+    if weight is not None and weight.shape != (classes,):
+        raise RuntimeError(f"a weight for each of {classes} classes, not {tuple(weight.shape)}")
+    if label_smoothing > 1:
+        raise RuntimeError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    lowered = torch.is_autocast_enabled(input.device.type)
+    tensors = cast(LinearFunction, (input, linear_weight, linear_bias))
+    tensors = torch.atleast_2d(tensors[0]), *tensors[1:]
+    settings = (
+        *(target.reshape(-1, *target.shape) if input.dim() == 1 else target, weight, how),
+        *(-100 if ignore_index is None else ignore_index, max(float(label_smoothing), 0.0)),
+        _rows_at_a_time(options, n, scores, input),
+    )
+    if torch.compiler.is_compiling() or beyond_reverse_mode():  # what needs a gradient does not show
+        needed, once = (True, True, linear_bias is not None), False
+    else:
+        tracked = [
+            torch.is_grad_enabled() and x is not None and x.requires_grad for x in (*tensors, target, weight)
+        ]
+        needed, once = tuple(tracked[:3]), how != NONE and any(tracked) and not any(tracked[3:])
+        if tracked[4] and not soft:
+            raise RuntimeError("a class weight has no gradient beside class indices")
+    if once:
+        loss = LinearCrossEntropyLossOnceFunction.apply(*tensors, *settings, needed, keeping_is_seen())
+    else:
+        loss = LinearCrossEntropyLossFunction.apply(*tensors, *settings, needed)
+    if how == NONE and input.dim() == 1:
+        loss = loss.squeeze(0)
+    return loss if lowered else loss.to(input.dtype)
+
+
+def _rows_at_a_time(options: LinearCrossEntropyOptions | None, n: int, scores: int, input: Tensor) -> int:
+    """Of n rows that have so many scores each."""
+    if options is None or (options.batch_chunk_size is None and options.chunking_method == "auto"):
+        pieces = max(1, -(-n * scores // _PIECE))
+        return max(1, -(-n // pieces))
+    return options._adjust(n, input.shape[-1], scores, input.dtype, input.device).batch_chunk_size or n
 
 
 def _check_shapes(
@@ -419,7 +468,6 @@ def _check_shapes(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
-    weight: Tensor | None,
     ignore_index: int | None,
 ) -> None:
     if input.dim() not in (1, 2) or linear_weight.dim() < 2 or input.shape[-1] != linear_weight.shape[-1]:
@@ -433,12 +481,7 @@ def _check_shapes(
             f"a linear_weight {tuple(linear_weight.shape)} needs a batch of inputs, not a single one"
         )
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
-        raise RuntimeError(
-            f"a linear_bias {tuple(linear_weight.shape[:-1])} for a linear_weight {tuple(linear_weight.shape)}, not "
-            f"{tuple(linear_bias.shape)}"
-        )
-    if weight is not None and weight.shape != (classes,):
-        raise RuntimeError(f"a weight for each of {classes} classes, not {tuple(weight.shape)}")
+        raise RuntimeError(f"a linear_bias {(classes, *more)}, not {tuple(linear_bias.shape)}")
     if target.shape == (*batch, classes, *more):
         if not target.is_floating_point():
             raise RuntimeError(f"class probabilities are floating numbers, not {target.dtype}")
@@ -446,26 +489,17 @@ def _check_shapes(
             raise RuntimeError("ignore_index is of class indices: a target of probabilities has none")
     elif target.shape != (*batch, *more) or target.dtype != torch.int64:
         raise RuntimeError(
-            f"a target of class indices, int64 {(*batch, *more)}, or of probabilities {(*batch, classes, *more)}, not "
-            f"{target.dtype} {tuple(target.shape)}"
+            f"a target of class indices, int64 {(*batch, *more)}, or of probabilities {(*batch, classes, *more)}, "
+            f"not {target.dtype} {tuple(target.shape)}"
         )
-
-
-def _size(options: LinearCrossEntropyOptions | None, n: int, scores: int, input: Tensor) -> int:
-    """Rows of a piece, of n rows that have so many scores each."""
-    if options is None or (options.batch_chunk_size is None and options.chunking_method == "auto"):
-        pieces = max(1, -(-n * scores // _PIECE))
-        return max(1, -(-n // pieces))
-    given = options._adjust(n, input.shape[1], scores, input.dtype, input.device)
-    return given.batch_chunk_size or n
 
 
 if hasattr(nn, "LinearCrossEntropyOptions"):  # since torch 2.13
     LinearCrossEntropyOptions = nn.LinearCrossEntropyOptions
-    linear_cross_entropy = drop_in(linear_cross_entropy)
 
 register(
     linear_cross_entropy,
+    reference=_reference,
     samples=lambda t: [
         Call(t(5, 2), t(3, 2), t.index(3, 5), linear_bias=t(3), weight=t.fixed(3, low=0.5, high=2)),
         Call(t(4, 2), t(3, 2, 2), t.index(3, 4, 2), ignore_index=1, label_smoothing=0.1, reduction="none"),
