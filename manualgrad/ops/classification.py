@@ -39,7 +39,8 @@ class ClassLoss(Loss):
 
 
 def _row_weight(input: Tensor, weight: Tensor | None, place: Tensor, valid: Tensor) -> Tensor:
-    return valid.to(input.dtype) if weight is None else choose(valid, weight[place].to(input.dtype))
+    # take, for weight[place] with one place is an integer's indexing, which torch.compile refuses
+    return valid.to(input.dtype) if weight is None else choose(valid, weight.take(place).to(input.dtype))
 
 
 @stands_for(_nn.nll_loss_nd)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manualgrad.binding import bound
+from manualgrad.ops.classification import _along, _row_weight
 from manualgrad.ops.elementary import _refusing_as, added, choose, plus, rows, times
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.ops.loss import MEAN, NONE, REDUCTIONS
@@ -53,7 +54,7 @@ class Reading(NamedTuple):
             return Answers(soft.sum(1), soft)
         valid = target != self.ignore_index
         place = target * valid  # an ignored index may lie outside the classes
-        hard = mass = valid.to(like.dtype) if weight is None else choose(valid, weight[place])
+        hard = mass = _row_weight(like, weight, place, valid)
         soft = None
         if smoothing:
             hard = hard * (1 - smoothing)
@@ -72,14 +73,7 @@ class Reading(NamedTuple):
         if target.is_floating_point():
             return total / (target.numel() // max(target.shape[1], 1))
         valid = target != self.ignore_index
-        return total / (valid if self.weight is None else choose(valid, self.weight[target * valid])).sum().to(
-            total.dtype
-        )
-
-
-def _along(weight: Tensor, scores: Tensor) -> Tensor:
-    """A weight for each class, shaped to broadcast along the class axis."""
-    return weight.reshape(-1, *[1] * (scores.dim() - 2))
+        return total / _row_weight(total, self.weight, target * valid, valid).sum()
 
 
 def _pieces(
