@@ -6,7 +6,10 @@ rows at a time, all in one place, and are gone when the loss of these rows is kn
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -25,6 +28,9 @@ from manualgrad.rule import Rule, beyond_reverse_mode, cast, keeping_is_seen, la
 
 _PIECE = 2**24
 """Scores at a time, 64 MiB of them in float32: rows enough for products at full speed."""
+
+_BLOCK = 4096
+"""Classes at a time, where a product in a lower precision is added to a sum in float32: torch widens it whole."""
 
 
 class Answers(NamedTuple):
@@ -75,6 +81,12 @@ class Reading(NamedTuple):
         valid = target != self.ignore_index
         return total / _row_weight(total, self.weight, target * valid, valid).sum()
 
+    def of_mean(self, grad: Tensor, target: Tensor) -> Tensor:
+        """What each row is sent by a mean; nothing, if none counts."""
+        if target.is_floating_point():
+            return self.mean(grad, target) if target.numel() else torch.zeros_like(grad)
+        return choose((target != self.ignore_index).any(), self.mean(grad, target))
+
 
 def _pieces(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reading: Reading, size: int
@@ -82,23 +94,28 @@ def _pieces(
     """Of some rows after another: inputs, scores, answers. The scores may be written over: where nothing looks on,
     the next take their place."""
     flat, shift = rows(weight), None if bias is None else bias.reshape(-1)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    like = weight.new_empty(len(weight), dtype=wide)
-    room: Tensor | None = None
+    like = weight.new_empty(len(weight), dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    rooms: list[Tensor] = []
     for x, t in zip(input.split(size), target.split(size), strict=True):
         q = reading.answers(t, like)
-        if q.valid is not None:  # whatever an ignored row holds leaves no trace
-            counts = q.valid.reshape(len(x), -1).any(1) if q.valid.dim() > 1 else q.valid
-            x = choose(counts.unsqueeze(1).expand_as(x), x.contiguous())
-        if room is None:
+        x = x if q.valid is None else _where_counted(q.valid, x)
+        if not rooms:
             scores = F.linear(x, flat, shift)
-        elif shift is None:
-            scores = torch.mm(x, flat.mT, out=room[: len(x)])
+            wide = scores.to(like.dtype)
+            rooms = [scores, wide] if nothing_looks_on(scores) else []
         else:
-            scores = torch.addmm(shift, x, flat.mT, out=room[: len(x)])
-        if room is None and nothing_looks_on(scores):
-            room = scores
-        yield x, scores.to(wide).reshape(len(x), *weight.shape[:-1]), q
+            scores, wide = (room[: len(x)] for room in rooms)
+            scores = (
+                torch.mm(x, flat.mT, out=scores) if shift is None else torch.addmm(shift, x, flat.mT, out=scores)
+            )
+            wide = wide if wide.dtype == scores.dtype else wide.copy_(scores)
+        yield x, wide.reshape(len(x), *weight.shape[:-1]), q
+
+
+def _where_counted(valid: Tensor, x: Tensor) -> Tensor:
+    """Whatever an ignored row holds leaves no trace."""
+    counted = valid if valid.dim() == 1 else valid.sum(list(range(1, valid.dim()))) > 0
+    return choose(counted.unsqueeze(1).expand_as(x), x.contiguous())
 
 
 class Softmax(NamedTuple):
@@ -155,16 +172,14 @@ def _products(slopes: Iterable[tuple[Tensor, Tensor]], weight: Tensor, needed: N
     to_weight: Tensor | None = None
     to_bias: Tensor | None = None
     for x, slope in slopes:
-        slope = slope.reshape(len(x), -1)
+        slope = slope.reshape(len(x), len(rows(weight)))
         if needed[2]:
             to_bias = slope.sum(0) if to_bias is None else to_bias + slope.sum(0)
         wide, slope = slope.dtype, slope.to(weight.dtype)
         if needed[0]:
             to_input.append((slope @ rows(weight)).to(wide))
-        if needed[1] and to_weight is None:
-            to_weight = (slope.mT @ x).to(wide)
-        elif needed[1] and to_weight is not None:
-            to_weight = _plus_product(to_weight, slope.mT, x)
+        if needed[1]:
+            to_weight = _plus_product(to_weight, slope.mT, x, wide)
     return [
         torch.cat(to_input) if needed[0] else None,
         None if to_weight is None else to_weight.reshape(weight.shape),
@@ -172,10 +187,19 @@ def _products(slopes: Iterable[tuple[Tensor, Tensor]], weight: Tensor, needed: N
     ]
 
 
-def _plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype != total.dtype:
-        return plus(total, (a @ b).to(total.dtype))
-    return total.addmm_(a, b) if nothing_looks_on(total) else total.addmm(a, b)
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a b, written over the total where nothing looks on. In float32 also for factors in lower precision,
+    of which a product accumulates so by itself, but a sum of products does not."""
+    if total is None and a.dtype == dtype:
+        return a @ b
+    if total is not None and a.dtype == dtype:
+        return total.addmm_(a, b) if nothing_looks_on(total) else total.addmm(a, b)
+    if not nothing_looks_on(a):
+        return (a @ b).to(dtype) if total is None else total + (a @ b).to(dtype)
+    total = a.new_zeros(len(a), b.shape[1], dtype=dtype) if total is None else total
+    for part, factor in zip(total.split(_BLOCK), a.split(_BLOCK), strict=True):
+        part.add_(factor @ b)
+    return total
 
 
 class LinearCrossEntropyLossFunction(Rule):
@@ -215,7 +239,7 @@ class LinearCrossEntropyLossFunction(Rule):
         return Reading(weight, ignore_index, label_smoothing)
 
     def sent(grad: Tensor, target: Tensor, reading: Reading, reduction: int) -> Tensor:
-        return reading.mean(grad, target) if reduction == MEAN else grad
+        return reading.of_mean(grad, target) if reduction == MEAN else grad
 
     def gradients(
         input: Tensor,
@@ -263,9 +287,7 @@ class LinearCrossEntropyLossFunction(Rule):
         return (kept if reading.weight is None else kept * _along(reading.weight, kept)).to(target.dtype)
 
     def grad_weight(surprise: Tensor, target: Tensor, reading: Reading, weight: Tensor) -> Tensor:
-        return (
-            (surprise * reading.smoothed(target)).transpose(0, 1).reshape(len(weight), -1).sum(1).to(weight.dtype)
-        )
+        return (surprise * reading.smoothed(target)).sum([0, *range(2, target.dim())]).to(weight.dtype)
 
 
 def _with_sent(pieces: Iterable[Any], sent: Tensor, size: int) -> Iterable[tuple[Any, Tensor]]:
@@ -336,8 +358,11 @@ class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
     def slope_linear_bias(slopes: list[Any]) -> Tensor:
         return slopes[2]
 
-    def grad_input(slope_input: Tensor, sent: Tensor, shown: bool, input: Tensor) -> Tensor:
-        return _sent_on(slope_input, sent, shown).to(input.dtype)
+    def grad_input(
+        slope_input: Tensor, sent: Tensor, shown: bool, input: Tensor, target: Tensor, ignore_index: int
+    ) -> Tensor:
+        found = _sent_on(slope_input, sent, shown).to(input.dtype)
+        return found if target.is_floating_point() else _where_counted(target != ignore_index, found)
 
     def grad_linear_weight(slope_linear_weight: Tensor, sent: Tensor, shown: bool, input: Tensor) -> Tensor:
         return _sent_on(slope_linear_weight, sent, shown).to(input.dtype)
@@ -429,7 +454,7 @@ def linear_cross_entropy(
     settings = (
         *(target.reshape(-1, *target.shape) if input.dim() == 1 else target, weight, how),
         *(-100 if ignore_index is None else ignore_index, max(float(label_smoothing), 0.0)),
-        _rows_at_a_time(options, n, scores, input),
+        _rows_at_a_time(options, n, input.shape[-1], scores),
     )
     if torch.compiler.is_compiling() or beyond_reverse_mode():  # what needs a gradient does not show
         needed, once = (True, True, linear_bias is not None), False
@@ -449,12 +474,22 @@ def linear_cross_entropy(
     return loss if lowered else loss.to(input.dtype)
 
 
-def _rows_at_a_time(options: LinearCrossEntropyOptions | None, n: int, scores: int, input: Tensor) -> int:
-    """Of n rows that have so many scores each."""
-    if options is None or (options.batch_chunk_size is None and options.chunking_method == "auto"):
+def _rows_at_a_time(options: LinearCrossEntropyOptions | None, n: int, features: int, scores: int) -> int:
+    """Of n rows that have so many features and scores each."""
+    asked, method = (None, "auto") if options is None else (options.batch_chunk_size, options.chunking_method)
+    if asked is None and method == "auto":
         pieces = max(1, -(-n * scores // _PIECE))
-        return max(1, -(-n // pieces))
-    return options._adjust(n, input.shape[-1], scores, input.dtype, input.device).batch_chunk_size or n
+        found = -(-n // pieces)
+    elif method is None or method == "auto":
+        found = n if asked is None else min(asked, n)
+    else:  # "aspect_ratio:2" is half as many rows as have as many scores as the input has elements, or some more
+        needed = -(-n // -(-scores // features))
+        found = min((1 << (needed - 1).bit_length()) // int(method.partition(":")[2] or 1), n)
+        if asked not in (None, found):
+            raise ValueError(
+                f"batch_chunk_size={asked} and chunking_method={method!r}, which is {found}: pass one"
+            )
+    return max(1, found)
 
 
 def _check_shapes(
@@ -488,9 +523,6 @@ def _check_shapes(
         )
 
 
-if hasattr(nn, "LinearCrossEntropyOptions"):  # since torch 2.13
-    LinearCrossEntropyOptions = nn.LinearCrossEntropyOptions
-
 register(
     linear_cross_entropy,
     reference=_reference,
@@ -510,3 +542,92 @@ register(
     ],
     big=lambda t: Call(t(256, 128), t(8192, 128), t.index(8192, 256)),
 )
+
+
+if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.13
+    LinearCrossEntropyOptions = nn.LinearCrossEntropyOptions  # pyright: ignore[reportAssignmentType]
+else:
+
+    @dataclass(slots=True, frozen=True)
+    class LinearCrossEntropyOptions:
+        """How many rows are taken at a time, as `torch.nn.LinearCrossEntropyOptions` of torch 2.13."""
+
+        allow_retain_graph: bool = False
+        batch_chunk_size: int | None = None
+        chunking_method: str | None = "auto"
+        acc_policy: str = "auto"
+        acc_dtype: torch.dtype | None = None
+
+        def __post_init__(self) -> None:
+            if self.acc_policy not in ("accurate", "balanced", "compact", "auto"):
+                raise ValueError(f"invalid acc_policy: {self.acc_policy!r}")
+            if not re.fullmatch(r"auto|aspect_ratio(:0*[1-9]\d*)?", self.chunking_method or "auto"):
+                raise ValueError(f"invalid chunking_method: {self.chunking_method!r}")
+            rows = self.batch_chunk_size
+            if rows is not None and not (isinstance(rows, int) and rows > 0):
+                raise ValueError(f"batch_chunk_size must be positive int or None, got {rows!r}")
+            if self.acc_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                raise ValueError(f"acc_dtype must be a floating dtype or None, got {self.acc_dtype!r}")
+
+    class LinearCrossEntropyLoss(nn.Module):
+        """`linear_cross_entropy` with its linear map, as `torch.nn.LinearCrossEntropyLoss` of torch 2.13."""
+
+        weight: Tensor | None
+
+        def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            *,
+            out_features: tuple[int, ...] = (),
+            bias: bool = False,
+            device: Any = None,
+            dtype: torch.dtype | None = None,
+            reduction: str = "mean",
+            weight: Tensor | None = None,
+            ignore_index: int | None = None,
+            label_smoothing: float = 0.0,
+            options: LinearCrossEntropyOptions | None = None,
+        ) -> None:
+            if weight is not None and weight.shape != (num_classes,):
+                raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+            if not 0 <= label_smoothing <= 1:
+                raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+            super().__init__()
+            self.reduction = reduction
+            self.register_buffer("weight", weight)
+            self.num_classes = num_classes
+            self.out_features = out_features
+            self.ignore_index = ignore_index
+            self.label_smoothing = label_smoothing
+            total = math.prod(out_features, start=num_classes)
+            self.linear = nn.Linear(in_features, total, bias=bias, device=device, dtype=dtype)
+            self.options = options
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            shape = (self.num_classes, *self.out_features)
+            bias = self.linear.bias
+            return linear_cross_entropy(
+                input,
+                self.linear.weight.reshape(*shape, self.linear.in_features),
+                target,
+                linear_bias=None if bias is None else bias.reshape(shape),
+                weight=self.weight,
+                reduction=self.reduction,
+                ignore_index=self.ignore_index,
+                label_smoothing=self.label_smoothing,
+                options=self.options,
+            )
+
+        def extra_repr(self) -> str:
+            shown = {
+                "in_features": self.linear.in_features,
+                "num_classes": self.num_classes,
+                "out_features": self.out_features,
+                "bias": self.linear.bias is not None,
+                **{
+                    name: getattr(self, name)
+                    for name in ("reduction", "ignore_index", "label_smoothing", "options")
+                },
+            }
+            return ", ".join(f"{name}={value}" for name, value in shown.items())
