@@ -47,6 +47,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _autograd as autograd  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch import eager_transforms
 from torch._functorch.utils import unwrap_dead_wrappers
@@ -469,3 +470,13 @@ def _primal(tensor: Any) -> Any:
     if isinstance(tensor, Tensor) and _nested_forward_mode() and not functorch.is_batchedtensor(tensor):
         return forward_ad.unpack_dual(tensor, level=0).primal
     return tensor
+
+
+def keeping_is_seen() -> bool:
+    """A hook of the user's is given what this forward keeps, and may hold on to it."""
+    return autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def last_backward() -> bool:
+    """The graph is not retained: what a rule has kept is read now for the last time."""
+    return not autograd._get_current_graph_task_keep_graph()
