@@ -1,6 +1,8 @@
 """Backpropagation written by hand, inside PyTorch, good enough to train on.
 
     import manualgrad.nn as nn      # instead of import torch.nn as nn
+    manualgrad.convert(model)       # or a model that exists, in place; `revert` gives it back
+    with manualgrad.enabled(): ...  # or torch's own functions, called in here
 
 Each layer and loss is a `torch.autograd.Function` whose gradient is written by hand, its derivation beside it
 (`manualgrad.ops`). `Rule` makes one from pure functions; `registry.ops` lists them all; `verify` tries the laws
@@ -8,8 +10,14 @@ that they hold on anyone's; `saved_bytes` counts what any model keeps for its ba
 """
 
 from manualgrad import nn, registry
+from manualgrad.adapters import register_adapter
+from manualgrad.conversion import conversion_report, convert, revert
+from manualgrad.enabling import enabled
 from manualgrad.meter import saved_bytes
 from manualgrad.rule import Rule
 from manualgrad.verification import verify
 
-__all__ = ["Rule", "nn", "registry", "saved_bytes", "verify"]
+__all__ = [
+    *("Rule", "nn", "registry", "saved_bytes", "verify"),
+    *("conversion_report", "convert", "enabled", "register_adapter", "revert"),
+]

@@ -1,0 +1,238 @@
+"""torch's functions, called by their own names, led to ours while a context is open.
+
+A model that calls ``torch.nn.functional`` itself, or ``x.softmax(-1)``, is not changed by other modules. Inside
+`enabled` a `torch.overrides.TorchFunctionMode` sees such a call and hands it to ours. What is ours stands in the
+table of operations already; here it is only looked up under every name that torch has for it: ``F.relu``,
+``torch.relu``, ``Tensor.relu``, ``Tensor.relu_``. Where the signatures differ, torch's schema tells them apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from manualgrad import registry
+from manualgrad.nn import functional
+from manualgrad.ops.elementary import _REFUSALS
+from manualgrad.rule import Rule, beyond_reverse_mode
+
+_PLAIN = (Tensor, Parameter)
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """While it is open, in this thread, torch's functions and methods are ours wherever ours has an equal.
+
+        with manualgrad.enabled():
+            loss = F.cross_entropy(torch.relu(x @ w).softmax(-1), target)
+
+    Values, errors and the random stream stay torch's. Only what may have a gradient is led to ours: calls in which
+    a tensor requires one, forward mode, and the transforms of `torch.func`. Subclasses of Tensor with a
+    ``__torch_function__`` of their own, sparse, nested, quantized and meta tensors are torch's business as before,
+    and so is whatever ours refuses. It can be nested, and used as a decorator.
+
+    A function given to `torch.utils.checkpoint.checkpoint` runs again when the context has long been left: give it
+    ``context_fn=lambda: (enabled(), enabled())``. (Modules of a model that `convert` has been through with
+    ``functional=True`` see to that themselves.)
+    """
+    if any(type(mode) is _Enabled for mode in _get_current_function_mode_stack()):
+        yield
+        return
+    with _Enabled():
+        yield
+
+
+class _Enabled(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        ours = replacement(func, types, args, kwargs)
+        if ours is None:
+            return func(*args, **kwargs)
+        try:  # the mode is off in here
+            return ours(*args, **kwargs)
+        except _REFUSALS:
+            return func(*args, **kwargs)
+
+
+def replacement(
+    func: Any, types: Iterable[type], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[..., Any] | None:
+    """What is called in place of torch's `func` with these arguments; None: nothing is.
+
+    A rule that is to take the place of an operation under a condition on the arguments has its place here.
+    """
+    ours = _TABLE.get(func)
+    if ours is None or not all(kind in _PLAIN for kind in types):
+        return None
+    return ours if _concerns_us([*args, *kwargs.values()]) else None
+
+
+def _concerns_us(values: Iterable[Any]) -> bool:
+    """A gradient may be asked for, and all tensors are dense ones in memory."""
+    differentiable = transformed = beyond_reverse_mode()
+    for value in values:
+        for x in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(x, Tensor):
+                if not transformed and (x.layout != torch.strided or x.is_nested or x.is_quantized or x.is_meta):
+                    return False
+                differentiable = differentiable or x.requires_grad
+    return differentiable and (transformed or torch.is_grad_enabled())
+
+
+# --- every name of torch's for what is ours ---
+
+_SPACES = (torch, torch.special, torch._C._nn, Tensor)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _table() -> dict[Any, Callable[..., Any]]:
+    """By torch's function or method, ours, to be called with the same arguments."""
+    found: dict[Any, Callable[..., Any]] = {
+        theirs: vars(functional)[name]
+        for name, theirs in vars(F).items()
+        if not name.startswith("_") and callable(theirs) and vars(functional)[name] is not theirs
+    }
+    found |= {
+        op.reference: op.function
+        for op in registry.ops().values()
+        if not isinstance(
+            op.reference, MethodType
+        )  # a Function's apply: no mode sees it, and Dynamo cannot look it up
+    }
+
+    def enter(name: str, ours: Callable[..., Any], in_order: bool = False) -> None:
+        for theirs in (getattr(space, name, None) for space in _SPACES):
+            if theirs is not None and theirs not in found and (route := _by_schema(name, ours, in_order)):
+                found[theirs] = route
+
+    for kernel, ours in registry.stand_ins.items():  # written with the kernel's own order of arguments
+        enter(getattr(kernel, "__name__", ""), ours, in_order=True)
+    for op in registry.ops().values():
+        enter(op.name, op.function)
+        enter(f"{op.name}_", _over(op.function))
+    return found
+
+
+def _over(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, written over its input."""
+    if "inplace" in inspect.signature(function).parameters:
+        return functools.partial(function, inplace=True)
+
+    @functools.wraps(function)
+    def write(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return input.copy_(function(input.clone(), *args, **kwargs))
+
+    return write
+
+
+class _Argument(NamedTuple):
+    """An argument of an operation of torch's."""
+
+    name: str
+    ours: str | None
+    """By which name ours takes it; "": in its place; None: it does not (it says how to compute, not what)."""
+    keyword: bool
+    is_tensor: bool
+    default: Any
+
+
+_REQUIRED = object()
+
+
+def _by_schema(name: str, ours: Callable[..., Any], in_order: bool) -> Callable[..., Any] | None:
+    """A function that takes the arguments of torch's operation and calls ours, with our names for them or, if they
+    stand in the same order, in that order. None: there is no operation of this name and our meaning."""
+    operation = getattr(torch.ops.aten, name, None)
+    if operation is None:
+        return None
+    signature = _signature(ours)
+    if "None" in str(
+        signature.return_annotation
+    ):  # less than torch's operation returns: for torch's functions alone
+        return None
+    parameters = list(signature.parameters.values())
+    schemas = [getattr(operation, overload)._schema for overload in operation.overloads()]
+    overloads = [found for schema in schemas if (found := _matched(schema, parameters, in_order))]
+    if not overloads:
+        return None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for overload in overloads:
+            values = _given(overload, args, kwargs)
+            if values is not None:
+                placed = [values[x.name] for x in overload if x.ours == ""]
+                return ours(*placed, **{x.ours: values[x.name] for x in overload if x.ours})
+        raise TypeError(f"{name}: not as ours is called")
+
+    return call
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """That of `forward`, if it is a rule's entry."""
+    forwards = {rule.apply: rule.forward for rule in _below(Rule) if hasattr(rule, "forward")}
+    return inspect.signature(forwards.get(inspect.unwrap(function), function))
+
+
+def _below(rule: type[Rule]) -> Iterator[type[Rule]]:
+    for below in rule.__subclasses__():
+        yield below
+        yield from _below(below)
+
+
+def _matched(schema: Any, parameters: list[inspect.Parameter], in_order: bool) -> tuple[_Argument, ...]:
+    """The operation's arguments, each with its place among our parameters; none, if they mean something else."""
+    named = {parameter.name: parameter for parameter in parameters}
+    found: list[_Argument] = []
+    for place, x in enumerate(schema.arguments):
+        placed = place == 0 or (in_order and not x.kwarg_only)
+        ours = parameters[min(place, len(parameters) - 1)] if placed else named.get(x.name)
+        if ours is None:
+            if not x.name.startswith("cudnn"):
+                return ()
+        elif ours.kind is not inspect.Parameter.VAR_POSITIONAL and not _of_one_kind(ours.annotation, x.type):
+            return ()
+        found.append(
+            _Argument(
+                x.name,
+                "" if placed else x.name if ours else None,
+                x.kwarg_only,
+                str(x.type) in ("Tensor", "Optional[Tensor]"),
+                x.default_value if x.has_default_value() else _REQUIRED,
+            )
+        )
+    return tuple(found)
+
+
+def _of_one_kind(annotation: object, kind: object) -> bool:
+    """Both are tensors, or both are settings."""
+    return annotation == "Any" or ("Tensor" in str(annotation)) == ("Tensor" in str(kind))
+
+
+def _given(
+    overload: tuple[_Argument, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Every argument's value; None: it is another overload that is called."""
+    places = [x.name for x in overload if not x.keyword]
+    if len(args) > len(places):
+        return None
+    named = {places[0] if name == "input" else name: value for name, value in kwargs.items()}
+    values = {x.name: x.default for x in overload} | dict(zip(places, args, strict=False)) | named
+    fit = len(values) == len(overload) and all(
+        (value := values[x.name]) is None or (value is not _REQUIRED and isinstance(value, Tensor) == x.is_tensor)
+        for x in overload
+    )
+    return values if fit else None
+
+
+_TABLE = _table()

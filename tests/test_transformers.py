@@ -1,0 +1,326 @@
+"""Models of `transformers`, with random weights: converted they compute the same, reverted they are the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from graph import nodes
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
+
+import manualgrad
+from manualgrad import convert, revert
+from manualgrad.adapters import adapted
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+IDS = torch.arange(14).remainder(11).reshape(2, 7)
+IMAGE = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=torch.float64).sin().reshape(2, 3, 32, 32)
+
+
+def made(name: str, model: str | None = None, **config: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        torch.manual_seed(0)
+        if "vocab_size" not in config and name not in ("ViT", "ResNet", "ConvNext"):
+            config["vocab_size"] = 29
+        kind = getattr(transformers, model or f"{name}ForCausalLM")
+        built = kind(getattr(transformers, f"{name}Config")(**config)).to(torch.float64)
+        for parameter in built.parameters():  # norms and biases too
+            nn.init.normal_(parameter, std=0.2)
+        return built.train()
+
+    return make
+
+
+LANGUAGE = {
+    "gpt2": made(
+        "GPT2", "GPT2LMHeadModel", n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    ),
+    "llama": made("Llama", **SMALL, num_key_value_heads=1),
+    "qwen2": made("Qwen2", **SMALL, num_key_value_heads=1),
+    "mistral": made("Mistral", **SMALL, num_key_value_heads=1),
+    "gemma": made("Gemma", **SMALL, num_key_value_heads=1, head_dim=8),
+}
+MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    **{name: (make, {"input_ids": IDS, "labels": IDS}) for name, make in LANGUAGE.items()},
+    "mamba": (
+        made("Mamba", hidden_size=16, num_hidden_layers=2, state_size=4, use_cache=False),
+        {"input_ids": IDS, "labels": IDS},
+    ),
+    "bert": (made("Bert", "BertForMaskedLM", **SMALL), {"input_ids": IDS, "labels": IDS}),
+    "t5": (
+        made(
+            *("T5", "T5ForConditionalGeneration"),
+            **dict(
+                d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, dropout_rate=0.3
+            ),
+        ),
+        {"input_ids": IDS, "labels": IDS},
+    ),
+    "t5-gated": (
+        made(
+            *("T5", "T5ForConditionalGeneration"),
+            **dict(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"),
+            decoder_start_token_id=0,
+        ),
+        {"input_ids": IDS, "labels": IDS},
+    ),
+    "vit": (
+        made("ViT", "ViTForImageClassification", **SMALL, image_size=32, patch_size=16, num_labels=3),
+        {"pixel_values": IMAGE, "labels": torch.tensor([0, 2])},
+    ),
+    "resnet": (
+        made(
+            *("ResNet", "ResNetForImageClassification"),
+            **dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3),
+        ),
+        {"pixel_values": IMAGE, "labels": torch.tensor([0, 2])},
+    ),
+    "convnext": (
+        made(
+            "ConvNext", "ConvNextForImageClassification", hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, num_labels=3
+        ),
+        {"pixel_values": IMAGE, "labels": torch.tensor([0, 2])},
+    ),
+    "whisper": (
+        made(
+            *("Whisper", "WhisperForConditionalGeneration"),
+            **dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=4),
+            **dict(decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=8),
+            **dict(
+                pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, max_target_positions=9
+            ),
+        ),
+        {"input_features": IMAGE.reshape(-1)[:128].reshape(2, 4, 16), "labels": IDS},
+    ),
+}
+CASES = [pytest.param(*case, id=name) for name, case in MODELS.items()]
+
+
+class InFloat64(TorchFunctionMode):
+    """transformers computes norms, softmaxes and losses in float32, whatever the model: here in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.float or (func is Tensor.to and args[1:] == (torch.float32,)):
+            return args[0] if args[0].dtype == torch.float64 else func(*args, **kwargs)
+        if kwargs.get("dtype") is torch.float32 and "softmax" in getattr(func, "__name__", ""):
+            kwargs = kwargs | {"dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    with InFloat64():
+        yield
+
+
+def step(model: Any, given: dict[str, Any]) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss and all gradients, for equal random numbers."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    loss = model(**given).loss
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(("make", "given"), CASES)
+def test_loss_and_gradients(make: Callable[[], Any], given: dict[str, Any]) -> None:
+    model = make()
+    before = [type(module) for module in model.modules()]
+    expected = step(copy.deepcopy(model), given)
+    convert(model, functional=True)
+    assert_close(step(model, given), expected, rtol=1e-9, atol=1e-9)
+    assert_close(step(pickle.loads(pickle.dumps(model)), given), expected, rtol=1e-9, atol=1e-9)
+    revert(model)
+    assert [type(module) for module in model.modules()] == before
+    assert_close(step(model, given), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("make", "given"), CASES)
+def test_without_functional(make: Callable[[], Any], given: dict[str, Any]) -> None:
+    model = make()
+    expected = step(copy.deepcopy(model), given)
+    assert_close(step(convert(model), given), expected, rtol=1e-4, atol=1e-4)  # norms in float32 there
+
+
+def test_which_modules_go() -> None:
+    model = convert(LANGUAGE["llama"]())
+    notes = {row.kind: row.note for row in manualgrad.conversion_report(model).rows if row.converted}
+    assert notes["LlamaRMSNorm"] == "its forward is manualgrad.adapters.rms_norm"
+    assert notes["LlamaMLP"] == "its forward is manualgrad.adapters.gated_mlp"
+    gemma = convert(LANGUAGE["gemma"]())
+    kinds = {row.kind: row.note for row in manualgrad.conversion_report(gemma).rows if row.converted}
+    assert kinds["GemmaRMSNorm"] == "its forward is manualgrad.adapters.rms_norm_from_one"
+    gpt2 = convert(LANGUAGE["gpt2"](), functional=True)
+    kept = nodes(gpt2(input_ids=IDS, labels=IDS).loss)
+    assert "AddmmBackward0" not in kept
+    assert not {name for name in kept if any(x in name for x in ("Norm", "Gelu", "Softmax", "Tanh", "Nll"))} - {
+        name for name in kept if name.endswith("FunctionBackward")
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "quick_gelu"]
+)
+def test_activations(name: str) -> None:
+    module = transformers.activations.ACT2FN[name]
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    expected = module(x)
+    found = convert(module)(x)
+    assert any(name.endswith("FunctionBackward") for name in nodes(found))
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    a, b = (torch.autograd.grad(y.sum(), x)[0] for y in (found, expected))
+    assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class OtherRMSNorm(nn.Module):
+    """Goes by the name, and does something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(4)), 1e-6
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * self.weight
+
+
+class NoRMSNorm(nn.Identity):
+    """Has none of it."""
+
+
+def test_a_name_proves_nothing() -> None:
+    for module in (OtherRMSNorm(), NoRMSNorm(), OtherRMSNorm().to("meta")):
+        assert adapted(module) is None
+        assert type(convert(module)) is type(module)
+
+
+def test_a_trial_leaves_no_trace() -> None:
+    model = LANGUAGE["llama"]()
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
+    state = torch.get_rng_state()
+    convert(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class TwiceActivation(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return input.relu() + input.relu()
+
+
+def twice(module: Any, input: Tensor) -> Tensor:
+    return 2 * manualgrad.nn.functional.relu(input)
+
+
+def test_an_adapter_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manualgrad.adapters._adapters", [])
+    manualgrad.register_adapter(r"Twice\w+")(twice)
+    module = convert(TwiceActivation())
+    x = torch.randn(4, requires_grad=True)
+    assert "ReLUFunctionBackward" in nodes(module(x))
+    assert_close(module(input=x), 2 * x.relu())
+    assert type(pickle.loads(pickle.dumps(module))) is type(module)
+    assert type(revert(module)) is TwiceActivation
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_are_at_least_as_near(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(64).to(dtype)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(32, 64).to(dtype)
+    exact = torch.nn.functional.rms_norm(x.double(), (64,), norm.weight.double(), 1e-6)
+    theirs, ours = (norm(x).double() - exact).norm(), (convert(norm)(x).double() - exact).norm()
+    assert type(norm) is not transformers.models.llama.modeling_llama.LlamaRMSNorm
+    assert ours <= 1.01 * theirs
+
+
+# --- the loss without logits ---
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize(
+    "more", [{}, {"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(5)}, {"shift_labels": IDS}]
+)
+def test_fused_loss(name: str, more: dict[str, Any]) -> None:
+    labels = IDS.masked_fill(IDS == 3, -100)
+    given = {"input_ids": IDS, "labels": labels, **more}
+    model = LANGUAGE[name]()
+    before = [type(module) for module in model.modules()]
+    expected = step(copy.deepcopy(model), given)
+    usual = copy.deepcopy(model)
+    convert(convert(model, functional=True, fused_loss=True), fused_loss=True)
+    for converted in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_close(step(converted, given), expected, rtol=1e-9, atol=1e-9)
+    output = model(**given)
+    assert output.logits is None
+    assert len(model(**given, return_dict=False)) == len(usual(**given, return_dict=False)) - 1
+    assert model(input_ids=IDS).logits.shape == (2, 7, 29)
+    assert_close(model.eval()(**given).logits, usual.eval()(**given).logits, rtol=1e-9, atol=1e-9)
+    revert(model)
+    assert [type(module) for module in model.modules()] == before
+    assert_close(step(model.train(), given), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fused_loss", [False, True])
+def test_no_logits_are_kept(fused_loss: bool) -> None:
+    kept: list[torch.Size] = []
+    model = convert(LANGUAGE["llama"](), fused_loss=fused_loss)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        model(input_ids=IDS, labels=IDS)
+    assert any(shape[-1:] == (29,) and shape.numel() >= 14 * 29 for shape in kept) is not fused_loss
+
+
+def test_fused_loss_where_it_cannot_be() -> None:
+    for model in (nn.Linear(2, 2), MODELS["bert"][0]()):
+        with pytest.raises(ValueError, match="fused_loss"):
+            convert(model, fused_loss=True)
+    capped = made("Gemma2", **SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=5.0)()
+    convert(capped, fused_loss=True)
+    with pytest.raises(RuntimeError, match="does something to its logits"):
+        capped(input_ids=IDS, labels=IDS)
+    assert capped(input_ids=IDS).logits.shape == (2, 7, 29)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_gradient_checkpointing() -> None:
+    given = {"input_ids": IDS, "labels": IDS}
+    model = LANGUAGE["llama"]()
+    expected = step(copy.deepcopy(model), given)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert_close(step(convert(model, functional=True, fused_loss=True), given), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_compiled() -> None:
+    given = {"input_ids": IDS, "labels": IDS}
+    model = LANGUAGE["llama"]()
+    expected = step(copy.deepcopy(model), given)
+    for fused_loss in (False, True):
+        torch._dynamo.reset()
+        convert(model, functional=True, fused_loss=fused_loss)
+        found = step(torch.compile(model, backend="aot_eager"), given)
+        assert_close(found, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+def test_saved_and_loaded(tmp_path: Any) -> None:
+    model = convert(LANGUAGE["llama"](), functional=True)
+    model.save_pretrained(tmp_path)
+    other = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert_close(other.state_dict(), model.state_dict())
+    generated = model.eval().generate(IDS, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated, other.eval().generate(IDS, max_new_tokens=3, do_sample=False))
