@@ -13,7 +13,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import manualgrad.nn.functional as F
-from manualgrad import nn, saved_bytes, saving
+from manualgrad import enabled, nn, saved_bytes, saving
 from manualgrad.ops.elementary import product
 from manualgrad.registry import Maker, Op
 from manualgrad.verification import verify
@@ -152,6 +152,17 @@ def test_what_is_kept() -> None:
     assert kept(F.relu) == 4 * n + bits(n)
     assert kept(lambda z: F.relu(F.layer_norm(z, (WIDTH,)))) == 4 * n + bits(n) + 2 * 4 * ROWS
     assert kept(lambda z: F.dropout(F.relu(F.rms_norm(z, (WIDTH,))), 0.5)) == 4 * n + 2 * bits(n)
+
+
+def test_a_gate_within_enabled() -> None:
+    x, weight = torch.randn(ROWS, WIDTH), torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def gated() -> Tensor:
+        return torch.nn.functional.linear(torch.nn.functional.silu(x @ weight) * (x @ weight), weight)
+
+    with enabled():
+        less = kept_bytes(gated)
+    assert less == kept_bytes(gated) - 2 * x.nbytes  # neither the gate nor the product
 
 
 def test_frozen_parameters_keep_nothing() -> None:

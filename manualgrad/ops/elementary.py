@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -262,10 +262,15 @@ class ElementwiseProductFunction(Rule):
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b, by the rule if a factor need not be kept."""
-    if a.shape == b.shape and a.dtype == b.dtype and (recipe_of(a) or recipe_of(b)):
-        return ElementwiseProductFunction.apply(a, b)
-    return a * b
+    """a · b, by the rule if that keeps less."""
+    return ElementwiseProductFunction.apply(a, b) if spares(a, b) else a * b
+
+
+def spares(a: Any, b: Any) -> bool:
+    """One of the factors, an activation say, need not be kept."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return recipe_of(a) is not None or recipe_of(b) is not None
 
 
 def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
