@@ -154,7 +154,7 @@ class Fusion:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.head = model.get_output_embeddings()
-        self.hidden: Tensor | None = None
+        self.hidden: Any = None
 
     def loss(
         self,
@@ -167,7 +167,8 @@ class Fusion:
         **_: Any,
     ) -> Tensor:
         """transformers' ``ForCausalLMLoss`` of what the head would make of its input."""
-        if self.hidden is None or logits is not self.hidden or vocab_size != self.head.weight.shape[0]:
+        hidden = logits
+        if logits is not self.hidden or vocab_size != self.head.weight.shape[0]:
             raise RuntimeError(
                 f"{type(self.model).__name__} does something to its logits before the loss (a scale, a cap, a "
                 "choice), so the two cannot be one: revert it, and convert it without fused_loss"
@@ -175,9 +176,9 @@ class Fusion:
         if shift_labels is None:
             shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         loss = functional.linear_cross_entropy(
-            logits.flatten(0, -2),
+            hidden.flatten(0, -2),
             self.head.weight,
-            shift_labels.flatten().to(logits.device),
+            shift_labels.flatten().to(hidden.device),
             linear_bias=self.head.bias,
             ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",

@@ -59,7 +59,7 @@ def convert(model: Model, *, functional: bool = False, fused_loss: bool = False)
     language_models = [module for module in _modules(model) if adapters.fuses(module)] if fused_loss else []
     if fused_loss and not language_models:
         raise ValueError(
-            f"fused_loss: this {type(model).__name__} has no causal language model of transformers in it that has a "
+            f"fused_loss: in this {type(model).__name__} there is no causal language model of transformers with a "
             "linear head and the usual loss"
         )
     for module in _modules(model):

@@ -24,12 +24,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
 IDS = torch.arange(14).remainder(11).reshape(2, 7)
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=torch.float64).sin().reshape(2, 3, 32, 32)
 
 
-def made(name: str, model: str | None = None, **config: Any) -> Callable[[], Any]:
+def made(name: str, model: str | None = None, /, **config: Any) -> Callable[[], Any]:
     def make() -> Any:
         torch.manual_seed(0)
         if "vocab_size" not in config and name not in ("ViT", "ResNet", "ConvNext"):
@@ -43,67 +48,40 @@ def made(name: str, model: str | None = None, **config: Any) -> Callable[[], Any
     return make
 
 
+LLAMA = SMALL | {"num_key_value_heads": 1}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+MAMBA = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "use_cache": False}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+VIT = SMALL | {"image_size": 32, "patch_size": 16, "num_labels": 3}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+CONVNEXT = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_labels": 3}
+WHISPER = (
+    {"d_model": 16, "num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 9}
+    | {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
+    | {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
+    | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+)
+
 LANGUAGE = {
-    "gpt2": made(
-        "GPT2", "GPT2LMHeadModel", n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    ),
-    "llama": made("Llama", **SMALL, num_key_value_heads=1),
-    "qwen2": made("Qwen2", **SMALL, num_key_value_heads=1),
-    "mistral": made("Mistral", **SMALL, num_key_value_heads=1),
-    "gemma": made("Gemma", **SMALL, num_key_value_heads=1, head_dim=8),
+    "gpt2": made("GPT2", "GPT2LMHeadModel", **GPT2),
+    "llama": made("Llama", **LLAMA),
+    "qwen2": made("Qwen2", **LLAMA),
+    "mistral": made("Mistral", **LLAMA),
+    "gemma": made("Gemma", **LLAMA, head_dim=8),
+    "mamba": made("Mamba", **MAMBA),
 }
+TEXT = {"input_ids": IDS, "labels": IDS}
+CLASSES = {"pixel_values": IMAGE, "labels": torch.tensor([0, 2])}
+SPEECH = {"input_features": IMAGE.reshape(-1)[:128].reshape(2, 4, 16), "labels": IDS}
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    **{name: (make, {"input_ids": IDS, "labels": IDS}) for name, make in LANGUAGE.items()},
-    "mamba": (
-        made("Mamba", hidden_size=16, num_hidden_layers=2, state_size=4, use_cache=False),
-        {"input_ids": IDS, "labels": IDS},
-    ),
-    "bert": (made("Bert", "BertForMaskedLM", **SMALL), {"input_ids": IDS, "labels": IDS}),
-    "t5": (
-        made(
-            *("T5", "T5ForConditionalGeneration"),
-            **dict(
-                d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, dropout_rate=0.3
-            ),
-        ),
-        {"input_ids": IDS, "labels": IDS},
-    ),
-    "t5-gated": (
-        made(
-            *("T5", "T5ForConditionalGeneration"),
-            **dict(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"),
-            decoder_start_token_id=0,
-        ),
-        {"input_ids": IDS, "labels": IDS},
-    ),
-    "vit": (
-        made("ViT", "ViTForImageClassification", **SMALL, image_size=32, patch_size=16, num_labels=3),
-        {"pixel_values": IMAGE, "labels": torch.tensor([0, 2])},
-    ),
-    "resnet": (
-        made(
-            *("ResNet", "ResNetForImageClassification"),
-            **dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3),
-        ),
-        {"pixel_values": IMAGE, "labels": torch.tensor([0, 2])},
-    ),
-    "convnext": (
-        made(
-            "ConvNext", "ConvNextForImageClassification", hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, num_labels=3
-        ),
-        {"pixel_values": IMAGE, "labels": torch.tensor([0, 2])},
-    ),
-    "whisper": (
-        made(
-            *("Whisper", "WhisperForConditionalGeneration"),
-            **dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=4),
-            **dict(decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=8),
-            **dict(
-                pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, max_target_positions=9
-            ),
-        ),
-        {"input_features": IMAGE.reshape(-1)[:128].reshape(2, 4, 16), "labels": IDS},
-    ),
+    **{name: (make, TEXT) for name, make in LANGUAGE.items()},
+    "bert": (made("Bert", "BertForMaskedLM", **SMALL), TEXT),
+    "t5": (made("T5", "T5ForConditionalGeneration", **T5), TEXT),
+    "t5-gated": (made("T5", "T5ForConditionalGeneration", **T5, feed_forward_proj="gated-gelu"), TEXT),
+    "vit": (made("ViT", "ViTForImageClassification", **VIT), CLASSES),
+    "resnet": (made("ResNet", "ResNetForImageClassification", **RESNET), CLASSES),
+    "convnext": (made("ConvNext", "ConvNextForImageClassification", **CONVNEXT), CLASSES),
+    "whisper": (made("Whisper", "WhisperForConditionalGeneration", **WHISPER), SPEECH),
 }
 CASES = [pytest.param(*case, id=name) for name, case in MODELS.items()]
 
@@ -289,7 +267,7 @@ def test_fused_loss_where_it_cannot_be() -> None:
     for model in (nn.Linear(2, 2), MODELS["bert"][0]()):
         with pytest.raises(ValueError, match="fused_loss"):
             convert(model, fused_loss=True)
-    capped = made("Gemma2", **SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=5.0)()
+    capped = made("Gemma2", **LLAMA, head_dim=8, final_logit_softcapping=5.0)()
     convert(capped, fused_loss=True)
     with pytest.raises(RuntimeError, match="does something to its logits"):
         capped(input_ids=IDS, labels=IDS)
