@@ -1,7 +1,7 @@
 """The few vendor kernels that may take a formula's place.
 
-Some gradients, written as torch operations, lose to a vendor's kernel by enough to matter in a whole training step.
-For these the kernel stands beside the formula that the rule gives, and is taken where nothing looks on (see
+Some gradients, written as torch operations, lose to a vendor's kernel by enough to matter in a training step. For
+these the kernel stands beside the formula that the rule gives, and is taken where nothing looks on (see
 `rule.nothing_looks_on`): a backward that is differentiated, transformed or compiled runs from the formula. The two
 are the same to rounding, which `tests/test_accelerators.py` holds.
 
