@@ -1,16 +1,16 @@
 """One formula, evaluated at once or in blocks that stay in the cache.
 
-A gradient is a formula of several torch operations, each of which reads and writes whole tensors. For large tensors
-on the CPU that is nearly all it costs: pages of fresh temporaries, and numbers read anew that the operation before
-has just left. Where the rows of a gradient do not know of each other, the formula can as well be evaluated for some
-rows at a time: its temporaries then stay in the cache, and are the same memory from block to block.
+A gradient is a formula of several torch operations, each of which reads and writes whole tensors. For large ones
+on the CPU that is nearly all it costs: pages of fresh temporaries, and numbers read anew that the operation
+before has just left. Where rows of a gradient do not know of each other, the formula can as well be evaluated
+for some of them at a time: its temporaries then stay in the cache, and are the same memory from block to block.
 
-torch shares an operation out among threads by 2¹⁵ numbers, and to call it costs a few µs, so that a block has 2¹⁷
-numbers for each thread: smaller ones leave threads idle. Whether there are blocks, and which, follows from the
-tensors, the number of threads and the setting `block` alone: a run can be repeated to the bit.
+torch shares an operation out among threads by 2¹⁵ numbers, and to call it costs a few µs, so that a block has
+2¹⁷ numbers for each thread: smaller ones leave threads idle. Whether there are blocks, and which, follows from
+the tensors, the number of threads and the setting `block` alone: a run can be repeated to the bit.
 
-Compiled by Inductor a formula takes a little less time still, but seconds to compile, once for each formula. Whoever
-has that time compiles the whole model, `torch.compile(model)`, and its backward is compiled with it.
+Compiled by Inductor a formula takes a little less time still, but seconds to compile, once for each formula.
+Where that pays, compile the whole model, `torch.compile(model)`, and its backward is compiled with it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 block: int | None = 2**17
-"""How many numbers of the upstream gradient each thread works on at a time; None: each formula is evaluated at once.
-One setting for all threads."""
+"""How many numbers each thread works on at a time; None: on all at once. One setting for all threads."""
 
 _FEWEST = 4
 """Blocks; fewer are not worth their making."""
@@ -31,14 +30,15 @@ _FEWEST = 4
 Results = tuple[Tensor | None, ...]
 
 
+def size() -> int | None:
+    """How many numbers are in a block."""
+    return block and block * torch.get_num_threads()
+
+
 def large(grad: Tensor) -> bool:
     """Blocks are worth while for this upstream gradient."""
-    return block is not None and grad.is_cpu and grad.numel() >= _FEWEST * _size()
-
-
-def _size() -> int:
-    assert block is not None
-    return block * torch.get_num_threads()
+    numbers = size()
+    return numbers is not None and grad.is_cpu and grad.numel() >= _FEWEST * numbers
 
 
 def in_blocks(
@@ -65,22 +65,22 @@ def in_blocks(
         if turned[-1].is_contiguous():
             found = in_blocks(compute, turned, leading, statistics, dtypes)
             return found and tuple(x if x is None else x.movedim(-1, 1) for x in found)
-    taken = _rows(known, leading, statistics)
+    taken = _rows(known, leading, statistics) if leading else None
     if taken is None:
         return None
     rows = grad.shape[:leading].numel()
-    step = -(-rows // -(-grad.numel() // _size()))
+    step = -(-rows // -(-grad.numel() // (size() or grad.numel())))
     totals: list[Tensor | None] = []
     for start in range(0, rows, step):
-        size = min(step, rows - start)
-        results = compute(*[x if axis is None else x.narrow(axis, start, size) for x, axis in taken])
+        few = min(step, rows - start)
+        results = compute(*[x if axis is None else x.narrow(axis, start, few) for x, axis in taken])
         if not totals:
             to = dtypes or [x if x is None else x.dtype for x in results]
             totals = [_room(x, grad, leading, dtype) for x, dtype in zip(results, to, strict=True)]
         for total, x in zip(totals, results, strict=True):
             if total is not None and x is not None:
                 if x.dim() == grad.dim():
-                    _numbered(total, leading).narrow(leading - 1, start, size).copy_(x)
+                    _numbered(total, leading).narrow(leading - 1, start, few).copy_(x)
                 else:
                     total.add_(x)
     if dtypes is not None:

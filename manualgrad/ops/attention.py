@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualgrad import fuse
 from manualgrad.ops.elementary import choose, drop_in, plus, times
 from manualgrad.registry import Call, Maker, register
 from manualgrad.rule import LOWER, Rule, nothing_looks_on
@@ -128,8 +129,6 @@ def _weights(part: Part, room: Sequence[Tensor | None] = (None, None)) -> tuple[
     return probability if kept is None else times(probability, kept), sent
 
 
-_SCORES = 2**17
-"""How many scores are in a block: what stays in the cache."""
 _ROWS = 128
 """How many rows are in a block where a row attends to those before it alone: half of all scores are not needed."""
 
@@ -137,13 +136,15 @@ _ROWS = 128
 def _in_blocks(part: Part) -> bool:
     """Blocks are worth while (there are several, none of them tiny) and allowed (one batch, nothing looks on)."""
     query, key, value, grad, output, added, *_ = part
+    size = fuse.size()
     scores = query.shape[-3:-1].numel() * key.shape[-2]  # of one example
     return (
-        query.is_cpu
+        size is not None
+        and query.is_cpu
         and query.dim() > 2
         and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-        and scores >= _SCORES // 2
-        and query.shape[:-3].numel() * scores > 2 * _SCORES
+        and scores >= size // 2
+        and query.shape[:-3].numel() * scores > 2 * size
         and (added is None or added.dim() > 1)
         and nothing_looks_on(query, key, value, grad, output)
     )
@@ -153,7 +154,7 @@ def _by_blocks(part: Part, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value, grad, output, added, drawn, factor = part
     batch, (length, columns) = query.shape[:-2], (query.shape[-2], key.shape[-2])
     rows = min(_ROWS, length) if causal else length
-    heads = min(batch[-1], max(1, _SCORES // (rows * columns)))
+    heads = min(batch[-1], max(1, (fuse.size() or 0) // (rows * columns)))
     to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     room = query.new_empty(2, heads * rows * columns)
     masks = [x if x is None else x.expand(*batch, length, columns) for x in (added, drawn)]
