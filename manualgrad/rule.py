@@ -17,6 +17,9 @@ The names a rule's functions may ask for:
     ``grad``                    ∂L/∂output, in the gradients alone
     any method of the rule      its value, computed once in each backward and shared by all that name it
 
+A method ``independent`` tells how many leading axes of ``grad`` number rows that do not know of each other, so
+that the gradients may be computed for some of them at a time (see fuse.py). It names ``grad`` and settings alone.
+
 ``grad_x`` is ∂L/∂x. An input without a ``grad_`` method has no gradient. The names that a gradient asks
 for, followed down to inputs, output and statistics, are exactly what is kept for it; what no *needed*
 gradient names is not kept.
@@ -53,7 +56,7 @@ from torch._functorch import eager_transforms
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
-from manualgrad import saving
+from manualgrad import fuse, saving
 
 
 class Formula(NamedTuple):
@@ -74,6 +77,8 @@ class Plan(NamedTuple):
     names: tuple[str, ...]  # of the tensors, then of the settings
     backward: Callable[..., tuple[Tensor | None, ...]]  # (*kept, grad) -> a gradient, or None, for each input
     differentiable: Callable[..., tuple[Tensor | None, ...]]  # the same, with moving statistics computed anew
+    independent: Callable[..., tuple[Any, ...]] | None  # (*kept, grad) -> how many leading axes can be taken apart
+    statistics: frozenset[int]  # the places of statistics among the names
 
 
 class Rule:
@@ -165,6 +170,8 @@ def _complete(rule: type[Rule]) -> None:
         if forward_mode:  # any input may have a tangent
             any_of = in_order([name for name in gradients if name in methods], given - moving)
             named |= {name for formula in any_of for name in formula.names} | {"output"}
+        apart = in_order(["independent"], given) if "independent" in methods else []
+        named |= {name for formula in apart for name in formula.names}
         tensors = [name for name in values if name in named and is_tensor[name]]
         settings = [name for name in values if name in named and not is_tensor[name]]
         early = [name for name in rule.keeps if name in named & kept]
@@ -179,6 +186,8 @@ def _complete(rule: type[Rule]) -> None:
             names,
             _written(formulas, (*names, "grad"), gradients),
             _written(anew, (*names, "grad"), gradients),
+            _written(apart, (*names, "grad"), ["independent"]) if apart else None,
+            frozenset(names.index(name) for name in rule.statistics if name in names),
         )
 
     @cache
@@ -253,9 +262,22 @@ def _complete(rule: type[Rule]) -> None:
         known, compute = (*tensors, *settings, grad), chosen.backward
         if differentiated():
             known, compute = _without_dead_wrappers(known), chosen.differentiable
+        elif chosen.independent is not None and type(grad) is Tensor and fuse.large(grad):  # no symbolic size
+            found = some_at_a_time(chosen, known, dtypes)
+            if found is not None:
+                return found
         if dtypes or _autocasting():
             return _computed_in_float32(compute, known, dtypes)
         return compute(*known)
+
+    def some_at_a_time(chosen: Plan, known: tuple[Any, ...], dtypes: Any) -> tuple[Tensor | None, ...] | None:
+        """The gradients, by blocks of rows, where that can be."""
+        if chosen.independent is None or not nothing_looks_on(*[x for x in known if isinstance(x, Tensor)]):
+            return None
+        (leading,), compute = chosen.independent(*known), chosen.backward
+        precise = (lambda *some: compute(*_in_float32(some))) if dtypes else compute
+        with _without_autocast(known) if _autocasting() else nullcontext():
+            return fuse.in_blocks(precise, known, leading, chosen.statistics, dtypes)
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | tuple[Tensor | None, ...]:
         chosen, _, settings, dtypes = ctx.kept

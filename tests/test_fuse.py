@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -154,3 +155,33 @@ def test_attention_that_broadcasts_is_computed_whole(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fuse, "block", 10)
     found = torch.autograd.grad(F.scaled_dot_product_attention(query, key, key).sum(), (query, key))
     assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gelu", "hardswish", "layer_norm", "rms_norm", "softmax"])
+def test_rules_in_blocks(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"layer_norm": {"normalized_shape": (9,)}, "rms_norm": {"normalized_shape": (9,)}}
+    settings["softmax"] = {"dim": 2}
+    function = partial(getattr(F, name), **settings.get(name, {}))
+    input, upstream, weight = (torch.randn(size).to(dtype) for size in ((3, 5, 9), (3, 5, 9), (9,)))
+    leaves = [input.requires_grad_(), *([weight.requires_grad_()] if "norm" in name else [])]
+
+    def gradients() -> tuple[Tensor, ...]:
+        output = function(input, weight=weight) if "norm" in name else function(input)
+        return torch.autograd.grad(output, leaves, upstream)
+
+    taken: list[bool] = []
+    in_blocks = fuse.in_blocks
+
+    def noted(*args: Any) -> Any:
+        found = in_blocks(*args)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(fuse, "in_blocks", noted)
+    found = gradients()
+    assert taken == [True]
+    monkeypatch.setattr(fuse, "block", None)
+    assert_close(found, gradients())
+    assert taken == [True]

@@ -106,6 +106,9 @@ class SoftsignFunction(Rule):
     cheap = True
     complex = True
 
+    def independent(grad: Tensor) -> int:
+        return grad.dim()
+
     def forward(input: Tensor) -> Tensor:
         return F.softsign(input)
 
@@ -487,6 +490,9 @@ class HardsigmoidFunction(Rule):
     keeps = ("rising",)
     cheap = True
 
+    def independent(grad: Tensor) -> int:
+        return grad.dim()
+
     def forward(input: Tensor) -> Tensor:
         return F.hardsigmoid(input)
 
@@ -501,6 +507,9 @@ class HardswishFunction(Rule):
     r"""y = x h,  h = x/6 + 1/2, clamped to [0, 1]      y′ = 0 where x ≤ -3, x/3 + 1/2 between, 1 where x ≥ 3"""
 
     cheap = True
+
+    def independent(grad: Tensor) -> int:
+        return grad.dim()
 
     def forward(input: Tensor) -> Tensor:
         return F.hardswish(input)

@@ -185,6 +185,9 @@ class Pointwise(Rule):
 
     cheap = True
 
+    def independent(grad: Tensor) -> int:
+        return grad.dim()
+
     def grad_input(grad: Tensor, derivative: Tensor) -> Tensor:
         return times(derivative.conj(), grad)
 
@@ -250,6 +253,9 @@ class ElementwiseProductFunction(Rule):
 
     cheap = True
     complex = True
+
+    def independent(grad: Tensor) -> int:
+        return grad.dim()
 
     def forward(a: Tensor, b: Tensor) -> Tensor:
         return a * b

@@ -112,6 +112,9 @@ class NormFunction(ScaledFunction):
 class Trailing(Rule):
     r"""E: over the last k axes, which are those of w and b: a group of channels of one place"""
 
+    def independent(grad: Tensor, k: int) -> int:
+        return grad.dim() - k
+
     def channels(grad: Tensor, k: int) -> tuple[int, ...]:
         return grad.shape[grad.dim() - k :]
 
