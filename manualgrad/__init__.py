@@ -6,24 +6,18 @@
 
 Each layer and loss is a `torch.autograd.Function` whose gradient is written by hand, its derivation beside it
 (`manualgrad.ops`). `Rule` makes one from pure functions; `registry.ops` lists them all; `verify` tries the laws
-that they hold on anyone's.
+that they hold on anyone's; `saved_bytes` counts what any model keeps for its backward, layer by layer.
 """
 
 from manualgrad import nn, registry
 from manualgrad.adapters import register_adapter
 from manualgrad.conversion import conversion_report, convert, revert
 from manualgrad.enabling import enabled
+from manualgrad.meter import saved_bytes
 from manualgrad.rule import Rule
 from manualgrad.verification import verify
 
 __all__ = [
-    "Rule",
-    "conversion_report",
-    "convert",
-    "enabled",
-    "nn",
-    "register_adapter",
-    "registry",
-    "revert",
-    "verify",
+    *("Rule", "nn", "registry", "saved_bytes", "verify"),
+    *("conversion_report", "convert", "enabled", "register_adapter", "revert"),
 ]

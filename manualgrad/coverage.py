@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from manualgrad import nn
+from manualgrad.meter import saved_bytes
 from manualgrad.registry import Call, Maker, Op, ops, stand_ins
-from manualgrad.saving import kept_bytes
 from manualgrad.verification.derivatives import derivative, line, quotient
 from manualgrad.verification.subject import Subject, upstream
 
@@ -180,7 +180,7 @@ def _kept(op: Op, function: Callable[..., Any]) -> float:
     """Bytes kept for backward at the big sample in float32, for each number of the first differentiable tensor."""
     call: Call = op.big(Maker(torch.float32))
     args, kwargs = call.marked()
-    return kept_bytes(function, *args, **kwargs) / call[call.differentiable()[0]].numel()
+    return saved_bytes(function, *args, **kwargs).everything / call[call.differentiable()[0]].numel()
 
 
 def _modules_of(op: Op) -> list[str]:

@@ -23,10 +23,11 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from manualgrad import registry
 from manualgrad.nn import functional
-from manualgrad.ops.elementary import _REFUSALS
+from manualgrad.ops.elementary import _REFUSALS, product, spares
 from manualgrad.rule import Rule, beyond_reverse_mode
 
 _PLAIN = (Tensor, Parameter)
+_PRODUCTS = frozenset((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__))
 
 
 @contextmanager
@@ -69,11 +70,8 @@ class _Enabled(TorchFunctionMode):
 def replacement(
     func: Any, types: Iterable[type], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[..., Any] | None:
-    """What is called in place of torch's `func` with these arguments; None: nothing is.
-
-    A rule that is to take the place of an operation under a condition on the arguments has its place here.
-    """
-    ours = _TABLE.get(func)
+    """What is called in place of torch's `func` with these arguments; None: nothing is."""
+    ours = product if func in _PRODUCTS and not kwargs and spares(*args) else _TABLE.get(func)
     if ours is None or not all(kind in _PLAIN for kind in types):
         return None
     return ours if _concerns_us([*args, *kwargs.values()]) else None

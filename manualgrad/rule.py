@@ -17,6 +17,9 @@ The names a rule's functions may ask for:
     ``grad``                    ∂L/∂output, in the gradients alone
     any method of the rule      its value, computed once in each backward and shared by all that name it
 
+A method ``independent`` tells how many leading axes of ``grad`` number rows that do not know of each other, so
+that the gradients may be computed for some of them at a time (see fuse.py). It names ``grad`` and settings alone.
+
 ``grad_x`` is ∂L/∂x. An input without a ``grad_`` method has no gradient. The names that a gradient asks
 for, followed down to inputs, output and statistics, are exactly what is kept for it; what no *needed*
 gradient names is not kept.
@@ -47,10 +50,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _autograd as autograd  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch import eager_transforms
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
+
+from manualgrad import fuse, saving
 
 
 class Formula(NamedTuple):
@@ -64,11 +70,15 @@ class Formula(NamedTuple):
 class Plan(NamedTuple):
     """What one set of needed gradients takes: which values to keep, and how to compute from them."""
 
-    tensors: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]  # out of inputs and outputs, what to keep
+    tensors: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # out of inputs and outputs, what to keep
+    early: Callable[..., tuple[Any, ...]] | None  # of some inputs and outputs, what to compute and keep
+    early_from: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # those
     settings: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     names: tuple[str, ...]  # of the tensors, then of the settings
     backward: Callable[..., tuple[Tensor | None, ...]]  # (*kept, grad) -> a gradient, or None, for each input
     differentiable: Callable[..., tuple[Tensor | None, ...]]  # the same, with moving statistics computed anew
+    independent: Callable[..., tuple[Any, ...]] | None  # (*kept, grad) -> how many leading axes can be taken apart
+    statistics: frozenset[int]  # the places of statistics among the names
 
 
 class Rule:
@@ -86,6 +96,13 @@ class Rule:
 
     complex: ClassVar[bool] = False
     """The gradients hold for complex numbers."""
+
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """Names of methods whose value is small: computed in the forward, and kept in place of what they name."""
+
+    cheap: ClassVar[bool] = False
+    """The output takes one pass over memory to make: a rule that is to keep it may make it again (see saving.py),
+    by this rule, or by its method ``recompute``, whose presence says as much."""
 
     forward: ClassVar[Callable[..., Any]]
     function: ClassVar[type[Function]]
@@ -123,6 +140,10 @@ def _complete(rule: type[Rule]) -> None:
     given = frozenset((*values, "grad"))
     moving = frozenset(rule.statistics) & frozenset(methods)
     _check(rule, parameters, given, methods)
+    recompute = methods.get("recompute")
+    if recompute is None and rule.cheap:
+        recompute = Formula("recompute", lambda *args: rule.apply(*args), inputs)
+    remade_from = () if recompute is None else tuple((name, values.index(name)) for name in recompute.names)
 
     def in_order(targets: Iterable[str], given: frozenset[str]) -> list[Formula]:
         """The formulas that compute `targets` from what is given, each after those it names."""
@@ -139,24 +160,34 @@ def _complete(rule: type[Rule]) -> None:
         return list(order.values())
 
     @cache
-    def plan(needed: tuple[bool, ...], forward_mode: bool) -> Plan:
+    def plan(needed: tuple[bool, ...], forward_mode: bool, thrifty: bool = False) -> Plan:
         wanted = [name for name, need in zip(gradients, needed, strict=True) if need]
         for name in wanted:
             check_differentiable(name)
-        formulas, anew = in_order(wanted, given), in_order(wanted, given - moving)
+        kept = frozenset(rule.keeps if thrifty else ())
+        formulas, anew = in_order(wanted, given | kept), in_order(wanted, given - moving | kept)
         named = {name for formula in (*formulas, *anew) for name in formula.names}
         if forward_mode:  # any input may have a tangent
             any_of = in_order([name for name in gradients if name in methods], given - moving)
             named |= {name for formula in any_of for name in formula.names} | {"output"}
+        apart = in_order(["independent"], given) if "independent" in methods else []
+        named |= {name for formula in apart for name in formula.names}
         tensors = [name for name in values if name in named and is_tensor[name]]
         settings = [name for name in values if name in named and not is_tensor[name]]
-        names = (*tensors, *settings)
+        early = [name for name in rule.keeps if name in named & kept]
+        names = (*tensors, *early, *settings)
+        first = in_order(early, given)
+        early_from = [name for name in values if any(name in formula.names for formula in first)]
         return Plan(
             _taking([values.index(name) for name in tensors]),
+            _written(first, early_from, early) if early else None,
+            _taking([values.index(name) for name in early_from]),
             _taking([values.index(name) for name in settings]),
             names,
             _written(formulas, (*names, "grad"), gradients),
             _written(anew, (*names, "grad"), gradients),
+            _written(apart, (*names, "grad"), ["independent"]) if apart else None,
+            frozenset(names.index(name) for name in rule.statistics if name in names),
         )
 
     @cache
@@ -173,37 +204,83 @@ def _complete(rule: type[Rule]) -> None:
             )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if refuses_complex and inputs[0].is_complex():
-            raise RuntimeError(f"{rule.__name__} does not support automatic differentiation for complex numbers")
-        every = inputs + output if has_statistics else (*inputs, output)
+        every = prepared(ctx, inputs, output)
         forward_mode = _forward_mode()
         chosen = plan(ctx.needs_input_grad, forward_mode)
         tensors = chosen.tensors(every)
         ctx.save_for_backward(*tensors)
-        dtypes = None
-        if in_float32 and every[n].dtype in _LOW:
-            dtypes = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
-        ctx.kept = chosen, chosen.settings(every), dtypes
-        if has_statistics:
-            ctx.mark_non_differentiable(*output[1:])
-            ctx.set_materialize_grads(False)  # or backward is given zeros for the statistics
+        ctx.kept = chosen, None, chosen.settings(every), low_precision(inputs, every)
         if forward_mode:
             ctx.save_for_forward(*tensors)  # the same: else grad(vmap) goes wrong
             ctx.set_materialize_grads(False)
 
+    def setup_thriftily(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """The same where nothing looks on: whatever is large is kept by its recipe, if there is one."""
+        large = saving.large(output[0] if has_statistics else output)
+        if _forward_mode() or not (large or saving.large(inputs[0])):
+            return setup_context(ctx, inputs, output)
+        every = prepared(ctx, inputs, output)
+        chosen = plan(ctx.needs_input_grad, False, thrifty=True)
+        tensors, dtypes = chosen.tensors(every), low_precision(inputs, every)
+        if chosen.early is not None:
+            known = chosen.early_from(every)
+            tensors += chosen.early(*(_in_float32(known) if dtypes else known))
+        pantry = saving.Pantry(tensors)
+        if large and recompute is not None and "output" not in chosen.names:
+            parts = dict(zip(chosen.names, pantry.parts, strict=False))
+            asked = [(every[place], parts.get(name)) for name, place in remade_from]
+            ctx.recipe = pantry.recipe(recompute.function, asked, every[n], output is inputs[0])
+        ctx.save_for_backward(*pantry.tensors)
+        ctx.kept = chosen, pantry.again(), chosen.settings(every), dtypes
+        return None
+
+    def prepared(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
+        """All values; what autograd is to know of the output is said."""
+        if refuses_complex and inputs[0].is_complex():
+            raise RuntimeError(f"{rule.__name__} does not support automatic differentiation for complex numbers")
+        if has_statistics:
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)  # or backward is given zeros for the statistics
+        elif output is inputs[0]:
+            ctx.mark_dirty(output)
+        return inputs + output if has_statistics else (*inputs, output)
+
+    def low_precision(inputs: tuple[Any, ...], every: tuple[Any, ...]) -> list[torch.dtype | None] | None:
+        """To which dtypes the gradients are rounded, if they are computed in float32."""
+        if not in_float32 or every[n].dtype not in _LOW:
+            return None
+        return [x.dtype if isinstance(x, Tensor) else None for x in inputs]
+
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(inputs)
-        chosen, settings, dtypes = ctx.kept
-        known, compute = (*ctx.saved_tensors, *settings, grad), chosen.backward
+        chosen, again, settings, dtypes = ctx.kept
+        tensors = ctx.saved_tensors
+        if again is not None:
+            with _without_autocast(tensors) if _autocasting() else nullcontext():
+                tensors = again(tensors)
+        known, compute = (*tensors, *settings, grad), chosen.backward
         if differentiated():
             known, compute = _without_dead_wrappers(known), chosen.differentiable
+        elif chosen.independent is not None and type(grad) is Tensor and fuse.large(grad):  # no symbolic size
+            found = some_at_a_time(chosen, known, dtypes)
+            if found is not None:
+                return found
         if dtypes or _autocasting():
             return _computed_in_float32(compute, known, dtypes)
         return compute(*known)
 
+    def some_at_a_time(chosen: Plan, known: tuple[Any, ...], dtypes: Any) -> tuple[Tensor | None, ...] | None:
+        """The gradients, by blocks of rows, where that can be."""
+        if chosen.independent is None or not nothing_looks_on(*[x for x in known if isinstance(x, Tensor)]):
+            return None
+        (leading,), compute = chosen.independent(*known), chosen.backward
+        precise = (lambda *some: compute(*_in_float32(some))) if dtypes else compute
+        with _without_autocast(known) if _autocasting() else nullcontext():
+            return fuse.in_blocks(precise, known, leading, chosen.statistics, dtypes)
+
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | tuple[Tensor | None, ...]:
-        chosen, settings, dtypes = ctx.kept
+        chosen, _, settings, dtypes = ctx.kept
         with _outer_tangents():
             known = [*[_primal(x) for x in ctx.saved_tensors], *settings]
             moved = [i for i, tangent in enumerate(tangents) if tangent is not None]
@@ -218,12 +295,14 @@ def _complete(rule: type[Rule]) -> None:
                 tangent = tangent.contiguous()
         return (tangent, *[None] * len(rule.statistics)) if has_statistics else tangent
 
-    parts: dict[str, Any] = {"forward": rule.forward, "setup_context": setup_context, "backward": backward}
-    functions = {name: staticmethod(part) for name, part in parts.items()}
-    rule.function = type(
-        rule.__name__, (Function,), functions | {"jvp": staticmethod(jvp), "generate_vmap_rule": True}
-    )
-    rule.apply = staticmethod(_entry(rule, type(rule.__name__, (Function,), functions)))
+    def function(setup_context: Callable[..., None], **more: Any) -> Any:
+        parts = {"forward": rule.forward, "setup_context": setup_context, "backward": backward, **more}
+        methods = {name: staticmethod(part) if callable(part) else part for name, part in parts.items()}
+        return type(rule.__name__, (Function,), methods)
+
+    rule.function = function(setup_context, jvp=jvp, generate_vmap_rule=True)
+    thrifty = function(setup_thriftily, jvp=jvp)
+    rule.apply = staticmethod(_entry(rule, thrifty, function(setup_context)))
 
 
 def _check(
@@ -269,7 +348,7 @@ def _computed_in_float32(
 ) -> tuple[Tensor | None, ...]:
     """`compute` without autocast, and if there are `dtypes` in float32, rounded to them once at the end."""
     if dtypes:
-        known = [x.float() if isinstance(x, Tensor) and x.dtype in _LOW else x for x in known]
+        known = _in_float32(known)
     with _without_autocast(known):
         found = compute(*known)
     if dtypes:
@@ -277,13 +356,17 @@ def _computed_in_float32(
     return found
 
 
-def _entry(rule: type[Rule], twin: Any) -> Callable[..., Any]:
+def _in_float32(values: Iterable[Any]) -> list[Any]:
+    return [x.float() if isinstance(x, Tensor) and x.dtype in _LOW else x for x in values]
+
+
+def _entry(rule: type[Rule], thrifty: Any, twin: Any) -> Callable[..., Any]:
     @torch.compiler.allow_in_graph
     def compiled(*args: Any) -> Any:
         return twin.apply(*args)
 
     general = rule.function.apply
-    parent: Any = super(Function, rule.function)
+    parent: Any = super(Function, thrifty)
     direct = parent.apply  # Function.apply without the 10 µs in which it reads the signature
     forward = rule.forward
     has_statistics = bool(rule.statistics)
@@ -380,6 +463,13 @@ def nothing_looks_on(*tensors: Tensor) -> bool:
     return True
 
 
+def may_be_overwritten(tensor: Tensor) -> bool:
+    """A rule may write its output over this input: in reverse mode alone, and over no leaf and no view, of which
+    torch asks more."""
+    plain = type(tensor) is Tensor and not beyond_reverse_mode() and not torch.compiler.is_compiling()
+    return plain and not tensor._is_view() and not (tensor.is_leaf and tensor.requires_grad)
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The tensor under torch.func's wrappers: what it holds, for a check that may not depend on a batch."""
     while functorch.is_functorch_wrapped_tensor(tensor):
@@ -402,3 +492,13 @@ def _primal(tensor: Any) -> Any:
     if isinstance(tensor, Tensor) and _nested_forward_mode() and not functorch.is_batchedtensor(tensor):
         return forward_ad.unpack_dual(tensor, level=0).primal
     return tensor
+
+
+def keeping_is_seen() -> bool:
+    """A hook of the user's is given what this forward keeps, and may hold on to it."""
+    return autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def last_backward() -> bool:
+    """The graph is not retained: what a rule has kept is read now for the last time."""
+    return not autograd._get_current_graph_task_keep_graph()

@@ -1,38 +1,55 @@
-"""Time and memory of manualgrad against torch.nn, side by side in one process.
+"""Time and memory of manualgrad beside torch.nn, torch.compile, checkpointed blocks and, on CUDA, Liger-Kernel.
 
-Gradients are compared first, and a difference ends the report. Then forward and backward of both run in turn: the
-medians of each are shown, and that of the ratios pair by pair. Below 1 ours is faster, or keeps less.
+    python scripts/benchmark.py                  whole models (scripts/models.py), then single operations
+    python scripts/benchmark.py --what models --only gpt --only llama --device cuda --dtype bfloat16
+
+Gradients are compared first, and a difference ends the report. Then forward and backward of all run in turn, in
+one process and without an optimizer: shown is each one's median, and that of its ratios to torch.nn, turn by turn.
+
+Kept for backward is what `manualgrad.saved_bytes` counts: of a model without its parameters and its batch, of an
+operation with its inputs. The peak is the most memory during a step above that before it, measured in a fresh
+process for each: on the CPU what the process has of the machine's, on CUDA what tensors have of the device's.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import importlib.util
 import json
+import multiprocessing
+import os
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+import models
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-from manualgrad import nn, registry
-from manualgrad.saving import kept_bytes
-from manualgrad.training import CommandLine, parse_settings
+from manualgrad import nn, registry, saved_bytes
+from manualgrad.training import CommandLine, fail, parse_settings
 from manualgrad.verification.derivatives import derivative, line
 
 
 class Settings(CommandLine):
-    """Time and memory of manualgrad against torch.nn, as ratios (below 1: ours is faster, or keeps less)."""
+    """Time and memory of manualgrad beside torch.nn and others, as ratios: below 1 for the better."""
 
-    what: Literal["all", "networks", "operations", "orders"] = "all"
-    """Whole networks, single operations at the size that real models have, both of these, or the derivatives of
+    what: Literal["all", "models", "operations", "orders"] = "all"
+    """Whole models, single operations at the size that real models have, both of these, or the derivatives of
     layer norm of orders 1 to 4."""
+    only: list[str] = []
+    """The models and operations to measure, by name; by default all."""
     device: str = "cpu"
     """Where to measure: cpu or cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -41,6 +58,243 @@ class Settings(CommandLine):
     """How long to measure each row."""
     json_file: Path | None = None
     """Write the figures there as well."""
+
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def compare(
+    name: str,
+    found: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    exact: Callable[[], Sequence[Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """End the report where a gradient differs from torch's by more than rounding: unless torch's is no nearer to
+    its own in float64, `exact`."""
+    tolerance = 16 * torch.finfo(dtype).eps
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        try:
+            assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+        except AssertionError as difference:
+            true = exact()
+            ours, torch_s = ((x.double() - true[i]).norm().item() for x in (a, b))
+            rounding = tolerance * max(x.abs().max().item() for x in true)  # a gradient of zero is nothing else
+            if not ours <= 2 * torch_s + rounding:
+                fail(f"{name}: gradient {i} differs from torch's: {difference}")
+
+
+def synchronized(device: str) -> float:
+    """The time, all done that was to be done."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# Whole models
+
+
+class Contestant(NamedTuple):
+    title: str
+    ours: bool = False
+    compiled: bool = False
+    switches: dict[str, Any] = {}
+    """What is set on those modules of the model that have it."""
+    foreign: bool = False
+    """May fail, without a compiler on the machine, say."""
+
+
+CONTESTANTS = {
+    "torch": Contestant("torch.nn"),
+    "ours": Contestant("**ours**", ours=True, switches={"form": "whole"}),
+    "checkpointed": Contestant("torch.nn, blocks checkpointed", switches={"checkpointed": True}),
+    "ours_checkpointed": Contestant(
+        "ours, blocks checkpointed", ours=True, switches={"form": "whole", "checkpointed": True}
+    ),
+    "compiled": Contestant("torch.compile", compiled=True, foreign=True),
+    "chunked": Contestant("torch.nn, its head in chunks", switches={"form": "chunked"}),
+    "liger": Contestant("torch.nn, Liger-Kernel", switches={"form": "liger"}, foreign=True),
+}
+
+
+def contestants(case: models.Case, settings: Settings) -> list[str]:
+    """Who can run here."""
+    missing = set()
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since torch 2.13
+        missing.add("chunked")
+    if settings.device == "cpu" or not importlib.util.find_spec("liger_kernel"):
+        missing.add("liger")
+    return ["torch", *(name for name in case.contestants if name not in missing)]
+
+
+@cache
+def _models_of_ours() -> ModuleType:
+    """The file of models once more, with one word changed in each of two lines."""
+    assert models.__file__ is not None
+    spec = importlib.util.spec_from_file_location("models_of_ours", models.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    module.nn, module.F = nn, nn.functional
+    return module
+
+
+def of_ours(case: models.Case) -> torch.nn.Module:
+    """The model of a case, made of our layers."""
+    return _models_of_ours().NAMED[case.name].make()
+
+
+class Run:
+    """One contestant at one case: its model, ready to step."""
+
+    def __init__(self, case: models.Case, name: str, device: str, dtype: torch.dtype) -> None:
+        contestant = CONTESTANTS[name]
+        torch.manual_seed(0)
+        self.model = of_ours(case) if contestant.ours else case.make()
+        for module in self.model.modules():
+            for switch, value in contestant.switches.items():
+                if hasattr(module, switch):
+                    setattr(module, switch, value)
+        self.model.to(device, dtype)
+        self.function: Callable[..., Tensor] = torch.compile(self.model) if contestant.compiled else self.model
+        torch.manual_seed(1)
+        self.batch = [x.to(device, dtype if x.is_floating_point() else None) for x in case.batch()]
+        self.upstream: Tensor | None = None
+        self.device = device
+
+    def step(self) -> None:
+        """Forward and backward."""
+        output = self.function(*self.batch)
+        if self.upstream is None and output.dim() > 0:  # a layer's; a model's is its loss
+            torch.manual_seed(2)
+            self.upstream = torch.randn_like(output)
+        output.backward(self.upstream)
+
+    def clear(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def gradients(self) -> list[Tensor]:
+        torch.manual_seed(3)
+        self.clear()
+        self.step()
+        return [x.grad for x in self.model.parameters() if x.grad is not None]
+
+    def seconds(self) -> float:
+        self.clear()
+        begin = synchronized(self.device)
+        self.step()
+        return synchronized(self.device) - begin
+
+
+def peak(case_name: str, contestant: str, settings: Settings) -> int | None:
+    """Bytes that a step needs at most above those that are there before it; to be called in a fresh process."""
+    run = Run(models.NAMED[case_name], contestant, settings.device, settings.torch_dtype())
+    for _ in range(2):  # libraries are loaded, kernels compiled
+        run.clear()
+        run.step()
+    run.clear()
+    gc.collect()
+    if settings.device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run.step()
+        return torch.cuda.max_memory_allocated() - before
+    if not (reset := Path("/proc/self/clear_refs")).exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
+    reset.write_text("5")  # the high-water mark (that of getrusage would also know the parent's)
+    before = _memory("VmRSS")
+    run.step()
+    return _memory("VmHWM") - before
+
+
+def _memory(name: str) -> int:
+    """A line of Linux's account of this process, in bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+class ModelRow(NamedTuple):
+    model: str
+    contestant: str
+    first_s: float
+    """The first step, in which torch.compile compiles."""
+    ms: float
+    time_ratio: float
+    kept: int
+    peak: int | None
+
+
+def measure_model(case: models.Case, settings: Settings) -> list[ModelRow]:
+    """The rows of one case, torch.nn's first."""
+    runs: dict[str, Run] = {}
+    first: dict[str, float] = {}
+    kept: dict[str, int] = {}
+    expected: list[Tensor] = []
+
+    @cache
+    def exact() -> list[Tensor]:
+        return Run(case, "torch", settings.device, torch.float64).gradients()
+
+    for name in contestants(case, settings):
+        run = Run(case, name, settings.device, settings.torch_dtype())
+        try:
+            first[name] = run.seconds()
+        except Exception as error:
+            if not CONTESTANTS[name].foreign:
+                raise
+            print(f"{case.name}: {name} does not run here: {error!r:.200}", file=sys.stderr)
+            continue
+        found = run.gradients()
+        if name == "torch":
+            expected = found
+        elif not CONTESTANTS[name].compiled:  # which draws other random numbers for dropout
+            compare(f"{case.title}, {name}", found, expected, exact, settings.torch_dtype())
+        kept[name] = saved_bytes(run.function, *run.batch).total
+        runs[name] = run
+    times: list[dict[str, float]] = []
+    begin, names = time.perf_counter(), list(runs)
+    while len(times) < FEWEST or time.perf_counter() - begin < settings.seconds * len(runs):
+        names = [*names[1:], names[0]]  # each after another
+        times.append({name: runs[name].seconds() for name in names})
+    del times[: 1 + len(times) // 10]  # warm-up
+    rows = []
+    for name in runs:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            most = fresh.submit(peak, case.name, name, settings).result()
+        ratio = statistics.median(turn[name] / turn["torch"] for turn in times)
+        ms = 1e3 * statistics.median(turn[name] for turn in times)
+        rows.append(ModelRow(case.name, name, first[name], ms, ratio, kept[name], most))
+    return rows
+
+
+FEWEST = 4
+"""Turns, the first of which is warm-up."""
+
+MODEL_HEAD = """\
+| forward + backward | | ms | / torch.nn | kept, MiB | / torch.nn | peak, MiB | / torch.nn |
+|---|---|---|---|---|---|---|---|"""
+
+
+def model_lines(case: models.Case, rows: Sequence[ModelRow]) -> Iterator[str]:
+    """The rows of one case as lines of the table."""
+    base = rows[0]
+    for row in rows:
+        contestant = CONTESTANTS[row.contestant]
+        title = f"{contestant.title}, ready in {row.first_s:.0f} s" if contestant.compiled else contestant.title
+        cells = [case.title if row is base else "", title, f"{row.ms:.1f}", f"{row.time_ratio:.2f}"]
+        for mine, torchs in ((row.kept, base.kept), (row.peak, base.peak)):
+            figures = (
+                ("", "") if mine is None else (f"{mine / 2**20:.1f}", f"{mine / torchs:.2f}" if torchs else "")
+            )
+            cells += figures
+        yield f"| {' | '.join(cells)} |"
+
+
+# Single operations
 
 
 Step = Callable[[], list[Tensor]]
@@ -52,41 +306,26 @@ Subject = tuple[Step, Callable[[], Any]]
 REPEATS = 5
 """How often a row is made anew: how its memory happens to lie counts for a few percent."""
 
+OPERATION_HEAD = """\
+| forward + backward | ours, ms | torch, ms | time, ours / torch | kept for backward, ours / torch |
+|---|---|---|---|---|"""
 
-class Row(NamedTuple):
+
+class OperationRow(NamedTuple):
     name: str
     ours_ms: float
     torch_ms: float
     time_ratio: float
     kept_ratio: float
 
-
-def mlp(nn: ModuleType, width: int, batch: int, settings: Settings) -> Subject:
-    """Three linear layers with ReLU between, and the mean squared error."""
-    where = {"device": settings.device, "dtype": getattr(torch, settings.dtype)}
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
-    ).to(**where)
-    loss = nn.MSELoss()
-    x, target = torch.randn(2, batch, width).to(**where)
-    parameters = list(model.parameters())
-
-    def forward() -> Tensor:
-        return loss(model(x), target)
-
-    def step() -> list[Tensor]:
-        for parameter in parameters:
-            parameter.grad = None
-        forward().backward()
-        return [parameter.grad for parameter in parameters]
-
-    return step, forward
+    def __str__(self) -> str:
+        figures = [f"{x:.3f}" for x in self[1:3]] + [f"{x:.2f}" for x in self[3:]]
+        return f"| {self.name} | {' | '.join(figures)} |"
 
 
-def operation(op: registry.Op, function: Callable[..., Any], settings: Settings) -> Subject:
+def operation(op: registry.Op, function: Callable[..., Any], device: str, dtype: torch.dtype) -> Subject:
     """One operation on its big sample, and a gradient for every input that has one."""
-    call = op.big(registry.Maker(getattr(torch, settings.dtype), settings.device))
+    call = op.big(registry.Maker(dtype, device))
     args, kwargs = call.marked()
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
     upstream: list[Tensor] = []
@@ -106,40 +345,24 @@ def operation(op: registry.Op, function: Callable[..., Any], settings: Settings)
     return step, forward
 
 
-def subjects(settings: Settings) -> Iterator[tuple[str, Callable[[], tuple[Subject, Subject]]]]:
-    """Each row's name, and what makes ours and torch's."""
-    if settings.what != "operations":
-        for width, batch in ((64, 64), (1024, 256)):
-            make = partial(mlp, width=width, batch=batch, settings=settings)
-            yield f"MLP, 3 layers, width {width}, batch {batch}", lambda make=make: (make(nn), make(torch.nn))
-    if settings.what != "networks":
-        for op in registry.ops().values():
-            make = partial(operation, op, settings=settings)
-            yield op.name, lambda op=op, make=make: (make(op.function), make(op.reference))
-
-
-def measure(name: str, make: Callable[[], tuple[Subject, Subject]], settings: Settings) -> Row:
+def measure_operation(op: registry.Op, settings: Settings) -> OperationRow:
     times: list[tuple[float, float]] = []
     kept = 1.0
+    make = partial(operation, op, device=settings.device)
+    dtype = settings.torch_dtype()
     for _ in range(REPEATS):
-        (ours, our_forward), (torch_s, torch_forward) = make()
-        op = registry.ops().get(name)
-        if (
-            op is None or "torchs_gradient_of_each_subset" not in op.lacks
-        ):  # declared to differ, as torch's is wrong
-            op = registry.ops().get(name)
-        if (
-            op is None or "torchs_gradient_of_each_subset" not in op.lacks
-        ):  # declared to differ, as torch's is wrong
-            compare(name, ours(), torch_s(), op, settings)
-        kept = (1 + kept_bytes(our_forward)) / (1 + kept_bytes(torch_forward))  # 1: both may keep nothing
+        (ours, our_forward), (torch_s, torch_forward) = (make(f, dtype=dtype) for f in (op.function, op.reference))
+        if "torchs_gradient_of_each_subset" not in op.lacks:  # where torch's is wrong
+            compare(op.name, ours(), torch_s(), lambda: make(op.reference, dtype=torch.float64)[0](), dtype)
+        our_kept, torchs_kept = (saved_bytes(forward).everything for forward in (our_forward, torch_forward))
+        kept = (1 + our_kept) / (1 + torchs_kept)  # 1: both may keep nothing
         begin = time.perf_counter()
         fresh: list[tuple[float, float]] = []
         while len(fresh) < 5 or time.perf_counter() - begin < settings.seconds / REPEATS:
             fresh.append((timed(ours, settings), timed(torch_s, settings)))
         times += fresh[1 + len(fresh) // 10 :]  # the first are warm-up
-    return Row(
-        name,
+    return OperationRow(
+        op.name,
         1e3 * statistics.median(a for a, _ in times),
         1e3 * statistics.median(b for _, b in times),
         statistics.median(a / b for a, b in times),
@@ -147,31 +370,13 @@ def measure(name: str, make: Callable[[], tuple[Subject, Subject]], settings: Se
     )
 
 
-def compare(
-    name: str, found: list[Tensor], expected: list[Tensor], op: registry.Op | None, settings: Settings
-) -> None:
-    """End the report where a gradient differs by more than rounding: unless, in float32, torch's is no nearer to
-    its own in float64."""
-    tolerance = 16 * torch.finfo(getattr(torch, settings.dtype)).eps
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        scale = b.abs().max().item()
-        try:
-            assert_close(a, b, rtol=tolerance, atol=tolerance * scale)
-        except AssertionError as difference:
-            if op is None or settings.dtype != "float32":
-                raise AssertionError(f"{name}: gradients differ: {difference}") from None
-            exact = operation(op, op.reference, settings.model_copy(update={"dtype": "float64"}))[0]()[i]
-            ours, torch_s = ((x.double() - exact).abs().max().item() for x in (a, b))
-            if ours > 2 * torch_s:
-                raise AssertionError(f"{name}: gradients differ: {difference}") from None
-
-
 def timed(step: Step, settings: Settings) -> float:
-    begin = time.perf_counter()
+    begin = synchronized(settings.device)
     step()
-    if settings.device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return synchronized(settings.device) - begin
+
+
+# Orders
 
 
 def layer_norm_derivatives() -> list[tuple[str, float, float, float]]:
@@ -209,18 +414,34 @@ def main() -> None:
     if settings.what == "orders":
         print(layer_norm_table())
         return
+    ops = {} if settings.what == "models" else registry.ops()
+    cases = {} if settings.what == "operations" else models.NAMED
+    if unknown := set(settings.only) - {*cases, *ops}:
+        fail(f"--only: {', '.join(sorted(unknown))} not found among {', '.join([*cases, *ops])}")
+    if settings.only:
+        cases = {name: cases[name] for name in settings.only if name in cases}
+        ops = {name: ops[name] for name in settings.only if name in ops}
+    elif settings.device == "cpu":
+        cases = {name: case for name, case in cases.items() if case not in models.LAYERS}
     where = "CPU" if settings.device == "cpu" else torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, {settings.dtype}\n")
-    print("| forward + backward | ours, ms | torch, ms | time, ours / torch | kept for backward, ours / torch |")
-    print("|---|---|---|---|---|")
-    rows = []
-    for name, make in subjects(settings):
-        rows.append(row := measure(name, make, settings))
-        print(f"| {row.name} |", " | ".join(f"{x:.3f}" for x in row[1:3]), end=" | ")
-        print(" | ".join(f"{x:.2f}" for x in row[3:]), "|", flush=True)
+    print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, {settings.dtype}")
+    rows: list[Any] = []
+    if cases:
+        print(f"\n{MODEL_HEAD}")
+    for case in cases.values():
+        found = measure_model(case, settings)
+        print(*model_lines(case, found), sep="\n", flush=True)
+        rows += found
+    if ops:
+        print(f"\n{OPERATION_HEAD}")
+    for op in ops.values():
+        rows.append(row := measure_operation(op, settings))
+        print(row, flush=True)
     if settings.json_file:
         settings.json_file.write_text(json.dumps([row._asdict() for row in rows], indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as empty:  # what torch.compile has cached would not be compiled
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+        main()

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
+from manualgrad.meter import saved_bytes
 from manualgrad.registry import Call, Maker, Op
-from manualgrad.saving import kept_bytes
 
 SEED = 7
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -375,8 +375,11 @@ def test_kept_for_backward(op: Op, device: str) -> None:
     """No more bytes than torch keeps, for each subset of inputs."""
     call = op.big(Maker(torch.float32, device))
     for needed in itertools.product((False, True), repeat=len(call.differentiable())):
-        ours = kept_bytes(of_tensors(op, call), *tensors_of(call, needed))
-        assert ours <= kept_bytes(of_tensors(op, call, op.reference), *tensors_of(call, needed)), needed
+        ours, torch_s = (
+            saved_bytes(of_tensors(op, call, function), *tensors_of(call, needed)).everything
+            for function in (op.function, op.reference)
+        )
+        assert ours <= torch_s, needed
 
 
 def test_only_our_rules_in_the_graph(op: Op, call: Call) -> None:

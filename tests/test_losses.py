@@ -13,7 +13,6 @@ from torch.testing import assert_close
 
 from manualgrad import nn
 from manualgrad.registry import Maker
-from manualgrad.saving import kept_bytes
 
 ours: Any = nn.functional
 
@@ -75,46 +74,3 @@ def test_adaptive_softmax_calls_ours(cutoffs: list[int]) -> None:
             assert rules(loss) == {f"{name}FunctionBackward" for name in ("Linear", "LogSoftmax")}
             assert rules(softmax.log_prob(x)) == rules(loss)
     assert_close(results[0], results[1], rtol=0, atol=1e-14)
-
-
-needs_linear_cross_entropy = pytest.mark.skipif(
-    not hasattr(F, "linear_cross_entropy"), reason="torch has it since 2.13"
-)
-
-
-def in_pieces(**settings: Any) -> dict[str, Any]:
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2, chunking_method=None, allow_retain_graph=True)
-    return {"target": torch.tensor([0, 2, 1, -100, 2]), "options": options, **settings}
-
-
-@needs_linear_cross_entropy
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_linear_cross_entropy_in_pieces(reduction: str) -> None:
-    """As torch's, and the whole; torch's second derivative is missing."""
-    make = Maker()
-    tensors = [make(5, 2).requires_grad_(), make(3, 2).requires_grad_(), make(3).requires_grad_()]
-    settings = in_pieces(reduction=reduction, weight=make(3, low=0.5, high=2))
-
-    def loss(x: Tensor, weight: Tensor, bias: Tensor, function: Any = ours, **more: Any) -> Tensor:
-        given = settings | more
-        return function.linear_cross_entropy(x, weight, given.pop("target"), linear_bias=bias, **given)
-
-    results = []
-    for output in (loss(*tensors), loss(*tensors, options=None), loss(*tensors, function=F)):
-        results.append([output, *torch.autograd.grad(output.sin().sum(), tensors)])
-    assert_close(results[0], results[1])
-    assert_close(results[0], results[2])
-    assert rules(loss(*tensors)) == {"LinearCrossEntropyLossFunctionBackward"}
-    assert torch.autograd.gradcheck(loss, tensors, check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(loss, tensors, check_fwd_over_rev=True)
-
-
-@needs_linear_cross_entropy
-def test_linear_cross_entropy_in_pieces_keeps_no_scores() -> None:
-    make = Maker(torch.float32)
-    x, weight, target = make(64, 4).requires_grad_(), make(512, 4).requires_grad_(), make.index(512, 64)
-
-    def kept(**more: Any) -> int:
-        return kept_bytes(lambda: ours.linear_cross_entropy(x, weight, target, **more))
-
-    assert kept(options=in_pieces()["options"]) < kept() / 8

@@ -18,5 +18,7 @@ if TYPE_CHECKING:  # ours have torch's signatures
 for _name, _value in vars(_torch).items():
     if not _name.startswith("_"):
         globals()[_name] = derived(_value) if is_module(_value) else _value
+if not hasattr(_torch, "LinearCrossEntropyLoss"):  # torch has it since 2.13
+    from manualgrad.ops.linear_cross_entropy import LinearCrossEntropyLoss, LinearCrossEntropyOptions  # noqa: F401
 
 functional = importlib.import_module("manualgrad.nn.functional")  # in place of torch's, taken over above

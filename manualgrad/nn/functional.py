@@ -19,6 +19,8 @@ for _name, _value in vars(_torch).items():
 for _op in registry.ops().values():
     if hasattr(_torch, f"{_op.name}_"):  # relu_ and its kin
         globals()[f"{_op.name}_"] = partial(_op.function, inplace=True)
+if not hasattr(_torch, "linear_cross_entropy"):  # torch has it since 2.13
+    from manualgrad.ops.linear_cross_entropy import linear_cross_entropy  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

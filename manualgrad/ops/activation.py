@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manualgrad.ops.elementary import Pointwise, choose, drop_in, indicator, scaled, stands_for, times, written
 from manualgrad.registry import Call, register
-from manualgrad.rule import LOWER, Rule
+from manualgrad.rule import LOWER, Rule, may_be_overwritten
 
 _elu = torch._C._nn.elu  # F.elu with its two scales  # pyright: ignore[reportAttributeAccessIssue]
 LOG2_E = math.log2(math.e)
@@ -103,7 +103,11 @@ class SoftsignFunction(Rule):
     d|x| = ⟨sgn x, dx⟩,  dr = -r² d|x|      ∂L/∂x = r g - r² ⟨x, g⟩ sgn x      (for real x: r² g)
     """
 
+    cheap = True
     complex = True
+
+    def independent(grad: Tensor) -> int:
+        return grad.dim()
 
     def forward(input: Tensor) -> Tensor:
         return F.softsign(input)
@@ -261,14 +265,20 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
     return _applied(ELUFunction, input, *_SELU, 1.0, inplace=inplace)
 
 
-class LeakyReLUFunction(Pointwise):
-    r"""y = x where x > 0, else s x      y′ = s + (1 - s) [x > 0]"""
+class LeakyReLUFunction(Rule):
+    r"""y = x where x > 0, else s x      ∂L/∂x = g where x > 0, else s g"""
+
+    keeps = ("positive",)
+    cheap = True
 
     def forward(input: Tensor, negative_slope: float) -> Tensor:
         return F.leaky_relu(input, negative_slope)
 
-    def derivative(input: Tensor, negative_slope: float) -> Tensor:
-        return indicator(torch.gt, input, 0).mul_(1 - negative_slope).add_(negative_slope)
+    def positive(input: Tensor) -> Tensor:
+        return indicator(torch.gt, input, 0).bool()
+
+    def grad_input(grad: Tensor, positive: Tensor, negative_slope: float) -> Tensor:
+        return choose(positive, grad, grad * negative_slope)
 
 
 @drop_in
@@ -286,6 +296,7 @@ class PReLUFunction(Rule):
     """
 
     autocast = LOWER
+    cheap = True
 
     def forward(input: Tensor, weight: Tensor) -> Tensor:
         return torch.ops.aten._prelu_kernel(input, weight)
@@ -353,6 +364,9 @@ class Gate(Rule):
     Chosen, not multiplied: √relu(x) has g = ∞ where y = 0, and must get 0 there. nan is not stopped.
     """
 
+    keeps = ("stops",)
+    cheap = True
+
     def grad_input(grad: Tensor, stops: Tensor) -> Tensor:
         return choose(stops, None, grad)
 
@@ -360,12 +374,17 @@ class Gate(Rule):
 class ReLUFunction(Rule):
     r"""y = max(x, 0)      y′ = 1 where y ≠ 0, else 0      (at x = 0: 0, as torch)"""
 
+    keeps = ("passes",)
+    cheap = True
+
     def forward(input: Tensor) -> Tensor:
         return F.relu(input)
 
-    def grad_input(grad: Tensor, output: Tensor) -> Tensor:
-        few = output.numel() <= 2**14  # then the start of a kernel counts more than its speed
-        return choose(output.bool() if few else indicator(torch.ne, output, 0), grad)
+    def passes(output: Tensor) -> Tensor:
+        return output.bool()
+
+    def grad_input(grad: Tensor, passes: Tensor) -> Tensor:
+        return choose(passes, grad)
 
 
 class ThresholdFunction(Gate):
@@ -375,7 +394,7 @@ class ThresholdFunction(Gate):
         return torch.threshold(input, threshold, value)
 
     def stops(input: Tensor, threshold: float) -> Tensor:
-        return indicator(torch.le, input, threshold)
+        return indicator(torch.le, input, threshold).bool()
 
 
 class HardtanhFunction(Gate):
@@ -385,7 +404,7 @@ class HardtanhFunction(Gate):
         return F.hardtanh(input, low, high)
 
     def stops(input: Tensor, low: float, high: float) -> Tensor:
-        return indicator(torch.le, input, low).add_(indicator(torch.ge, input, high))
+        return indicator(torch.le, input, low).add_(indicator(torch.ge, input, high)).bool()
 
 
 class HardshrinkFunction(Gate):
@@ -395,7 +414,7 @@ class HardshrinkFunction(Gate):
         return F.hardshrink(input, lambd)
 
     def stops(input: Tensor, lambd: float) -> Tensor:
-        return input.abs().le_(lambd)
+        return input.abs().le_(lambd).bool()
 
 
 class SoftshrinkFunction(HardshrinkFunction):
@@ -405,7 +424,23 @@ class SoftshrinkFunction(HardshrinkFunction):
         return F.softshrink(input, lambd)
 
 
-relu = _activation_inplace("relu", ReLUFunction)
+class ReLUInPlaceFunction(ReLUFunction):
+    """The same, written over x, of which nothing is kept."""
+
+    def forward(input: Tensor) -> Tensor:
+        return torch.relu_(input)
+
+    def recompute(input: Tensor) -> Tensor:
+        return ReLUFunction.apply(input)
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    if inplace and may_be_overwritten(input):
+        return ReLUInPlaceFunction.apply(input)
+    return _applied(ReLUFunction, input, inplace=inplace)
+
+
+relu = _named(_relu, "relu", ReLUFunction)
 
 
 @drop_in
@@ -452,15 +487,29 @@ class HardsigmoidFunction(Rule):
     Howard et al., "Searching for MobileNetV3", 2019, as the next.
     """
 
+    keeps = ("rising",)
+    cheap = True
+
+    def independent(grad: Tensor) -> int:
+        return grad.dim()
+
     def forward(input: Tensor) -> Tensor:
         return F.hardsigmoid(input)
 
-    def grad_input(grad: Tensor, input: Tensor) -> Tensor:
-        return times(choose(input.abs().lt_(3), grad), 1 / 6)
+    def rising(input: Tensor) -> Tensor:
+        return input.abs().lt_(3).bool()
+
+    def grad_input(grad: Tensor, rising: Tensor) -> Tensor:
+        return times(choose(rising, grad), 1 / 6)
 
 
 class HardswishFunction(Rule):
     r"""y = x h,  h = x/6 + 1/2, clamped to [0, 1]      y′ = 0 where x ≤ -3, x/3 + 1/2 between, 1 where x ≥ 3"""
+
+    cheap = True
+
+    def independent(grad: Tensor) -> int:
+        return grad.dim()
 
     def forward(input: Tensor) -> Tensor:
         return F.hardswish(input)
@@ -480,6 +529,8 @@ class GLUFunction(Rule):
 
     Dauphin, Fan, Auli and Grangier, "Language Modeling with Gated Convolutional Networks", 2017.
     """
+
+    cheap = True
 
     def forward(input: Tensor, dim: int) -> Tensor:
         return F.glu(input, dim)

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualgrad import fuse
 from manualgrad.ops.elementary import choose, drop_in, plus, times
 from manualgrad.registry import Call, Maker, register
-from manualgrad.rule import LOWER, Rule
+from manualgrad.rule import LOWER, Rule, nothing_looks_on
+
+
+class Part(NamedTuple):
+    """What some heads and rows of an attention give and are sent."""
+
+    query: Tensor  # σ Q
+    key: Tensor
+    value: Tensor
+    grad: Tensor
+    output: Tensor
+    added: Tensor | None  # M
+    drawn: Tensor | None  # where k is not 0
+    factor: float  # what k is there
 
 
 class AttentionFunction(Rule):
@@ -21,7 +37,8 @@ class AttentionFunction(Rule):
     dP = P ∘ (dS - Σ P dS)                    ∂L/∂S = P ∘ (g Vᵀ - δ),   δ = Σ P ∘ (g Vᵀ) = Σ g y  (of each row)
     dS = σ dQ Kᵀ + σ Q dKᵀ + dM               ∂L/∂Q = σ (∂L/∂S) K     ∂L/∂K = σ (∂L/∂S)ᵀ Q    ∂L/∂M = ∂L/∂S
 
-    P is not kept but computed anew. A row that M excludes altogether has y = 0, and sends nothing.
+    P is not kept but computed anew, on the CPU for some heads and rows at a time, which stay in the cache. A row
+    that M excludes altogether has y = 0, and sends nothing.
 
     Vaswani et al., "Attention Is All You Need", 2017; Dao et al., "FlashAttention", 2022.
     """
@@ -43,12 +60,6 @@ class AttentionFunction(Rule):
         """How many heads of queries each head of keys and values serves."""
         return query.shape[-3] // key.shape[-3] if shared else 1
 
-    def keys(key: Tensor, heads: int) -> Tensor:
-        return _each(key, heads)
-
-    def values(value: Tensor, heads: int) -> Tensor:
-        return _each(value, heads)
-
     def sigma(query: Tensor, scale: float | None) -> float:
         return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
@@ -64,38 +75,104 @@ class AttentionFunction(Rule):
         """The rows that attend to anything, unless all do."""
         return None if added is None or causal else (added > -math.inf).any(-1, keepdim=True)
 
-    def probability(
-        query: Tensor, keys: Tensor, sigma: float, added: Tensor | None, attended: Tensor | None
-    ) -> Tensor:
-        scores = (query * sigma) @ keys.mT
-        if added is not None:
-            scores = plus(scores, added if attended is None else choose(attended.expand_as(added), added))
-        return torch.softmax(scores, -1)
+    def dropped() -> tuple[Tensor | None, float]:
+        return None, 1.0
 
-    def kept() -> Tensor | None:
-        return None
+    def part(
+        grad: Tensor,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        added: Tensor | None,
+        attended: Tensor | None,
+        dropped: tuple[Tensor | None, float],
+        heads: int,
+        sigma: float,
+    ) -> Part:
+        """The whole."""
+        if added is not None and attended is not None:
+            added, grad = (choose(attended.expand_as(x), x) for x in (added, grad))
+        return Part(query * sigma, _each(key, heads), _each(value, heads), grad, output, added, *dropped)
 
-    def sent(grad: Tensor, attended: Tensor | None) -> Tensor:
-        return grad if attended is None else choose(attended.expand_as(grad), grad)
+    def products(part: Part, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(∂L/∂S) K,  (∂L/∂S)ᵀ σ Q  and  (k ∘ P)ᵀ g:  together, as one P serves them all."""
+        if _in_blocks(part):
+            return _by_blocks(part, causal)
+        weight, sent = _weights(part)
+        return sent @ part.key, sent.mT @ part.query, weight.mT @ part.grad
 
-    def sent_to_scores(
-        sent: Tensor, output: Tensor, values: Tensor, probability: Tensor, kept: Tensor | None
-    ) -> Tensor:
-        along = sent @ values.mT if kept is None else kept * (sent @ values.mT)
-        return times(along - (sent * output).sum(-1, keepdim=True), probability)
+    def grad_query(products: tuple[Tensor, Tensor, Tensor], query: Tensor, sigma: float) -> Tensor:
+        return _summed(times(products[0], sigma), query.shape)
 
-    def grad_query(sent_to_scores: Tensor, query: Tensor, keys: Tensor, sigma: float) -> Tensor:
-        return _summed(sent_to_scores @ keys * sigma, query.shape)
+    def grad_key(products: tuple[Tensor, Tensor, Tensor], key: Tensor, heads: int) -> Tensor:
+        return _gathered(products[1], heads, key.shape)
 
-    def grad_key(sent_to_scores: Tensor, query: Tensor, key: Tensor, heads: int, sigma: float) -> Tensor:
-        return _gathered(sent_to_scores.mT @ (query * sigma), heads, key.shape)
+    def grad_value(products: tuple[Tensor, Tensor, Tensor], value: Tensor, heads: int) -> Tensor:
+        return _gathered(products[2], heads, value.shape)
 
-    def grad_value(sent: Tensor, value: Tensor, probability: Tensor, kept: Tensor | None, heads: int) -> Tensor:
-        weight = probability if kept is None else kept * probability
-        return _gathered(weight.mT @ sent, heads, value.shape)
+    def grad_mask(part: Part, mask: Tensor) -> Tensor:
+        """By itself, as it may be as large as all scores."""
+        return _summed(_weights(part)[1], mask.shape).to(mask.dtype)
 
-    def grad_mask(sent_to_scores: Tensor, mask: Tensor) -> Tensor:
-        return _summed(sent_to_scores, mask.shape).to(mask.dtype)
+
+def _weights(part: Part, room: Sequence[Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:
+    """k ∘ P, and ∂L/∂S, in this room if some is given."""
+    query, key, value, grad, output, added, drawn, factor = part
+    scores = torch.matmul(query, key.mT, out=room[0])
+    probability = torch.softmax(scores if added is None else plus(scores, added), -1, out=room[0])
+    along, kept = torch.matmul(grad, value.mT, out=room[1]), None
+    if drawn is not None:
+        kept = drawn.to(probability.dtype) * factor
+        along = times(along, kept)
+    sent = times(plus(along, -(grad * output).sum(-1, keepdim=True)), probability)
+    return probability if kept is None else times(probability, kept), sent
+
+
+_ROWS = 128
+"""How many rows are in a block where a row attends to those before it alone: half of all scores are not needed."""
+
+
+def _in_blocks(part: Part) -> bool:
+    """Blocks are worth while (there are several, none of them tiny) and allowed (one batch, nothing looks on)."""
+    query, key, value, grad, output, added, *_ = part
+    size = fuse.size()
+    scores = query.shape[-3:-1].numel() * key.shape[-2]  # of one example
+    return (
+        size is not None
+        and query.is_cpu
+        and query.dim() > 2
+        and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+        and scores >= size // 2
+        and query.shape[:-3].numel() * scores > 2 * size
+        and (added is None or added.dim() > 1)
+        and nothing_looks_on(query, key, value, grad, output)
+    )
+
+
+def _by_blocks(part: Part, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, grad, output, added, drawn, factor = part
+    batch, (length, columns) = query.shape[:-2], (query.shape[-2], key.shape[-2])
+    rows = min(_ROWS, length) if causal else length
+    heads = min(batch[-1], max(1, (fuse.size() or 0) // (rows * columns)))
+    to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    room = query.new_empty(2, heads * rows * columns)
+    masks = [x if x is None else x.expand(*batch, length, columns) for x in (added, drawn)]
+    for example in product(*map(range, batch[:-1])):
+        for head, row in product(range(0, batch[-1], heads), range(0, length, rows)):
+            across = (*example, slice(head, head + heads))
+            down = (*across, slice(row, row + rows))
+            if causal:  # what comes later is not attended to
+                across = (*across, slice(row + rows))
+            few, seen = query[down], key[across]
+            shape = (*few.shape[:2], seen.shape[1])
+            added, drawn = (x if x is None else x[(*down, slice(shape[2]))] for x in masks)
+            part = Part(few, seen, value[across], grad[down], output[down], added, drawn, factor)
+            weight, sent = _weights(part, room[:, : math.prod(shape)].view(2, *shape).unbind())
+            torch.bmm(sent, part.key, out=to_query[down])
+            to_key[across].baddbmm_(sent.mT, part.query)
+            to_value[across].baddbmm_(weight.mT, part.grad)
+    return to_query, to_key, to_value
 
 
 def _each(tensor: Tensor, heads: int) -> Tensor:
@@ -143,8 +220,8 @@ class DroppedAttentionFunction(AttentionFunction):
         )
         return output, weight != 0  # where P itself is 0, k counts for nothing
 
-    def kept(drawn: Tensor, probability: Tensor, p: float) -> Tensor:
-        return drawn.to(probability.dtype) * (0 if p == 1 else 1 / (1 - p))
+    def dropped(drawn: Tensor, p: float) -> tuple[Tensor, float]:
+        return drawn, 0 if p == 1 else 1 / (1 - p)
 
 
 @drop_in

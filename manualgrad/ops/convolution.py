@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from manualgrad import accelerators
 from manualgrad.ops.elementary import Numbers, drop_in, each, in_format_of, of_dimensions, rows
 from manualgrad.ops.padding import pad
 from manualgrad.registry import Call, Maker, register
@@ -77,8 +78,11 @@ class ConvolutionFunction(Rule):
         return ConvolutionFunction.apply(grad, weight.conj(), None, geometry.transpose())
 
     def grad_weight(grad: Tensor, input: Tensor, geometry: Geometry) -> Tensor:
-        large, small = (grad, input.conj()) if geometry.transposed else (input.conj(), grad)
-        return in_format_of(grad, correlation(large, small, geometry))
+        found = accelerators.convolution_weight(grad, input, geometry)
+        if found is None:
+            large, small = (grad, input.conj()) if geometry.transposed else (input.conj(), grad)
+            found = correlation(large, small, geometry)
+        return in_format_of(grad, found)
 
     def grad_bias(grad: Tensor) -> Tensor:
         return grad.sum([axis for axis in range(grad.dim()) if axis != 1])

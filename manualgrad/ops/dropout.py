@@ -34,7 +34,14 @@ class DropoutFunction(Rule):
         return output, mask.bool()  # vmap returns it in the input's dtype
 
     def grad_input(grad: Tensor, mask: Tensor, p: float) -> Tensor:
-        return choose(mask, grad * (0 if p == 1 else 1 / (1 - p)))
+        return choose(mask, grad * _scale(p))
+
+    def recompute(input: Tensor, mask: Tensor, p: float) -> Tensor:
+        return choose(mask, input * _scale(p))
+
+
+def _scale(p: float) -> float:
+    return 0 if p == 1 else 1 / (1 - p)
 
 
 def _dropped(rule: type[Rule], input: Tensor, p: float, training: bool, inplace: bool, *settings: int) -> Tensor:

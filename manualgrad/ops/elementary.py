@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manualgrad.registry import stand_ins
 from manualgrad.rule import FLOAT32, Rule, nothing_looks_on
+from manualgrad.saving import recipe_of
 
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Wrapped = TypeVar("Wrapped", bound=Callable[..., object])
@@ -182,6 +183,11 @@ class Pointwise(Rule):
     dyᵢ = f′(xᵢ) dxᵢ,  a diagonal map: its own transpose (for complex x, f holomorphic: conjugate).
     """
 
+    cheap = True
+
+    def independent(grad: Tensor) -> int:
+        return grad.dim()
+
     def grad_input(grad: Tensor, derivative: Tensor) -> Tensor:
         return times(derivative.conj(), grad)
 
@@ -238,6 +244,40 @@ class PlainDifferenceFunction(DifferenceFunction):
     """The same where torch's operation is a composition, whose subtraction autocast leaves alone."""
 
     autocast = {}
+
+
+class ElementwiseProductFunction(Rule):
+    r"""y = a b, of tensors of one shape      ∂L/∂a = g b      ∂L/∂b = g a
+
+    torch's own product does the same; this one keeps its factors, and is itself kept, by their recipes.
+    """
+
+    cheap = True
+    complex = True
+
+    def independent(grad: Tensor) -> int:
+        return grad.dim()
+
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def grad_a(grad: Tensor, b: Tensor) -> Tensor:
+        return grad * b.conj()
+
+    def grad_b(grad: Tensor, a: Tensor) -> Tensor:
+        return grad * a.conj()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a · b, by the rule if that keeps less."""
+    return ElementwiseProductFunction.apply(a, b) if spares(a, b) else a * b
+
+
+def spares(a: Any, b: Any) -> bool:
+    """One of the factors, an activation say, need not be kept."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return recipe_of(a) is not None or recipe_of(b) is not None
 
 
 def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:

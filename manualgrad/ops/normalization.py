@@ -112,6 +112,9 @@ class NormFunction(ScaledFunction):
 class Trailing(Rule):
     r"""E: over the last k axes, which are those of w and b: a group of channels of one place"""
 
+    def independent(grad: Tensor, k: int) -> int:
+        return grad.dim() - k
+
     def channels(grad: Tensor, k: int) -> tuple[int, ...]:
         return grad.shape[grad.dim() - k :]
 
@@ -126,6 +129,7 @@ class LayerNormFunction(Trailing, NormFunction):
     r"""Ba, Kiros and Hinton, "Layer Normalization", 2016."""
 
     autocast = {"cuda": "float32"}
+    cheap = True
 
     def forward(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float
@@ -175,6 +179,7 @@ class RMSNormFunction(Trailing, ScaledFunction):
     r"""Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019."""
 
     autocast = {"cuda": "float32"} if cuda_autocasts("rms_norm") else {}  # torch 2.11 leaves it alone
+    cheap = True
     complex = True
 
     def forward(input: Tensor, weight: Tensor | None, k: int, eps: float | None) -> Tensor:
@@ -231,6 +236,7 @@ class GroupNormFunction(ChannelNormFunction):
     """
 
     autocast = {"cuda": "float32"}
+    cheap = True
 
     def forward(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
@@ -266,6 +272,9 @@ class BatchNormFunction(ChannelNormFunction):
     ) -> tuple[Tensor, Tensor, Tensor]:
         output, mean, rstd = _batch_norm(input, weight, bias, running_mean, running_var, True, momentum, eps)
         return output, mean.reshape(1, groups, 1, 1), rstd.reshape(1, groups, 1, 1)
+
+    def recompute(input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
+        return BatchNormFunction.apply(input, weight, bias, None, None, groups, 0.0, eps)
 
     def axes() -> tuple[int, ...]:
         return (0, 2, 3)
@@ -306,6 +315,9 @@ class InstanceNormFunction(BatchNormFunction):
         output = torch.ops.aten._unsafe_view(output, input.shape)
         return output, mean.reshape(n, groups, 1, 1), rstd.reshape(n, groups, 1, 1)
 
+    def recompute(input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
+        return InstanceNormFunction.apply(input, weight, bias, None, None, groups, 0.0, eps)
+
     def axes() -> tuple[int, ...]:
         return (3,)
 
@@ -325,6 +337,17 @@ class RunningNormFunction(BatchNormFunction):
         eps: float,
     ) -> Tensor:
         return _batch_norm(input, weight, bias, running_mean, running_var, False, 0.0, eps)[0]
+
+    def recompute(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        groups: int,
+        eps: float,
+    ) -> Tensor:
+        return RunningNormFunction.apply(input, weight, bias, running_mean, running_var, groups, eps)
 
     def mean(running_mean: Tensor) -> Tensor:
         return running_mean.reshape(-1, 1, 1)
@@ -462,6 +485,8 @@ class SyncBatchNormFunction(BatchNormFunction):
 
     L is the sum of the losses of all, so each E in the gradient is the mean over all as well.
     """
+
+    recompute = None  # would ask the other processes  # pyright: ignore[reportAssignmentType]
 
     def forward(
         input: Tensor,

@@ -21,6 +21,9 @@ class SoftmaxFunction(Rule):
 
     autocast = {"cuda": "float32"}
 
+    def independent(grad: Tensor, dim: int) -> int:
+        return dim % max(grad.dim(), 1)
+
     def forward(input: Tensor, dim: int) -> Tensor:
         return torch.softmax(input, dim)
 
@@ -47,6 +50,9 @@ class LogSoftmaxFunction(Rule):
     """
 
     autocast = {"cuda": "float32"}
+
+    def independent(grad: Tensor, dim: int) -> int:
+        return dim % max(grad.dim(), 1)
 
     def forward(input: Tensor, dim: int) -> Tensor:
         return torch.log_softmax(input, dim)

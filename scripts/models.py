@@ -1,0 +1,421 @@
+"""The models that scripts/benchmark.py measures: ordinary torch code, each written once. `CASES` lists them.
+
+A model's ``forward`` takes a batch and gives the loss. Some of their modules have a switch, set from outside: that
+of `Blocks` is ``checkpointed`` (each block is computed again in the backward), of `Head` and `Layer` ``form``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Batch = tuple[Tensor, ...]
+
+
+class Blocks(nn.ModuleList):
+    """Blocks one after the other."""
+
+    checkpointed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)  # pyright: ignore
+        return x
+
+
+# Perceptrons
+
+
+class MLP(nn.Module):
+    """Linear layers with something between them, and the cross entropy of ten classes."""
+
+    def __init__(self, width: int, depth: int, between: Callable[[int], list[nn.Module]]) -> None:
+        super().__init__()
+        layers = [layer for _ in range(depth - 1) for layer in (nn.Linear(width, width), *between(width))]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 10))
+        self.loss = nn.CrossEntropyLoss()
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.loss(self.layers(x), target)
+
+
+# Images
+
+
+class VGG(nn.Module):
+    """Stages of convolutions and ReLU, each with max-pooling at its end."""
+
+    def __init__(self, widths: tuple[int, ...] = (64, 128, 256)) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, width in zip((3, *widths), widths, strict=False):
+            layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers, nn.Flatten())
+        self.classifier = nn.Sequential(
+            nn.Linear(widths[-1] * 16, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10)
+        )
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.classifier(self.features(x)), target)
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or before != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        self.blocks = Blocks(
+            [BasicBlock(64, 64, 1), BasicBlock(64, 64, 1), BasicBlock(64, 128, 2), BasicBlock(128, 256, 2)]
+        )
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(self.blocks(self.stem(x)), 1).flatten(1)
+        return F.cross_entropy(self.head(x), target)
+
+
+# Transformers
+
+
+class Attention(nn.Module):
+    """Self-attention of several heads, some of which may share keys and values, with rotary positions or not."""
+
+    def __init__(
+        self, d: int, heads: int, kv_heads: int, bias: bool, dropout: float, causal: bool, rotary: bool
+    ) -> None:
+        super().__init__()
+        self.sizes = (d, kv_heads * d // heads, kv_heads * d // heads)
+        self.head, self.dropout, self.causal, self.grouped = d // heads, dropout, causal, kv_heads < heads
+        self.qkv = nn.Linear(d, sum(self.sizes), bias=bias)
+        self.out = nn.Linear(d, d, bias=bias)
+        self.rotary = Rotary(self.head) if rotary else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head)).transpose(1, 2) for part in self.qkv(x).split(self.sizes, -1)
+        )
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=self.causal, enable_gqa=self.grouped
+        )
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Rotary(nn.Module):
+    """Pairs of features turned by an angle that grows with the position (Su et al., RoFormer, 2021)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, d: int, longest: int = 1024) -> None:
+        super().__init__()
+        angles = torch.arange(longest)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
+        self.register_buffer("cos", torch.cat([angles.cos()] * 2, -1), persistent=False)
+        self.register_buffer("sin", torch.cat([angles.sin()] * 2, -1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        n = x.shape[-2]
+        return x * self.cos[:n] + torch.cat([-second, first], -1) * self.sin[:n]
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: (silu(x W) ⊙ x V) U (Shazeer, 2020)"""
+
+    def __init__(self, d: int, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(d, hidden, bias=False), nn.Linear(d, hidden, bias=False)
+        self.down = nn.Linear(hidden, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class PreNorm(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))"""
+
+    def __init__(
+        self, norm: Callable[[], nn.Module], attention: nn.Module, mlp: nn.Module, dropout: float
+    ) -> None:
+        super().__init__()
+        self.norm1, self.attention = norm(), attention
+        self.norm2, self.mlp = norm(), mlp
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+def gpt_block(d: int, heads: int, dropout: float, causal: bool = True) -> nn.Module:
+    mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+    attention = Attention(d, heads, heads, bias=True, dropout=dropout, causal=causal, rotary=False)
+    return PreNorm(lambda: nn.LayerNorm(d), attention, mlp, dropout)
+
+
+def llama_block(d: int, heads: int) -> nn.Module:
+    attention = Attention(d, heads, heads // 4, bias=False, dropout=0, causal=True, rotary=True)
+    return PreNorm(lambda: nn.RMSNorm(d, eps=1e-6), attention, GatedMLP(d, 8 * d // 3), 0.0)
+
+
+class Head(nn.Module):
+    """The cross entropy of the next token: of scores, which are a linear layer's, or of both as one function."""
+
+    form: Literal["scores", "whole", "chunked", "liger"] = "scores"
+    """With scores; as one function; that one told to go in chunks, as torch's must be; Liger's."""
+
+    def __init__(self, vocabulary: int, d: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d, vocabulary, bias=False)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        if self.form == "scores":
+            return F.cross_entropy(self.linear(x), target)
+        if self.form == "liger":
+            return liger().liger_fused_linear_cross_entropy(x, self.linear.weight, target)
+        options: Any = {"options": nn.LinearCrossEntropyOptions()} if self.form == "chunked" else {}
+        return F.linear_cross_entropy(x, self.linear.weight, target, **options)
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next token. The head's weight is that of the embedding."""
+
+    def __init__(
+        self, vocabulary: int, d: int, positions: int, dropout: float, norm: nn.Module, blocks: Blocks
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, d)
+        self.positions = nn.Embedding(positions, d) if positions else None
+        self.dropout = nn.Dropout(dropout)
+        self.blocks, self.norm, self.head = blocks, norm, Head(vocabulary, d)
+        self.head.linear.weight = self.tokens.weight
+        nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        x = self.norm(self.blocks(self.dropout(x)))
+        return self.head(x.flatten(0, 1), target.flatten())
+
+
+def gpt(vocabulary: int, d: int = 512, depth: int = 4, heads: int = 8, dropout: float = 0.1) -> nn.Module:
+    blocks = Blocks([gpt_block(d, heads, dropout) for _ in range(depth)])
+    return LanguageModel(vocabulary, d, 256, dropout, nn.LayerNorm(d), blocks)
+
+
+def llama(vocabulary: int, d: int = 512, depth: int = 4, heads: int = 8) -> nn.Module:
+    blocks = Blocks([llama_block(d, heads) for _ in range(depth)])
+    return LanguageModel(vocabulary, d, 0, 0.0, nn.RMSNorm(d, eps=1e-6), blocks)
+
+
+class BERT(nn.Module):
+    """Post-norm encoder, classifying by the first token."""
+
+    def __init__(self, vocabulary: int = 30522, d: int = 512, depth: int = 4, heads: int = 8) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, d), nn.Embedding(256, d)
+        self.norm, self.dropout = nn.LayerNorm(d), nn.Dropout(0.1)
+        self.blocks = Blocks(
+            [nn.TransformerEncoderLayer(d, heads, 4 * d, 0.1, "gelu", batch_first=True) for _ in range(depth)]
+        )
+        self.head = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Dropout(0.1), nn.Linear(d, 2))
+
+    def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.blocks(self.dropout(self.norm(self.tokens(tokens) + self.positions(places))))
+        return F.cross_entropy(self.head(x[:, 0]), target)
+
+
+class ViT(nn.Module):
+    """Patches of an image as tokens, their mean classified."""
+
+    def __init__(self, size: int = 128, patch: int = 8, d: int = 256, depth: int = 4, heads: int = 8) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, d, patch, patch)
+        self.positions = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, d))
+        self.blocks = Blocks([gpt_block(d, heads, 0.0, causal=False) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 10)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return F.cross_entropy(self.head(self.norm(self.blocks(x)).mean(1)), target)
+
+
+# Single layers, beside Liger-Kernel's
+
+
+def liger() -> Any:
+    """Liger-Kernel's functions: kernels in Triton, for CUDA."""
+    return importlib.import_module("liger_kernel.transformers.functional")
+
+
+class Layer(nn.Module):
+    """A function of tensors that all learn."""
+
+    form: str = "plain"
+    """Another than "liger": the plain one."""
+
+    def __init__(
+        self, plain: Callable[..., Tensor], ligers: Callable[..., Tensor], *shapes: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.plain, self.ligers = plain, ligers
+        self.tensors = nn.ParameterList([torch.randn(shape) for shape in shapes])
+
+    def forward(self, *targets: Tensor) -> Tensor:
+        if self.form == "liger":
+            return self.ligers(*self.tensors, *targets)
+        return self.plain(*self.tensors, *targets)
+
+
+def rms_norm() -> nn.Module:
+    return Layer(
+        lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6),
+        lambda x, weight: liger().liger_rms_norm(x, weight, 1e-6, in_place=False),  # else it writes over g
+        *((4096, 4096), (4096,)),
+    )
+
+
+def layer_norm() -> nn.Module:
+    return Layer(
+        lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-6),
+        lambda x, weight, bias: liger().liger_layer_norm(x, weight, bias, 1e-6),
+        *((4096, 4096), (4096,), (4096,)),
+    )
+
+
+def swiglu() -> nn.Module:
+    return Layer(lambda a, b: F.silu(a) * b, lambda a, b: liger().liger_swiglu(a, b), *[(4096, 11008)] * 2)
+
+
+def geglu() -> nn.Module:
+    return Layer(
+        lambda a, b: F.gelu(a, approximate="tanh") * b,
+        lambda a, b: liger().liger_geglu(a, b),
+        *[(4096, 11008)] * 2,
+    )
+
+
+def cross_entropy() -> nn.Module:
+    return Layer(
+        lambda x, target: F.cross_entropy(x, target),
+        lambda x, target: liger().liger_cross_entropy(x, target),
+        (4096, 32000),
+    )
+
+
+class FromLearned(nn.Module):
+    """A head whose input learns as well."""
+
+    def __init__(self, vocabulary: int, d: int) -> None:
+        super().__init__()
+        self.x, self.head = nn.Parameter(torch.randn(4096, d)), Head(vocabulary, d)
+
+    def forward(self, target: Tensor) -> Tensor:
+        return self.head(self.x, target)
+
+
+# The table
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and its batch, made by the random state."""
+
+    name: str
+    title: str
+    make: Callable[[], nn.Module]
+    batch: Callable[[], Batch]
+    contestants: tuple[str, ...] = ("ours", "compiled")
+    """Who is measured, besides torch.nn as it is: see `CONTESTANTS` in scripts/benchmark.py."""
+
+
+_BLOCKS = ("ours", "checkpointed", "ours_checkpointed", "compiled")
+_HEADS = (*_BLOCKS, "chunked", "liger")
+_LAYERS = ("ours", "compiled", "liger")
+
+
+def classes(batch: int, *shape: int) -> Callable[[], Batch]:
+    """Random inputs of ten classes."""
+    return lambda: (torch.randn(batch, *shape), torch.randint(10, (batch,)))
+
+
+def text(vocabulary: int, batch: int = 4, length: int = 256) -> Callable[[], Batch]:
+    """Random tokens, and each one's next."""
+
+    def make() -> Batch:
+        tokens = torch.randint(vocabulary, (batch, length + 1))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    return make
+
+
+def _gelu(width: int) -> list[nn.Module]:
+    return [nn.GELU(), nn.Dropout(0.1)]
+
+
+def _batch_norm(width: int) -> list[nn.Module]:
+    return [nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.1)]
+
+
+def _relu(width: int) -> list[nn.Module]:
+    return [nn.ReLU(), nn.Dropout(0.1)]
+
+
+def targets(below: int) -> Callable[[], Batch]:
+    return lambda: (torch.randint(below, (4096,)),)
+
+
+CASES = [
+    Case("mlp_gelu", "MLP: GELU, dropout", lambda: MLP(512, 6, _gelu), classes(4096, 512)),
+    Case("mlp_batch_norm", "MLP: batch norm, ReLU, dropout", lambda: MLP(512, 6, _batch_norm), classes(4096, 512)),
+    Case("mlp_relu", "MLP: ReLU, dropout", lambda: MLP(512, 6, _relu), classes(4096, 512)),
+    Case("mlp_tiny", "MLP: ReLU, batch 64, width 64", lambda: MLP(64, 3, lambda _: [nn.ReLU()]), classes(64, 64)),
+    Case("vgg", "VGG-like, 32x32", VGG, classes(32, 3, 32, 32)),
+    Case("resnet", "ResNet-like, 32x32", ResNet, classes(32, 3, 32, 32)),
+    Case("vit", "ViT-like, 256 patches", ViT, classes(8, 3, 128, 128)),
+    Case("bert", "BERT-like, T=256", BERT, lambda: (torch.randint(30522, (4, 256)), torch.randint(2, (4,)))),
+    Case("gpt", "GPT, V=256", lambda: gpt(256), text(256), _BLOCKS),
+    Case("gpt_50257", "GPT, V=50257", lambda: gpt(50257), text(50257), _HEADS),
+    Case("llama", "Llama-like, V=32000", lambda: llama(32000), text(32000), _HEADS),
+]
+LAYERS = [
+    Case("liger_rms_norm", "RMSNorm, 4096x4096", rms_norm, lambda: (), _LAYERS),
+    Case("liger_layer_norm", "LayerNorm, 4096x4096", layer_norm, lambda: (), _LAYERS),
+    Case("liger_swiglu", "SwiGLU, 4096x11008", swiglu, lambda: (), _LAYERS),
+    Case("liger_geglu", "GeGLU, 4096x11008", geglu, lambda: (), _LAYERS),
+    Case("liger_cross_entropy", "cross entropy, 4096x32000", cross_entropy, targets(32000), _LAYERS),
+    Case(
+        *("liger_linear_cross_entropy", "linear cross entropy, 4096x4096, V=32000"),
+        *(lambda: FromLearned(32000, 4096), targets(32000), (*_LAYERS, "chunked")),
+    ),
+]
+"""Measured on CUDA, where Liger-Kernel runs; single operations of torch's are in the table of operations."""
+
+NAMED = {case.name: case for case in CASES + LAYERS}

@@ -1,0 +1,163 @@
+"""Vendor kernels in a formula's place: the same gradients, only where nothing looks on, and only in one file."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import manualgrad
+import manualgrad.nn.functional as F
+from manualgrad import accelerators
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operations that run: those that are a backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "backward" in func.__name__:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[list[Tensor], list[str]]:
+    """Those of all tensors, and the kernels of torch's that computed them."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    output = function(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(output.shape, generator=generator).to(output)
+    upstream = torch.empty_like(output).copy_(upstream)
+    with Seen() as seen:
+        found = torch.autograd.grad(output, leaves, upstream)
+    return list(found), seen.names
+
+
+def compare(function: Callable[..., Tensor], tensors: list[Tensor], kernel: str) -> list[Tensor]:
+    """The kernel is taken, and its gradients are those of the formula."""
+    found, names = gradients(function, tensors)
+    assert names == [kernel]
+    with accelerators.switched(False):
+        expected, names = gradients(function, tensors)
+    assert names == []
+    for a, b, x in zip(found, expected, tensors, strict=True):
+        assert a.dtype == x.dtype
+        assert a.shape == x.shape
+        rounding = 64 * torch.finfo(a.dtype).eps
+        assert_close(a, b, rtol=rounding, atol=rounding * (1 + b.abs().max().item() if b.numel() else 1))
+    return found
+
+
+Case = tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]
+CONVOLUTIONS: list[Case] = [
+    ((3, 4, 9), (6, 4, 3), {}),
+    ((3, 4, 9), (6, 2, 3), {"stride": 2, "padding": 1, "groups": 2}),
+    ((2, 3, 17, 16), (5, 3, 3, 3), {"padding": 1}),
+    ((2, 3, 17, 16), (5, 3, 3, 2), {"stride": (2, 3), "dilation": (2, 1)}),
+    ((2, 3, 9, 9), (5, 3, 3, 3), {"padding": "same"}),
+    ((2, 8, 9, 9), (8, 1, 3, 3), {"padding": 1, "groups": 8}),
+    ((2, 8, 9, 9), (16, 1, 3, 3), {"stride": 2, "groups": 8}),
+    ((20, 8, 9, 9), (4, 8, 1, 1), {"stride": 2}),
+    ((8, 9, 9), (4, 8, 5, 5), {"padding": 2}),
+    ((2, 3, 5, 6, 4), (4, 3, 2, 3, 1), {"stride": (1, 2, 1), "padding": (1, 1, 0)}),
+    ((0, 3, 5, 5), (4, 3, 3, 3), {}),
+]
+TRANSPOSED: list[Case] = [
+    ((3, 4, 9), (4, 6, 3), {"stride": 2, "output_padding": 1}),
+    ((2, 3, 7, 6), (3, 5, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
+    ((2, 8, 7, 6), (8, 2, 3, 2), {"groups": 4, "dilation": 2, "output_padding": 1}),
+    ((2, 3, 4, 3, 2), (3, 2, 2, 2, 2), {"stride": 2}),
+]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [*[("conv", case) for case in CONVOLUTIONS], *[("conv_transpose", case) for case in TRANSPOSED]],
+)
+def test_convolution_weight(name: str, case: Case, dtype: torch.dtype, last: bool, device: str) -> None:
+    shape, kernel, settings = case
+    function = partial(getattr(F, f"{name}{len(kernel) - 2}d"), bias=None, **settings)
+    torch.manual_seed(0)
+    x, w = (torch.randn(size, device=device).to(dtype) for size in (shape, kernel))
+    if last:
+        if len(shape) != 4:
+            pytest.skip("channels_last is for images")
+        x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+    found = compare(function, [x, w], "convolution_backward")
+    form = torch.channels_last if last and len(x) else torch.contiguous_format
+    assert all(gradient.is_contiguous(memory_format=form) for gradient in found)
+
+
+def test_convolution_by_the_formula_where_something_looks_on() -> None:
+    x, w = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    with Seen() as seen:
+        torch.autograd.grad(F.conv2d(x, w).square().sum(), w, create_graph=True)
+        torch.func.grad(lambda w: F.conv2d(x, w).sum())(w)
+        torch.func.vmap(torch.func.grad(lambda w: F.conv2d(x, w).sum()))(w.expand(2, *w.shape))
+        upstream = torch.randn(3, 2, 4, 3, 3)
+        torch.autograd.grad(F.conv2d(x, w), w, upstream, is_grads_batched=True)
+        torch.autograd.grad(F.conv2d(x.to(torch.complex64), w.to(torch.complex64)).abs().sum(), w)
+    assert seen.names == []
+
+
+def test_a_convolution_with_a_rest_that_windows_would_reach() -> None:
+    """That of a transposed one's gradient, whose output_padding is at most its dilation, not its stride."""
+    x, w = (torch.randn(2, 3, 5, 5, dtype=torch.float64) for _ in range(2))
+    w = w[..., :3, :3]
+    leaves = [t.detach().requires_grad_() for t in (x, w.transpose(0, 1))]
+
+    def second() -> list[Tensor]:
+        y = F.conv_transpose2d(*leaves, stride=1, dilation=2, output_padding=1)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad([g.square().sum() for g in first], leaves))
+
+    found = second()
+    with accelerators.switched(False):
+        expected = second()
+    assert_close(found, expected)
+
+
+def test_the_switch_returns_to_what_it_was() -> None:
+    def fail(on: bool) -> None:
+        with accelerators.switched(on):
+            assert accelerators.enabled is on
+            raise ZeroDivisionError
+
+    for before, within in itertools.product((True, False), repeat=2):
+        with accelerators.switched(before):
+            with pytest.raises(ZeroDivisionError):
+                fail(within)
+            assert accelerators.enabled is before
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_the_environment_sets_the_switch(value: str) -> None:
+    program = "from manualgrad import accelerators; print(accelerators.enabled)"
+    environment = os.environ | {"MANUALGRAD_ACCELERATORS": value}
+    shown = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert shown.stdout.strip() == str(value == "1")
+
+
+def test_no_other_file_of_the_package_names_a_backward_of_torchs() -> None:
+    named = re.compile(r"aten\.\w*backward|\w_backward\(|torch\.nn\.grad|autograd\.grad\(")
+    root = Path(manualgrad.__file__).parent
+    files = [root / "rule.py", *(root / "ops").glob("*.py"), *(root / "nn").glob("*.py"), root / "accelerators.py"]
+    found = {path.name for path in files if named.search(path.read_text().replace("save_for_backward(", ""))}
+    assert found == {"accelerators.py"}

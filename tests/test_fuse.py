@@ -1,0 +1,187 @@
+"""A formula in blocks: the same gradients as at once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import manualgrad.nn.functional as F
+from manualgrad import fuse
+from manualgrad.ops import attention
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse, "block", 6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def pointwise(input: Tensor, slope: float, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad * slope * input.cos(), None
+
+
+def normalized(input: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of rows along the last axis, with a statistic for each."""
+    z = input.reshape(-1, input.shape[-1]) * rstd
+    sent = grad.reshape(-1, grad.shape[-1])
+    along = (sent * z * weight).mean(-1, keepdim=True)
+    return ((sent * weight - z * along) * rstd).reshape(grad.shape), (sent * z).sum(0), None
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(100,), (1, 50), (7, 9), (3, 2, 5, 4)])
+def test_of_numbers(shape: tuple[int, ...], form: torch.memory_format) -> None:
+    if len(shape) != 4 and form is torch.channels_last:
+        pytest.skip("of images")
+    input, grad = (torch.randn(shape).to(memory_format=form) for _ in range(2))
+    sizes: list[int] = []
+
+    def compute(*known: Any) -> tuple[Tensor | None, ...]:
+        sizes.append(known[-1].numel())
+        return pointwise(*known)
+
+    assert fuse.large(grad)
+    found = fuse.in_blocks(compute, (input, 0.5, grad), grad.dim())
+    expected = pointwise(input, 0.5, grad)
+    assert found is not None
+    assert found[0] is not None
+    assert found[0].stride() == grad.stride()
+    assert_close(found, expected, rtol=0, atol=0)
+    assert len(sizes) > 1
+    assert max(sizes) <= 12
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("shape", [(30, 4), (2, 5, 4), (1, 2, 9, 4), (5, 1, 40)])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_of_rows_with_sums_over_them(shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    input, grad, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
+    rstd = torch.rand(input.numel() // shape[-1], 1)
+    dtypes = None if dtype is None else (dtype, dtype, None)
+    found = fuse.in_blocks(normalized, (input, weight, rstd, grad), grad.dim() - 1, {2}, dtypes)
+    expected = normalized(input, weight, rstd, grad)
+    assert found is not None
+    assert_close(found, tuple(x if x is None or dtype is None else x.to(dtype) for x in expected))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_sum_is_rounded_once() -> None:
+    grad = torch.full((4000,), 1.0)
+    found = fuse.in_blocks(lambda grad: (None, grad.sum(0)), (grad[:, None],), 1, (), (None, torch.bfloat16))
+    assert found is not None
+    assert found[1] is not None
+    assert found[1].tolist() == [4000.0]  # a sum of bfloat16 comes to stand at 256
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_weight_as_long_as_there_are_rows_is_shared_by_them() -> None:
+    input, grad, weight, rstd = torch.randn(9, 9), torch.randn(9, 9), torch.randn(9), torch.rand(9, 1)
+    found = fuse.in_blocks(normalized, (input, weight, rstd, grad), 1, {2})
+    assert found is not None
+    assert_close(found, normalized(input, weight, rstd, grad))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_what_does_not_lie_in_rows_is_left_alone() -> None:
+    grad = torch.randn(8, 6)
+    for known, leading in [
+        ((torch.randn(6, 8).mT, 1.0, grad), 2),  # its rows are no piece of memory
+        ((grad, 1.0, torch.randn(()).expand(8, 6)), 2),
+        ((torch.randn(8, 1), 1.0, grad), 2),
+        ((torch.randn(6), 1.0, grad), 2),
+        ((grad, 1.0, grad), 0),  # there are no rows
+    ]:
+        assert fuse.in_blocks(pointwise, known, leading) is None
+
+
+def test_small_gradients_and_those_of_a_gpu_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not fuse.large(torch.zeros(1000))
+    assert not fuse.large(torch.empty(2**30, device="meta"))
+    monkeypatch.setattr(fuse, "block", 6)
+    assert fuse.large(torch.zeros(1000))
+    monkeypatch.setattr(fuse, "block", None)
+    assert not fuse.large(torch.zeros(1000))
+
+
+ATTENTIONS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+    ((2, 3, 5, 4), (2, 3, 7, 4), {}),
+    ((2, 3, 9, 4), (2, 3, 5, 4), {"is_causal": True}),
+    ((2, 3, 5, 4), (2, 3, 9, 4), {"is_causal": True}),
+    ((3, 5, 4), (3, 7, 4), {"scale": 0.3}),
+    ((2, 1, 3, 5, 4), (2, 1, 3, 7, 4), {"dropout_p": 0.4}),
+    ((2, 4, 5, 4), (2, 2, 7, 4), {"enable_gqa": True}),
+    ((2, 3, 5, 4), (2, 3, 7, 4), {"attn_mask": torch.tensor([1, 0, 1, 1, 0, 1, 1]).bool().expand(2, 1, 1, 7)}),
+    ((2, 3, 5, 4), (2, 3, 7, 4), {"attn_mask": torch.eye(5, 7).bool().logical_not()}),
+    ((2, 3, 5, 4), (2, 3, 7, 4), {"attn_mask": torch.eye(5, 7).bool() & (torch.arange(5) != 3)[:, None]}),
+    ((2, 3, 5, 4), (2, 3, 7, 4), {"attn_mask": torch.linspace(-1, 1, 35, dtype=torch.float64).view(5, 7)}),
+]
+
+
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_attention_in_blocks(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, other, settings = case
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (shape, other, other)
+    )
+    upstream = torch.randn(shape, dtype=torch.float64)
+
+    def gradients() -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        output = F.scaled_dot_product_attention(query, key, value, **settings)
+        return torch.autograd.grad(output, (query, key, value), upstream)
+
+    expected = gradients()
+    blocks: list[int] = []
+    weights = attention._weights
+    monkeypatch.setattr(fuse, "block", 10)
+    monkeypatch.setattr(attention, "_ROWS", 2)
+    monkeypatch.setattr(attention, "_weights", lambda *args: blocks.append(1) or weights(*args))
+    assert_close(gradients(), expected)
+    assert len(blocks) > 1
+
+
+def test_attention_that_broadcasts_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = (
+        torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 5, 4), (1, 3, 7, 4))
+    )
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(query, key, key).sum(), (query, key))
+    monkeypatch.setattr(fuse, "block", 10)
+    found = torch.autograd.grad(F.scaled_dot_product_attention(query, key, key).sum(), (query, key))
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gelu", "hardswish", "layer_norm", "rms_norm", "softmax"])
+def test_rules_in_blocks(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"layer_norm": {"normalized_shape": (9,)}, "rms_norm": {"normalized_shape": (9,)}}
+    settings["softmax"] = {"dim": 2}
+    function = partial(getattr(F, name), **settings.get(name, {}))
+    input, upstream, weight = (torch.randn(size).to(dtype) for size in ((3, 5, 9), (3, 5, 9), (9,)))
+    leaves = [input.requires_grad_(), *([weight.requires_grad_()] if "norm" in name else [])]
+
+    def gradients() -> tuple[Tensor, ...]:
+        output = function(input, weight=weight) if "norm" in name else function(input)
+        return torch.autograd.grad(output, leaves, upstream)
+
+    taken: list[bool] = []
+    in_blocks = fuse.in_blocks
+
+    def noted(*args: Any) -> Any:
+        found = in_blocks(*args)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(fuse, "in_blocks", noted)
+    found = gradients()
+    assert taken == [True]
+    monkeypatch.setattr(fuse, "block", None)
+    assert_close(found, gradients())
+    assert taken == [True]

@@ -1,0 +1,423 @@
+"""Keeping less changes nothing: recipes, bits, and everything that may stand in their way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import manualgrad.nn.functional as F
+from manualgrad import enabled, nn, saved_bytes, saving
+from manualgrad.ops.elementary import product
+from manualgrad.registry import Maker, Op
+from manualgrad.verification import verify
+
+Model = Callable[[Tensor], Tensor]
+
+WIDTH, ROWS = 8, 16
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "SMALL", 0)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(ROWS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+
+
+def kept_bytes(function: Callable[..., Any], *args: Any) -> int:
+    return saved_bytes(function, *args).everything
+
+
+def bits(n: int) -> int:
+    return (n + 7) // 8
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = linear(), linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(product(F.silu(self.gate(x)), self.up(x)))
+
+
+class Image(nn.Module):
+    """Convolutions, seen from rows."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.BatchNorm2d(2),
+            nn.ReLU(inplace),
+            nn.MaxPool2d(2),
+            nn.Conv2d(2, 2, 1),
+            nn.GroupNorm(1, 2),
+            nn.SiLU(),
+            nn.InstanceNorm2d(2),
+            nn.Hardtanh(),
+            nn.Conv2d(2, 2, 1),
+        ).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.reshape(4, 1, 4, 8))
+
+
+def chain(*between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(linear(), *between, linear()).double()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": lambda: chain(nn.GELU()),
+    "gelu, dropout": lambda: chain(nn.GELU(), nn.Dropout(0.3)),
+    "relu, dropout": lambda: chain(nn.ReLU(), nn.Dropout(0.3)),
+    "layer norm": lambda: chain(nn.LayerNorm(WIDTH)),
+    "rms norm, dropout": lambda: chain(nn.RMSNorm(WIDTH), nn.Dropout(0.3)),
+    "batch norm, relu, dropout": lambda: chain(nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Dropout(0.3)),
+    "batch norm, relu in place": lambda: chain(nn.BatchNorm1d(WIDTH), nn.ReLU(inplace=True)),
+    "batch norm after training": lambda: chain(nn.BatchNorm1d(WIDTH), nn.SiLU()).eval(),
+    "many": lambda: chain(nn.GELU(), nn.LayerNorm(WIDTH), nn.SiLU(), nn.LayerNorm(WIDTH), nn.ELU(), nn.Softplus()),
+    "gate": Gated,
+    "image": lambda: Image(inplace=False),
+    "image, in place": lambda: Image(inplace=True),
+    "transformer": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 16, 0.2, "gelu", batch_first=True).double(),
+}
+"""Models in which something is made again."""
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(1)
+    return MODELS[request.param]()
+
+
+def run(model: Model, x: Tensor) -> Tensor:
+    torch.manual_seed(2)
+    return model(x)
+
+
+def gradients(model: nn.Module, x: Tensor, *, thrifty: bool = True) -> list[Tensor]:
+    """Of the squares' sum, to every parameter and to x."""
+    model, x = copy.deepcopy(model), x.clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        if not thrifty:
+            patch.setattr(saving, "SMALL", 2**40)
+        return list(torch.autograd.grad(run(model, x).square().sum(), [x, *model.parameters()]))
+
+
+def total(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([tensor.sum() for tensor in tensors]).sum()
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_same_gradients_from_less(model: nn.Module, x: Tensor) -> None:
+    same(gradients(model, x), gradients(model, x, thrifty=False))
+
+    def kept() -> int:
+        return kept_bytes(run, copy.deepcopy(model), x.clone().requires_grad_())
+
+    less = kept()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "SMALL", 2**40)
+        assert less < kept()
+
+
+def test_what_is_kept() -> None:
+    """To the byte: what stands between two layers costs its mask."""
+    n = ROWS * WIDTH
+    x, weight = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def kept(between: Model) -> int:
+        return kept_bytes(lambda: F.linear(between(F.linear(x, weight)), weight)) - kept_bytes(F.linear, x, weight)
+
+    assert kept(F.gelu) == 4 * n
+    assert kept(lambda z: F.dropout(F.gelu(z), 0.5)) == 4 * n + bits(n)
+    assert kept(lambda z: F.dropout(z, 0.5)) == 4 * n + bits(n)
+    assert kept(F.relu) == 4 * n + bits(n)
+    assert kept(lambda z: F.relu(F.layer_norm(z, (WIDTH,)))) == 4 * n + bits(n) + 2 * 4 * ROWS
+    assert kept(lambda z: F.dropout(F.relu(F.rms_norm(z, (WIDTH,))), 0.5)) == 4 * n + 2 * bits(n)
+
+
+def test_a_gate_within_enabled() -> None:
+    x, weight = torch.randn(ROWS, WIDTH), torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def gated() -> Tensor:
+        return torch.nn.functional.linear(torch.nn.functional.silu(x @ weight) * (x @ weight), weight)
+
+    with enabled():
+        less = kept_bytes(gated)
+    assert less == kept_bytes(gated) - 2 * x.nbytes  # neither the gate nor the product
+
+
+def test_frozen_parameters_keep_nothing() -> None:
+    x, weight = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(WIDTH, WIDTH)
+    assert kept_bytes(lambda: F.linear(F.relu(x), weight)) == 4 * WIDTH * WIDTH + bits(ROWS * WIDTH)
+
+
+@pytest.mark.parametrize("modes", ["create_graph", "twice"])
+def test_double_backward(model: nn.Module, x: Tensor, modes: str) -> None:
+    def second(thrifty: bool) -> list[Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            if not thrifty:
+                patch.setattr(saving, "SMALL", 2**40)
+            other, at = copy.deepcopy(model), x.clone().requires_grad_()
+            wanted = [at, *other.parameters()]
+            first = torch.autograd.grad(run(other, at).square().sum(), wanted, create_graph=True)
+            if modes == "twice":
+                first = torch.autograd.grad(total(g.sin() for g in first), wanted, create_graph=True)
+            return list(torch.autograd.grad(total(g.square() for g in first), wanted))
+
+    found, expected = second(True), second(False)
+    largest = max(float(g.abs().max()) for g in expected)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * largest)
+
+
+def test_derivative_by_a_tensor_in_between(x: Tensor) -> None:
+    """Whoever holds the activation can differentiate the gradient by it."""
+    first, second = linear(), linear()
+    y = F.gelu(first(x))
+    (g,) = torch.autograd.grad(second(y).square().sum(), [second.weight], create_graph=True)
+    (found,) = torch.autograd.grad(g.square().sum(), [y])
+    z = y.detach().requires_grad_()
+    (g,) = torch.autograd.grad(second(z).square().sum(), [second.weight], create_graph=True)
+    same([found], list(torch.autograd.grad(g.square().sum(), [z])))
+
+
+def test_backward_twice(model: nn.Module, x: Tensor) -> None:
+    parameters, at = list(model.parameters()), x.clone().requires_grad_()
+    loss = run(model, at).square().sum()
+    once = torch.autograd.grad(loss, [at, *parameters], retain_graph=True)
+    same(list(torch.autograd.grad(loss, [at, *parameters])), list(once))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, [at, *parameters])
+
+
+def test_some_parameters_only(model: nn.Module, x: Tensor) -> None:
+    expected = gradients(model, x, thrifty=False)[1:]
+    parameters = list(model.parameters())
+    loss = run(model, x).square().sum()
+    for i in reversed(range(len(parameters))):
+        same(list(torch.autograd.grad(loss, parameters[i : i + 1], retain_graph=True)), expected[i : i + 1])
+
+
+def test_two_losses_share_a_trunk(x: Tensor) -> None:
+    torch.manual_seed(0)
+    trunk, heads = chain(nn.GELU(), nn.Dropout(0.2), linear(), nn.LayerNorm(WIDTH)), [linear(), linear()]
+
+    def losses() -> list[Tensor]:
+        features = run(trunk, x)
+        return [head(features).square().sum() for head in heads]
+
+    parameters = list(trunk.parameters())
+    together = torch.autograd.grad(total(losses()), parameters)
+    one, two = losses()
+    first = torch.autograd.grad(one, parameters, retain_graph=True)
+    del one
+    second = torch.autograd.grad(two, parameters)
+    same([a + b for a, b in zip(first, second, strict=True)], list(together))
+
+
+IN_PLACE: list[Callable[[Tensor], object]] = [
+    lambda y: y.mul_(2),
+    lambda y: y[0].zero_(),
+    lambda y: y.detach().mul_(2),
+    torch.no_grad()(lambda y: y.add_(1)),
+    lambda y: y.view(-1)[3:].sin_(),
+]
+
+
+@pytest.mark.parametrize("write", IN_PLACE)
+def test_write_between_producer_and_consumer(write: Callable[[Tensor], object], x: Tensor) -> None:
+    """The consumer sees what was written: it keeps that."""
+    torch.manual_seed(0)
+    first, second = linear(), linear()
+    y = F.gelu(first(x))
+    write(y)
+    out = second(y)
+    expected = y.detach().clone()
+    del y
+    (found,) = torch.autograd.grad(out.sum(), [second.weight])
+    same([found], [expected.sum(0).expand(WIDTH, WIDTH)])
+
+
+def test_write_after_the_consumer(x: Tensor) -> None:
+    """torch refuses; a value made again is the right one, and the tensor that lives is not mistaken for it."""
+    first, second = linear(), linear()
+    y = F.gelu(first(x))
+    expected = y.detach().sum(0).expand(WIDTH, WIDTH)
+    out = second(y)
+    with torch.no_grad():
+        y.mul_(2)
+    same(list(torch.autograd.grad(out.sum(), [second.weight])), [expected])
+
+
+def test_write_to_what_it_is_made_from(x: Tensor) -> None:
+    first, second = linear(), linear()
+    z = first(x)
+    out = second(F.gelu(z))
+    with torch.no_grad():
+        z.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_write_to_the_source_before_the_consumer(x: Tensor) -> None:
+    first, second = linear(), linear()
+    z = first(x)
+    y = F.gelu(z)
+    with torch.no_grad():
+        z.mul_(2)
+    (found,) = torch.autograd.grad(second(y).sum(), [second.weight])
+    same([found], [y.detach().sum(0).expand(WIDTH, WIDTH)])
+
+
+def test_hooks_that_count_change_nothing(model: nn.Module, x: Tensor) -> None:
+    expected = gradients(model, x)
+    seen: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tensor.nbytes)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        same(gradients(model, x), expected)
+    assert seen
+
+
+def test_hooks_that_take_the_tensors_away(model: nn.Module, x: Tensor) -> None:
+    expected = gradients(model, x)
+    with save_on_cpu():
+        same(gradients(model, x), expected)
+    with saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
+        same(gradients(model, x), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(model: nn.Module, x: Tensor, reentrant: bool) -> None:
+    expected = gradients(model, x)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = copy.deepcopy(model)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=reentrant)
+
+    if any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules()):
+        expected = gradients(model, x)  # its running statistics move twice, its gradients do not
+    if reentrant:
+        other, at = Checkpointed(), x.clone().requires_grad_()
+        run(other, at).square().sum().backward()
+        same([at.grad, *[p.grad for p in other.parameters()]], expected)  # type: ignore[list-item]
+    else:
+        same(gradients(Checkpointed(), x), expected)
+
+
+def test_checkpoint_that_begins_after_a_cheap_layer(x: Tensor) -> None:
+    torch.manual_seed(0)
+    before, after = chain(nn.GELU()), chain(nn.GELU())
+    norm = nn.LayerNorm(WIDTH, dtype=torch.float64)
+    whole = nn.Sequential(before, norm, after)
+    expected = gradients(whole, x)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.norm, self.after = copy.deepcopy((before, norm, after))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.after, self.norm(self.before(x)), use_reentrant=False)
+
+    same(gradients(Checkpointed(), x), expected)
+
+
+def test_transforms_and_forward_mode(model: nn.Module, x: Tensor) -> None:
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.training:
+            module.running_mean = module.running_var = module.num_batches_tracked = (
+                None  # a transform may not write
+            )
+
+    def loss(values: dict[str, Any]) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    torch.manual_seed(2)
+    expected = list(torch.autograd.grad(loss(parameters), list(parameters.values())))
+    torch.manual_seed(2)
+    same(list(torch.func.grad(loss)(parameters).values()), expected)
+    torch.manual_seed(2)
+    directions = {name: torch.ones_like(value) for name, value in parameters.items()}
+    along = torch.func.jvp(loss, (parameters,), (directions,))[1]
+    torch.testing.assert_close(along, sum(g.sum() for g in expected))
+
+
+def test_no_leak(x: Tensor) -> None:
+    """Nothing outlives the backward, though the loss be held."""
+    model = chain(nn.GELU(), nn.Dropout(0.2), nn.LayerNorm(WIDTH))
+    loss = run(model, x).square().sum()
+    node, waiting, recipes = None, [loss.grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            recipes.append(getattr(node, "recipe", None))
+            waiting += [before for before, _ in node.next_functions]
+    named = [part for recipe in recipes if recipe for part in recipe.parts if isinstance(part, saving.Kept)]
+    assert any(part.tensor() is not None for part in named)
+    parameters = {id(parameter) for parameter in model.parameters()}
+    loss.backward()
+    assert all(part.tensor() is None or id(part.tensor()) in parameters for part in named)
+
+
+@pytest.mark.parametrize("shape", [(8,), (7,), (3, 5), (2, 3, 5, 7), (0,), (1,)])
+def test_bits(shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape) > 0.5
+    packed = saving.in_bits(mask)
+    assert packed is not None
+    assert packed[0].numel() == bits(mask.numel())
+    assert torch.equal(saving.from_bits(*packed), mask)
+
+
+def test_bits_lie_as_the_mask_does() -> None:
+    mask = (torch.rand(2, 3, 5, 5) > 0.5).contiguous(memory_format=torch.channels_last)
+    packed = saving.in_bits(mask)
+    assert packed is not None
+    again = saving.from_bits(*packed)
+    assert torch.equal(again, mask)
+    assert again.stride() == mask.stride()
+    assert saving.in_bits(mask[:, ::2]) is None
+
+
+@pytest.mark.parametrize(
+    "law", ["gradient_of_each_subset", "double_backward", "memory_format", "low_precision", "nothing_leaks"]
+)
+def test_laws_where_nothing_is_small(law: str, op: Op, number: int) -> None:
+    """What the samples are too small for: bits, offsets, recipes."""
+    call = list(op.samples(Maker()))[number]
+    args, kwargs = call.marked()
+    verify(
+        op.function,
+        *args,
+        kwargs=kwargs,
+        reference=op.reference,
+        require=[law],
+        laws=[law],
+        surrogate=not call.gradient_is_derivative,
+    ).raise_if_failed()
