@@ -274,7 +274,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def spares(a: Any, b: Any) -> bool:
-    """One of the factors, an activation say, need not be kept."""
+    """One of the factors, an activation say, need not be kept (a compiled graph settles that itself)."""
+    if torch.compiler.is_compiling():
+        return False
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return False
     return recipe_of(a) is not None or recipe_of(b) is not None
