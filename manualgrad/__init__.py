@@ -18,6 +18,14 @@ from manualgrad.rule import Rule
 from manualgrad.verification import verify
 
 __all__ = [
-    *("Rule", "nn", "registry", "saved_bytes", "verify"),
-    *("conversion_report", "convert", "enabled", "register_adapter", "revert"),
+    "Rule",
+    "conversion_report",
+    "convert",
+    "enabled",
+    "nn",
+    "register_adapter",
+    "registry",
+    "revert",
+    "saved_bytes",
+    "verify",
 ]
