@@ -9,6 +9,8 @@ one process and without an optimizer: shown is each one's median, and that of it
 Kept for backward is what `manualgrad.saved_bytes` counts: of a model without its parameters and its batch, of an
 operation with its inputs. The peak is the most memory during a step above that before it, measured in a fresh
 process for each: on the CPU what the process has of the machine's, on CUDA what tensors have of the device's.
+On the CPU the process is told to give back what it frees: glibc keeps blocks of up to 32 MiB for later, by a
+threshold that moves, which may double the figure from one run to the next.
 """
 
 from __future__ import annotations
@@ -442,6 +444,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as empty:  # what torch.compile has cached would not be compiled
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty  # what torch.compile has cached would not be compiled
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # for the fresh processes
         main()
