@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import models
@@ -39,7 +38,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-from manualgrad import nn, registry, saved_bytes
+from manualgrad import convert, nn, registry, saved_bytes
 from manualgrad.training import CommandLine, fail, parse_settings
 from manualgrad.verification.derivatives import derivative, line
 
@@ -129,23 +128,9 @@ def contestants(case: models.Case, settings: Settings) -> list[str]:
     return ["torch", *(name for name in case.contestants if name not in missing)]
 
 
-@cache
-def _models_of_ours() -> ModuleType:
-    """The file of models once more, with one word changed in each of two lines."""
-    assert models.__file__ is not None
-    spec = importlib.util.spec_from_file_location("models_of_ours", models.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    module.nn, module.F = nn, nn.functional
-    return module
-
-
 def of_ours(case: models.Case) -> torch.nn.Module:
-    """The model of a case, made of our layers."""
-    return _models_of_ours().NAMED[case.name].make()
+    """The model of a case with our layers and functions."""
+    return convert(case.make(), functional=True)
 
 
 class Run:
