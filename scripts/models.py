@@ -459,7 +459,12 @@ if importlib.util.find_spec("transformers"):
         Case("hf_llama", "transformers' Llama, V=32000", hf_llama, lambda: (torch.randint(32000, (4, 256)),) * 2),
         Case("hf_bert", "transformers' BERT, T=256", hf_bert, lambda: (torch.randint(30522, (4, 256)), _two())),
         Case("hf_vit", "transformers' ViT, 256 patches", hf_vit, lambda: (torch.randn(4, 3, 128, 128), _two())),
-        Case("hf_resnet", "transformers' ResNet, 64x64", hf_resnet, lambda: (torch.randn(4, 3, 64, 64), _two())),
+        Case(
+            "hf_resnet",
+            "transformers' ResNet, 64x64",
+            hf_resnet,
+            lambda: (torch.randn(32, 3, 64, 64), torch.randint(2, (32,))),
+        ),
     ]
 LAYERS = [
     Case("liger_rms_norm", "RMSNorm, 4096x4096", rms_norm, lambda: (), _LAYERS),
