@@ -130,7 +130,8 @@ def contestants(case: models.Case, settings: Settings) -> list[str]:
 
 def of_ours(case: models.Case) -> torch.nn.Module:
     """The model of a case with our layers and functions."""
-    return convert(case.make(), functional=True)
+    model = case.make()
+    return convert(model, functional=True, fused_loss=getattr(model, "language", False))
 
 
 class Run:

@@ -282,6 +282,7 @@ class Transformers(nn.Module):
         super().__init__()
         package = importlib.import_module("transformers")
         self.model = getattr(package, model)(getattr(package, config)(**sizes))
+        self.language = self.model.get_output_embeddings() is not None
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         return self.model(x, labels=target).loss
