@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -24,11 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from manualgrad.nn import functional
-from manualgrad.ops import elementary
-from manualgrad.ops.elementary import _REFUSALS
+from manualgrad.ops.elementary import _REFUSALS, product
 
 Forward = TypeVar("Forward", bound=Callable[[Any, Tensor], Tensor])
-_product: Callable[[Tensor, Tensor], Tensor] = getattr(elementary, "product", operator.mul)
 
 
 class Adapter(NamedTuple):
@@ -129,7 +126,7 @@ def rms_norm(module: Any, input: Tensor) -> Tensor:
     weight, shape = module.weight, tuple(module.weight.shape)
     if weight.dtype == input.dtype:
         return functional.rms_norm(input, shape, weight, _epsilon(module))
-    return _product(weight, functional.rms_norm(input, shape, None, _epsilon(module)))
+    return product(weight, functional.rms_norm(input, shape, None, _epsilon(module)))
 
 
 @register_adapter(_NORMS, features=lambda module: module.weight.numel())
@@ -142,7 +139,7 @@ def rms_norm_from_one(module: Any, input: Tensor) -> Tensor:
 @register_adapter(r"\w*MLP", features=lambda module: module.gate_proj.in_features)
 def gated_mlp(module: Any, input: Tensor) -> Tensor:
     """Llama's: W₃ (f(W₁ x) · W₂ x)"""
-    return module.down_proj(_product(module.act_fn(module.gate_proj(input)), module.up_proj(input)))
+    return module.down_proj(product(module.act_fn(module.gate_proj(input)), module.up_proj(input)))
 
 
 # --- a causal language model and its loss, without logits ---
@@ -167,22 +164,21 @@ class Fusion:
         **_: Any,
     ) -> Tensor:
         """transformers' ``ForCausalLMLoss`` of what the head would make of its input."""
-        hidden = logits
         if logits is not self.hidden or vocab_size != self.head.weight.shape[0]:
             raise RuntimeError(
                 f"{type(self.model).__name__} does something to its logits before the loss (a scale, a cap, a "
                 "choice), so the two cannot be one: revert it, and convert it without fused_loss"
             )
-        if shift_labels is None:
-            shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets: Any = shift_labels
+        if targets is None:
+            targets = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         loss = functional.linear_cross_entropy(
-            hidden.flatten(0, -2),
+            logits.flatten(0, -2),
             self.head.weight,
-            shift_labels.flatten().to(hidden.device),
+            targets.flatten().to(logits.device),
             linear_bias=self.head.bias,
             ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",
-            options=_in_pieces,
         )
         loss = loss if loss.dtype == torch.float64 else loss.float()
         if isinstance(num_items_in_batch, Tensor):
@@ -196,7 +192,6 @@ class Fusion:
         return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
 
-_in_pieces: Any = getattr(nn, "LinearCrossEntropyOptions", lambda: None)()
 _fusion: ContextVar[Fusion | None] = ContextVar("_fusion", default=None)
 
 

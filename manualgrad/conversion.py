@@ -47,7 +47,7 @@ def convert(model: Model, *, functional: bool = False, fused_loss: bool = False)
         functional: what the model's own ``forward`` methods call (``F.relu``, ``x.softmax(-1)``) is ours as well:
             they run inside `enabled`.
         fused_loss: a causal language model of `transformers` that is given labels in training computes its loss by
-            `linear_cross_entropy`, without ever making the logits; in its output there are none.
+            `linear_cross_entropy`, which never has more than some of the logits; in its output there are none.
 
     Returns:
         The same model. `conversion_report` says what became of each module; `revert` undoes it.

@@ -104,9 +104,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
     found |= {
         op.reference: op.function
         for op in registry.ops().values()
-        if not isinstance(
-            op.reference, MethodType
-        )  # a Function's apply: no mode sees it, and Dynamo cannot look it up
+        if not isinstance(op.reference, MethodType)  # a Function's apply: no mode sees it
     }
 
     def enter(name: str, ours: Callable[..., Any], in_order: bool = False) -> None:

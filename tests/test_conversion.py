@@ -277,6 +277,16 @@ def test_compiled(backend: str) -> None:
         assert_close(step(torch.compile(model(), fullgraph=True, backend=backend)), expected)
 
 
+def test_converted_when_already_compiled() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(2, 4)
+    compiled(x)
+    convert(model)
+    assert "ReLUFunctionBackward" in nodes(compiled(x))
+    revert(model)
+    assert "ReluBackward0" in nodes(compiled(x))
+
+
 def test_conversion_in_several_threads() -> None:
     found: list[type] = []
 
@@ -436,6 +446,16 @@ def test_nested_left_by_an_error_and_as_a_decorator() -> None:
     with pytest.raises(ZeroDivisionError), enabled():
         raise ZeroDivisionError
     assert nodes(F.relu(x)) == {"ReluBackward0", "AccumulateGrad"}
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2, 0.5, -1])
+def test_powers_at_zero(exponent: float) -> None:
+    x = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
+    (expected,) = torch.autograd.grad(x.pow(exponent).sum(), x)
+    with enabled():
+        output = x.pow(exponent)
+    assert nodes(output) == {"PowerFunctionBackward", "AccumulateGrad"}
+    assert_close(torch.autograd.grad(output.sum(), x)[0], expected)
 
 
 def test_only_in_its_own_thread() -> None:

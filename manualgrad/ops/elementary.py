@@ -220,7 +220,8 @@ class PowerFunction(Pointwise):
         return torch.pow(input, exponent)
 
     def derivative(input: Tensor, exponent: float) -> Tensor:
-        return exponent * input ** (exponent - 1)
+        # 0 everywhere for n = 0, and not 0 · 0⁻¹ at 0
+        return exponent * input ** (exponent - 1) if exponent else torch.zeros_like(input)
 
 
 class DifferenceFunction(Rule):
