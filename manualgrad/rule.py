@@ -501,4 +501,4 @@ def keeping_is_seen() -> bool:
 
 def last_backward() -> bool:
     """The graph is not retained: what a rule has kept is read now for the last time."""
-    return not autograd._get_current_graph_task_keep_graph()
+    return not torch.compiler.is_compiling() and not autograd._get_current_graph_task_keep_graph()

@@ -9,6 +9,8 @@ one process and without an optimizer: shown is each one's median, and that of it
 Kept for backward is what `manualgrad.saved_bytes` counts: of a model without its parameters and its batch, of an
 operation with its inputs. The peak is the most memory during a step above that before it, measured in a fresh
 process for each: on the CPU what the process has of the machine's, on CUDA what tensors have of the device's.
+On the CPU the process is told to give back what it frees: glibc keeps blocks of up to 32 MiB for later, by a
+threshold that moves, which may double the figure from one run to the next.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import models
@@ -37,7 +38,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-from manualgrad import nn, registry, saved_bytes
+from manualgrad import convert, nn, registry, saved_bytes
 from manualgrad.training import CommandLine, fail, parse_settings
 from manualgrad.verification.derivatives import derivative, line
 
@@ -127,23 +128,10 @@ def contestants(case: models.Case, settings: Settings) -> list[str]:
     return ["torch", *(name for name in case.contestants if name not in missing)]
 
 
-@cache
-def _models_of_ours() -> ModuleType:
-    """The file of models once more, with one word changed in each of two lines."""
-    assert models.__file__ is not None
-    spec = importlib.util.spec_from_file_location("models_of_ours", models.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    module.nn, module.F = nn, nn.functional
-    return module
-
-
 def of_ours(case: models.Case) -> torch.nn.Module:
-    """The model of a case, made of our layers."""
-    return _models_of_ours().NAMED[case.name].make()
+    """The model of a case with our layers and functions."""
+    model = case.make()
+    return convert(model, functional=True, fused_loss=getattr(model, "language", False))
 
 
 class Run:
@@ -442,6 +430,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as empty:  # what torch.compile has cached would not be compiled
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty  # what torch.compile has cached would not be compiled
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # for the fresh processes
         main()

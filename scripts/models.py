@@ -7,6 +7,7 @@ of `Blocks` is ``checkpointed`` (each block is computed again in the backward), 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+import manualgrad.nn
 
 Batch = tuple[Tensor, ...]
 
@@ -187,7 +190,7 @@ class Head(nn.Module):
     """The cross entropy of the next token: of scores, which are a linear layer's, or of both as one function."""
 
     form: Literal["scores", "whole", "chunked", "liger"] = "scores"
-    """With scores; as one function; that one told to go in chunks, as torch's must be; Liger's."""
+    """With scores; as one function, ours; torch's own, which goes in chunks if it is told to; Liger's."""
 
     def __init__(self, vocabulary: int, d: int) -> None:
         super().__init__()
@@ -198,8 +201,10 @@ class Head(nn.Module):
             return F.cross_entropy(self.linear(x), target)
         if self.form == "liger":
             return liger().liger_fused_linear_cross_entropy(x, self.linear.weight, target)
-        options: Any = {"options": nn.LinearCrossEntropyOptions()} if self.form == "chunked" else {}
-        return F.linear_cross_entropy(x, self.linear.weight, target, **options)
+        if self.form == "whole":
+            return manualgrad.nn.functional.linear_cross_entropy(x, self.linear.weight, target)
+        options = nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(x, self.linear.weight, target, options=options)
 
 
 class LanguageModel(nn.Module):
@@ -265,6 +270,49 @@ class ViT(nn.Module):
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
         return F.cross_entropy(self.head(self.norm(self.blocks(x)).mean(1)), target)
+
+
+# Models of the package transformers, with random weights
+
+
+class Transformers(nn.Module):
+    """One of its models, called for the loss."""
+
+    def __init__(self, model: str, config: str, **sizes: Any) -> None:
+        super().__init__()
+        package = importlib.import_module("transformers")
+        self.model = getattr(package, model)(getattr(package, config)(**sizes))
+        self.language = self.model.get_output_embeddings() is not None
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.model(x, labels=target).loss
+
+
+def hf_gpt2() -> nn.Module:
+    return Transformers("GPT2LMHeadModel", "GPT2Config", n_embd=512, n_layer=4, n_head=8, n_positions=256)
+
+
+def hf_llama() -> nn.Module:
+    sizes = {"hidden_size": 512, "intermediate_size": 1365, "num_hidden_layers": 4}
+    return Transformers(
+        "LlamaForCausalLM", "LlamaConfig", num_attention_heads=8, num_key_value_heads=2, use_cache=False, **sizes
+    )
+
+
+_ENCODER = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+
+
+def hf_bert() -> nn.Module:
+    return Transformers("BertForSequenceClassification", "BertConfig", **_ENCODER)
+
+
+def hf_vit() -> nn.Module:
+    return Transformers("ViTForImageClassification", "ViTConfig", image_size=128, patch_size=8, **_ENCODER)
+
+
+def hf_resnet() -> nn.Module:
+    sizes = {"embedding_size": 64, "hidden_sizes": [64, 128, 256], "depths": [2, 1, 1]}
+    return Transformers("ResNetForImageClassification", "ResNetConfig", layer_type="basic", **sizes)
 
 
 # Single layers, beside Liger-Kernel's
@@ -405,6 +453,20 @@ CASES = [
     Case("gpt_50257", "GPT, V=50257", lambda: gpt(50257), text(50257), _HEADS),
     Case("llama", "Llama-like, V=32000", lambda: llama(32000), text(32000), _HEADS),
 ]
+if importlib.util.find_spec("transformers"):
+    _two = lambda: torch.randint(2, (4,))  # noqa: E731 (labels of its two classes)
+    CASES += [
+        Case("hf_gpt2", "transformers' GPT-2, V=50257", hf_gpt2, lambda: (torch.randint(50257, (4, 256)),) * 2),
+        Case("hf_llama", "transformers' Llama, V=32000", hf_llama, lambda: (torch.randint(32000, (4, 256)),) * 2),
+        Case("hf_bert", "transformers' BERT, T=256", hf_bert, lambda: (torch.randint(30522, (4, 256)), _two())),
+        Case("hf_vit", "transformers' ViT, 256 patches", hf_vit, lambda: (torch.randn(4, 3, 128, 128), _two())),
+        Case(
+            "hf_resnet",
+            "transformers' ResNet, 64x64",
+            hf_resnet,
+            lambda: (torch.randn(32, 3, 64, 64), torch.randint(2, (32,))),
+        ),
+    ]
 LAYERS = [
     Case("liger_rms_norm", "RMSNorm, 4096x4096", rms_norm, lambda: (), _LAYERS),
     Case("liger_layer_norm", "LayerNorm, 4096x4096", layer_norm, lambda: (), _LAYERS),

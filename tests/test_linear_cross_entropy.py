@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from graph import MOVES_OR_ADDS, nodes
 from test_laws import DISTRIBUTED, verified
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -350,7 +351,7 @@ def test_options_make_no_difference() -> None:
 
 def test_bad_input_is_refused() -> None:
     (x, weight, bias), target = problem()
-    wrong: list[tuple[type[Exception], tuple[Any, ...], dict[str, Any]]] = [
+    wrong: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
         (RuntimeError, (x[None], weight, target), {}),
         (RuntimeError, (x, weight[0], target), {}),
         (RuntimeError, (x[:, :1], weight, target), {}),
@@ -363,7 +364,7 @@ def test_bad_input_is_refused() -> None:
         (RuntimeError, (x, weight, target), {"weight": torch.ones(2).double()}),
         (RuntimeError, (x, weight, target), {"weight": torch.ones(3).double().requires_grad_()}),
         (RuntimeError, (x, weight, target), {"label_smoothing": 1.5}),
-        (ValueError, (x, weight, target[:4]), {}),
+        ((RuntimeError, ValueError), (x, weight, target[:4]), {}),
         (ValueError, (x, weight, target), {"reduction": "most"}),
         (IndexError, (x, weight, target + 1), {}),
     ]
@@ -401,6 +402,15 @@ def test_compiled_in_pieces() -> None:
         expected = both(tensors, target, **how)[1].sum()
         assert_close(found, expected)
         assert_close(torch.autograd.grad(found, tensors), torch.autograd.grad(expected, tensors))
+
+
+def test_traced_and_without_data() -> None:
+    tensors, target = problem(bias=False)
+    expected = torch.autograd.grad(both(tensors, target)[1], tensors)
+    traced = make_fx(lambda *given: torch.autograd.grad(ours(*given, target), given))(*tensors)
+    assert_close(traced(*tensors), expected)
+    on_meta = [x.detach().to("meta").requires_grad_() for x in tensors]
+    assert ours(*on_meta, target.to("meta")).shape == ()
 
 
 def test_module() -> None:

@@ -105,9 +105,8 @@ def _pieces(
             rooms = [scores, wide] if nothing_looks_on(scores) else []
         else:
             scores, wide = (room[: len(x)] for room in rooms)
-            scores = (
-                torch.mm(x, flat.mT, out=scores) if shift is None else torch.addmm(shift, x, flat.mT, out=scores)
-            )
+            scores = scores if shift is None else scores.copy_(shift)
+            scores = scores.addmm_(x, flat.mT, beta=0 if shift is None else 1)
             wide = wide if wide.dtype == scores.dtype else wide.copy_(scores)
         yield x, wide.reshape(len(x), *weight.shape[:-1]), q
 
@@ -427,8 +426,9 @@ def linear_cross_entropy(
     ``acc_policy`` they name, and the graph may be retained whether or not ``allow_retain_graph``.
 
     Raises:
+        RuntimeError, ValueError: other shapes.
         ValueError: an unknown reduction, or options that contradict each other.
-        RuntimeError: other shapes; a class weight that requires a gradient beside class indices.
+        RuntimeError: a class weight that requires a gradient beside class indices.
         IndexError: a class index that is none.
     """
     n, scores = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
@@ -448,7 +448,10 @@ def linear_cross_entropy(
         raise RuntimeError(f"a weight for each of {classes} classes, not {tuple(weight.shape)}")
     if label_smoothing > 1:
         raise RuntimeError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
-    lowered = torch.is_autocast_enabled(input.device.type)
+    device = input.device.type
+    lowered = device in LinearFunction.autocast and torch.is_autocast_enabled(
+        device
+    )  # then the loss is in float32
     tensors = cast(LinearFunction, (input, linear_weight, linear_bias))
     tensors = torch.atleast_2d(tensors[0]), *tensors[1:]
     settings = (

@@ -14,7 +14,7 @@ from torch.nn.modules import _functions
 
 from manualgrad.ops.elementary import drop_in, plus, stands_for, times
 from manualgrad.registry import Call, register
-from manualgrad.rule import FLOAT32, Rule, cuda_autocasts
+from manualgrad.rule import FLOAT32, Rule, cuda_autocasts, differentiated
 
 Shape = tuple[int, int, int, int]
 Average = Callable[[Tensor], Tensor]
@@ -273,8 +273,18 @@ class BatchNormFunction(ChannelNormFunction):
         output, mean, rstd = _batch_norm(input, weight, bias, running_mean, running_var, True, momentum, eps)
         return output, mean.reshape(1, groups, 1, 1), rstd.reshape(1, groups, 1, 1)
 
-    def recompute(input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
-        return BatchNormFunction.apply(input, weight, bias, None, None, groups, 0.0, eps)
+    def recompute(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+        mean: Tensor,
+        rstd: Tensor,
+    ) -> Tensor:
+        if differentiated():
+            return BatchNormFunction.apply(input, weight, bias, None, None, groups, 0.0, eps)
+        return _normalized(input, weight, bias, mean, rstd)
 
     def axes() -> tuple[int, ...]:
         return (0, 2, 3)
@@ -315,8 +325,18 @@ class InstanceNormFunction(BatchNormFunction):
         output = torch.ops.aten._unsafe_view(output, input.shape)
         return output, mean.reshape(n, groups, 1, 1), rstd.reshape(n, groups, 1, 1)
 
-    def recompute(input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
-        return InstanceNormFunction.apply(input, weight, bias, None, None, groups, 0.0, eps)
+    def recompute(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+        mean: Tensor,
+        rstd: Tensor,
+    ) -> Tensor:
+        if differentiated():
+            return InstanceNormFunction.apply(input, weight, bias, None, None, groups, 0.0, eps)
+        return _normalized(input, weight, bias, mean, rstd)
 
     def axes() -> tuple[int, ...]:
         return (3,)
@@ -357,6 +377,18 @@ class RunningNormFunction(BatchNormFunction):
 
     def grad_input(grad: Tensor, sent: Tensor, outside: Tensor) -> Tensor:
         return (sent * outside).reshape(grad.shape)
+
+
+def _normalized(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    """The output from its statistics: x (r w) + (b - μ r w), as the kernels have it (but for the order in which a
+    last bit is rounded)."""
+    places = [1] * (input.dim() - 2)
+    mean, slope = (x.reshape(*x.shape[:2], *places) for x in (mean, rstd))
+    slope = slope if weight is None else slope * weight.reshape(-1, *places)
+    shift = -mean * slope if bias is None else bias.reshape(-1, *places) - mean * slope
+    return torch.addcmul(shift, input, slope).to(input.dtype)
 
 
 def _batch_norm(*args: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
