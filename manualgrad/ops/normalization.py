@@ -379,9 +379,7 @@ class RunningNormFunction(BatchNormFunction):
         return (sent * outside).reshape(grad.shape)
 
 
-def _normalized(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
-) -> Tensor:
+def _normalized(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
     """The output from its statistics: x (r w) + (b - μ r w), as the kernels have it (but for the order in which a
     last bit is rounded)."""
     places = [1] * (input.dim() - 2)
