@@ -218,7 +218,7 @@ class DroppedAttentionFunction(AttentionFunction):
         output, weight = torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, mask, p, causal, None, scale=scale, enable_gqa=shared
         )
-        return output, weight != 0  # where P itself is 0, k counts for nothing
+        return output, weight.bool()  # where P itself is 0, k counts for nothing
 
     def dropped(drawn: Tensor, p: float) -> tuple[Tensor, float]:
         return drawn, 0 if p == 1 else 1 / (1 - p)

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import choose, drop_in, written
+from manualgrad.ops.elementary import choose, drop_in, times, written
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -34,10 +34,10 @@ class DropoutFunction(Rule):
         return output, mask.bool()  # vmap returns it in the input's dtype
 
     def grad_input(grad: Tensor, mask: Tensor, p: float) -> Tensor:
-        return choose(mask, grad * _scale(p))
+        return times(choose(mask, grad), _scale(p))
 
     def recompute(input: Tensor, mask: Tensor, p: float) -> Tensor:
-        return choose(mask, input * _scale(p))
+        return times(choose(mask, input), _scale(p))
 
 
 def _scale(p: float) -> float:
