@@ -6,7 +6,7 @@ before has just left. Where rows of a gradient do not know of each other, the fo
 for some of them at a time: its temporaries then stay in the cache, and are the same memory from block to block.
 
 torch shares an operation out among threads by 2¹⁵ numbers, and to call it costs a few µs, so that a block has
-2¹⁷ numbers for each thread: smaller ones leave threads idle. Whether there are blocks, and which, follows from
+2¹⁸ numbers for each thread: smaller ones leave threads idle. Whether there are blocks, and which, follows from
 the tensors, the number of threads and the setting `block` alone: a run can be repeated to the bit.
 
 Compiled by Inductor a formula takes a little less time still, but seconds to compile, once for each formula.
@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-block: int | None = 2**17
+block: int | None = 2**18
 """How many numbers each thread works on at a time; None: on all at once. One setting for all threads."""
 
-_FEWEST = 4
-"""Blocks; fewer are not worth their making."""
+_FEWEST, _FEWEST_OF_ROWS = 4, 16
+"""Blocks; fewer are not worth their making. Where rows are summed, blocks win only when fresh tensors are so large
+that the C library maps each anew (32 MiB)."""
 
 Results = tuple[Tensor | None, ...]
 
@@ -48,7 +49,8 @@ def in_blocks(
     statistics: Collection[int] = (),
     dtypes: Sequence[torch.dtype | None] | None = None,
 ) -> Results | None:
-    """compute(*known), some rows at a time; None if the tensors do not lie so that rows could be taken from them.
+    """compute(*known), some rows at a time; None if it is better computed at once, or the tensors do not lie
+    so that rows could be taken from them.
 
     Args:
         compute: the formula. A result with as many axes as the upstream gradient is of the rows, any other is a
@@ -60,6 +62,8 @@ def in_blocks(
         dtypes: what the results are rounded to at last, if not left as they are.
     """
     grad: Tensor = known[-1]
+    if leading < grad.dim() and grad.numel() < _FEWEST_OF_ROWS * (size() or 0):
+        return None
     if leading == grad.dim() and grad.dim() in (4, 5) and not grad.is_contiguous():  # channels may lie innermost
         turned = [x.movedim(1, -1) if isinstance(x, Tensor) and x.dim() == grad.dim() else x for x in known]
         if turned[-1].is_contiguous():

@@ -17,6 +17,12 @@ The names a rule's functions may ask for:
     ``grad``                    ∂L/∂output, in the gradients alone
     any method of the rule      its value, computed once in each backward and shared by all that name it
 
+Where nothing looks on less is kept, and the results are the same (see saving.py):
+
+    keeps            methods that are computed in the forward already, and kept in place of what they name
+    cheap            the output may be made again, by the rule, for others that are to keep it;
+    ``recompute``    a method that does so from what is kept anyway (dropout's: from its input and its mask)
+
 A method ``independent`` tells how many leading axes of ``grad`` number rows that do not know of each other, so
 that the gradients may be computed for some of them at a time (see fuse.py). It names ``grad`` and settings alone.
 

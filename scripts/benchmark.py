@@ -131,7 +131,7 @@ def contestants(case: models.Case, settings: Settings) -> list[str]:
 def of_ours(case: models.Case) -> torch.nn.Module:
     """The model of a case with our layers and functions."""
     model = case.make()
-    return convert(model, functional=True, fused_loss=getattr(model, "language", False))
+    return convert(model, functional=case.functional, fused_loss=getattr(model, "language", False))
 
 
 class Run:

@@ -402,6 +402,8 @@ class Case:
     batch: Callable[[], Batch]
     contestants: tuple[str, ...] = ("ours", "compiled")
     """Who is measured, besides torch.nn as it is: see `CONTESTANTS` in scripts/benchmark.py."""
+    functional: bool = True
+    """It calls functions; else it consists of modules alone."""
 
 
 _BLOCKS = ("ours", "checkpointed", "ours_checkpointed", "compiled")
@@ -441,10 +443,22 @@ def targets(below: int) -> Callable[[], Batch]:
 
 
 CASES = [
-    Case("mlp_gelu", "MLP: GELU, dropout", lambda: MLP(512, 6, _gelu), classes(4096, 512)),
-    Case("mlp_batch_norm", "MLP: batch norm, ReLU, dropout", lambda: MLP(512, 6, _batch_norm), classes(4096, 512)),
-    Case("mlp_relu", "MLP: ReLU, dropout", lambda: MLP(512, 6, _relu), classes(4096, 512)),
-    Case("mlp_tiny", "MLP: ReLU, batch 64, width 64", lambda: MLP(64, 3, lambda _: [nn.ReLU()]), classes(64, 64)),
+    Case("mlp_gelu", "MLP: GELU, dropout", lambda: MLP(512, 6, _gelu), classes(4096, 512), functional=False),
+    Case(
+        "mlp_batch_norm",
+        "MLP: batch norm, ReLU, dropout",
+        lambda: MLP(512, 6, _batch_norm),
+        classes(4096, 512),
+        functional=False,
+    ),
+    Case("mlp_relu", "MLP: ReLU, dropout", lambda: MLP(512, 6, _relu), classes(4096, 512), functional=False),
+    Case(
+        "mlp_tiny",
+        "MLP: ReLU, batch 64, width 64",
+        lambda: MLP(64, 3, lambda _: [nn.ReLU()]),
+        classes(64, 64),
+        functional=False,
+    ),
     Case("vgg", "VGG-like, 32x32", VGG, classes(32, 3, 32, 32)),
     Case("resnet", "ResNet-like, 32x32", ResNet, classes(32, 3, 32, 32)),
     Case("vit", "ViT-like, 256 patches", ViT, classes(8, 3, 128, 128)),

@@ -164,7 +164,7 @@ def test_rules_in_blocks(name: str, dtype: torch.dtype, monkeypatch: pytest.Monk
     settings: dict[str, Any] = {"layer_norm": {"normalized_shape": (9,)}, "rms_norm": {"normalized_shape": (9,)}}
     settings["softmax"] = {"dim": 2}
     function = partial(getattr(F, name), **settings.get(name, {}))
-    input, upstream, weight = (torch.randn(size).to(dtype) for size in ((3, 5, 9), (3, 5, 9), (9,)))
+    input, upstream, weight = (torch.randn(size).to(dtype) for size in ((20, 5, 9), (20, 5, 9), (9,)))
     leaves = [input.requires_grad_(), *([weight.requires_grad_()] if "norm" in name else [])]
 
     def gradients() -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_laws import verified
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -15,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import manualgrad.nn.functional as F
 from manualgrad import enabled, nn, saved_bytes, saving
 from manualgrad.ops.elementary import product
-from manualgrad.registry import Maker, Op
-from manualgrad.verification import verify
+from manualgrad.registry import Op
 
 Model = Callable[[Tensor], Tensor]
 
@@ -408,16 +408,6 @@ def test_bits_lie_as_the_mask_does() -> None:
 @pytest.mark.parametrize(
     "law", ["gradient_of_each_subset", "double_backward", "memory_format", "low_precision", "nothing_leaks"]
 )
-def test_laws_where_nothing_is_small(law: str, op: Op, number: int) -> None:
+def test_laws_where_nothing_is_small(law: str, op: Op, number: int, device: str) -> None:
     """What the samples are too small for: bits, offsets, recipes."""
-    call = list(op.samples(Maker()))[number]
-    args, kwargs = call.marked()
-    verify(
-        op.function,
-        *args,
-        kwargs=kwargs,
-        reference=op.reference,
-        require=[law],
-        laws=[law],
-        surrogate=not call.gradient_is_derivative,
-    ).raise_if_failed()
+    verified(op, number, device, law).raise_if_failed()

@@ -301,8 +301,7 @@ for _n, _plain, _transposed in (
     (3, conv3d, conv_transpose3d),
 ):
     _of_size = partial(_big, n=_n)
-    # torch's conv1d skips the padding in float32; in float64, as ours, it multiplies its 0 by an infinite gradient
-    register(_plain, samples=partial(_samples, n=_n), big=_of_size, special=_n > 1)
+    register(_plain, samples=partial(_samples, n=_n), big=_of_size)
     register(_transposed, samples=partial(_transposed_samples, n=_n), big=_of_size)
 
 register(
