@@ -36,10 +36,12 @@ def size() -> int | None:
     return block and block * torch.get_num_threads()
 
 
-def large(grad: Tensor) -> bool:
-    """Blocks are worth while for this upstream gradient."""
+def large(grad: Tensor, leading: int | None = None) -> bool:
+    """Blocks are worth while for this upstream gradient, whose rows have so many leading axes (None: as many as it
+    has itself, no row being longer than a number)."""
     numbers = size()
-    return numbers is not None and grad.is_cpu and grad.numel() >= _FEWEST * numbers
+    fewest = _FEWEST if leading is None or leading == grad.dim() else _FEWEST_OF_ROWS
+    return numbers is not None and grad.is_cpu and grad.numel() >= fewest * numbers
 
 
 def in_blocks(
@@ -49,8 +51,7 @@ def in_blocks(
     statistics: Collection[int] = (),
     dtypes: Sequence[torch.dtype | None] | None = None,
 ) -> Results | None:
-    """compute(*known), some rows at a time; None if it is better computed at once, or the tensors do not lie
-    so that rows could be taken from them.
+    """compute(*known), some rows at a time; None if the tensors do not lie so that rows could be taken from them.
 
     Args:
         compute: the formula. A result with as many axes as the upstream gradient is of the rows, any other is a
@@ -62,8 +63,6 @@ def in_blocks(
         dtypes: what the results are rounded to at last, if not left as they are.
     """
     grad: Tensor = known[-1]
-    if leading < grad.dim() and grad.numel() < _FEWEST_OF_ROWS * (size() or 0):
-        return None
     if leading == grad.dim() and grad.dim() in (4, 5) and not grad.is_contiguous():  # channels may lie innermost
         turned = [x.movedim(1, -1) if isinstance(x, Tensor) and x.dim() == grad.dim() else x for x in known]
         if turned[-1].is_contiguous():

@@ -281,6 +281,8 @@ def _complete(rule: type[Rule]) -> None:
         if chosen.independent is None or not nothing_looks_on(*[x for x in known if isinstance(x, Tensor)]):
             return None
         (leading,), compute = chosen.independent(*known), chosen.backward
+        if not fuse.large(known[-1], leading):
+            return None
         precise = (lambda *some: compute(*_in_float32(some))) if dtypes else compute
         with _without_autocast(known) if _autocasting() else nullcontext():
             return fuse.in_blocks(precise, known, leading, chosen.statistics, dtypes)
