@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-SMALL = 2**14
-"""With fewer elements a tensor is kept as it is: to make it again would take longer than the memory is worth."""
+SMALL = 2**17
+"""With fewer elements a tensor is kept as it is: to make it again would take longer than the memory is worth. (A
+network of width 256 at batch 256 took 1.34 times torch's time with recipes for its 2¹⁶ numbers, 1.17 without.)"""
 
 _DEEPEST = 3
 """Recipes through more recipes than these are not followed: the time to make a tensor again stays bounded."""
