@@ -44,17 +44,12 @@ def switched(on: bool) -> Iterator[None]:
         enabled = before
 
 
-def _takes(*tensors: Tensor) -> bool:
-    """A kernel may compute from these tensors, which nothing looks on."""
-    return enabled and nothing_looks_on(*tensors)
-
-
 def convolution_weight(grad: Tensor, input: Tensor, geometry: Geometry) -> Tensor | None:
     """The gradient of a convolution's weight, by oneDNN, cuDNN or what else torch has (None: by the formula)."""
     at = geometry
     # with a longer rest the windows of a convolution are not all that the kernel would count
     fits = at.transposed or all(rest < step for rest, step in zip(at.rest, at.stride, strict=True))
-    if not fits or not grad.is_floating_point() or not _takes(grad, input):
+    if not (enabled and fits and grad.is_floating_point() and nothing_looks_on(grad, input)):
         return None
     rows, columns = (input, grad) if at.transposed else (grad, input)
     weight = grad.new_empty((rows.shape[1], columns.shape[1] // at.groups, *at.kernel))  # its shape alone is read

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from manualgrad.nn import functional
-from manualgrad.ops.elementary import _REFUSALS, product
+from manualgrad.ops.elementary import REFUSALS, product
 
 Forward = TypeVar("Forward", bound=Callable[[Any, Tensor], Tensor])
 
@@ -72,7 +72,7 @@ def _agrees(module: nn.Module, adapter: Adapter) -> bool:
             expected, found = type(module).forward(module, trial), adapter.forward(module, trial)
         tolerance = max(1e-5, 4 * torch.finfo(trial.dtype).eps)
         return found.dtype == expected.dtype and torch.allclose(found, expected, tolerance, tolerance)
-    except _REFUSALS:  # it has not the attributes, the inputs or the device (meta) that the adapter is for
+    except REFUSALS:  # it has not the attributes, the inputs or the device (meta) that the adapter is for
         return False
 
 
@@ -126,7 +126,7 @@ def rms_norm(module: Any, input: Tensor) -> Tensor:
     weight, shape = module.weight, tuple(module.weight.shape)
     if weight.dtype == input.dtype:
         return functional.rms_norm(input, shape, weight, _epsilon(module))
-    return product(weight, functional.rms_norm(input, shape, None, _epsilon(module)))
+    return weight * functional.rms_norm(input, shape, None, _epsilon(module))
 
 
 @register_adapter(_NORMS, features=lambda module: module.weight.numel())

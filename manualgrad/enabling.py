@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from manualgrad import registry
 from manualgrad.nn import functional
-from manualgrad.ops.elementary import _REFUSALS, product, spares
+from manualgrad.ops.elementary import REFUSALS, product, spares
 from manualgrad.rule import Rule, beyond_reverse_mode
 
 _PLAIN = (Tensor, Parameter)
@@ -63,7 +63,7 @@ class _Enabled(TorchFunctionMode):
             return func(*args, **kwargs)
         try:  # the mode is off in here
             return ours(*args, **kwargs)
-        except _REFUSALS:
+        except REFUSALS:
             return func(*args, **kwargs)
 
 

@@ -108,7 +108,7 @@ class Rule:
 
     cheap: ClassVar[bool] = False
     """The output takes one pass over memory to make: a rule that is to keep it may make it again (see saving.py),
-    by this rule, or by its method ``recompute``, whose presence says as much."""
+    by this rule. Where that would not do, its method ``recompute`` does it, and `cheap` is not said."""
 
     forward: ClassVar[Callable[..., Any]]
     function: ClassVar[type[Function]]
@@ -147,7 +147,7 @@ def _complete(rule: type[Rule]) -> None:
     moving = frozenset(rule.statistics) & frozenset(methods)
     _check(rule, parameters, given, methods)
     recompute = methods.get("recompute")
-    if recompute is None and rule.cheap:
+    if rule.cheap:
         recompute = Formula("recompute", lambda *args: rule.apply(*args), inputs)
     remade_from = () if recompute is None else tuple((name, values.index(name)) for name in recompute.names)
 

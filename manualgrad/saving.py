@@ -163,9 +163,8 @@ class Pantry:
         depth = 1 + max((part.depth for part in parts if isinstance(part, Recipe)), default=0)
         if depth > _DEEPEST:
             return None
-        return Recipe(
-            make, tuple(parts), Kept(ref(made), made._version + in_place), depth
-        )  # mark_dirty counts one
+        version = made._version + in_place  # mark_dirty will count one more
+        return Recipe(make, tuple(parts), Kept(ref(made), version), depth)
 
     def _left_behind(self, part: Any) -> Any:
         """A part for others to follow: with weak references for the places."""

@@ -320,8 +320,6 @@ def test_checkpoint(model: nn.Module, x: Tensor, reentrant: bool) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.inner, x, use_reentrant=reentrant)
 
-    if any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules()):
-        expected = gradients(model, x)  # its running statistics move twice, its gradients do not
     if reentrant:
         other, at = Checkpointed(), x.clone().requires_grad_()
         run(other, at).square().sum().backward()

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import Pointwise, choose, drop_in, indicator, scaled, stands_for, times, written
+from manualgrad.ops.elementary import (
+    Elementwise,
+    Pointwise,
+    choose,
+    drop_in,
+    indicator,
+    scaled,
+    stands_for,
+    times,
+    written,
+)
 from manualgrad.registry import Call, register
 from manualgrad.rule import LOWER, Rule, may_be_overwritten
 
@@ -97,17 +107,13 @@ class LogSigmoidFunction(Pointwise):
         return (-input).sigmoid_()
 
 
-class SoftsignFunction(Rule):
+class SoftsignFunction(Elementwise):
     r"""y = x r,  r = 1 / (1 + |x|)
 
     d|x| = ⟨sgn x, dx⟩,  dr = -r² d|x|      ∂L/∂x = r g - r² ⟨x, g⟩ sgn x      (for real x: r² g)
     """
 
-    cheap = True
     complex = True
-
-    def independent(grad: Tensor) -> int:
-        return grad.dim()
 
     def forward(input: Tensor) -> Tensor:
         return F.softsign(input)
@@ -427,6 +433,8 @@ class SoftshrinkFunction(HardshrinkFunction):
 class ReLUInPlaceFunction(ReLUFunction):
     """The same, written over x, of which nothing is kept."""
 
+    cheap = False  # not by itself: it writes
+
     def forward(input: Tensor) -> Tensor:
         return torch.relu_(input)
 
@@ -481,17 +489,13 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     return SoftshrinkFunction.apply(input, lambd)
 
 
-class HardsigmoidFunction(Rule):
+class HardsigmoidFunction(Elementwise):
     r"""y = x/6 + 1/2, clamped to [0, 1]      y′ = 1/6 where |x| < 3, else 0
 
     Howard et al., "Searching for MobileNetV3", 2019, as the next.
     """
 
     keeps = ("rising",)
-    cheap = True
-
-    def independent(grad: Tensor) -> int:
-        return grad.dim()
 
     def forward(input: Tensor) -> Tensor:
         return F.hardsigmoid(input)
@@ -503,13 +507,8 @@ class HardsigmoidFunction(Rule):
         return times(choose(rising, grad), 1 / 6)
 
 
-class HardswishFunction(Rule):
+class HardswishFunction(Elementwise):
     r"""y = x h,  h = x/6 + 1/2, clamped to [0, 1]      y′ = 0 where x ≤ -3, x/3 + 1/2 between, 1 where x ≥ 3"""
-
-    cheap = True
-
-    def independent(grad: Tensor) -> int:
-        return grad.dim()
 
     def forward(input: Tensor) -> Tensor:
         return F.hardswish(input)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualgrad import fuse
+from manualgrad.ops.dropout import kept_scale
 from manualgrad.ops.elementary import choose, drop_in, plus, times
 from manualgrad.registry import Call, Maker, register
 from manualgrad.rule import LOWER, Rule, nothing_looks_on
@@ -221,7 +222,7 @@ class DroppedAttentionFunction(AttentionFunction):
         return output, weight.bool()  # where P itself is 0, k counts for nothing
 
     def dropped(drawn: Tensor, p: float) -> tuple[Tensor, float]:
-        return drawn, 0 if p == 1 else 1 / (1 - p)
+        return drawn, kept_scale(p)
 
 
 @drop_in

@@ -34,13 +34,14 @@ class DropoutFunction(Rule):
         return output, mask.bool()  # vmap returns it in the input's dtype
 
     def grad_input(grad: Tensor, mask: Tensor, p: float) -> Tensor:
-        return times(choose(mask, grad), _scale(p))
+        return times(choose(mask, grad), kept_scale(p))
 
     def recompute(input: Tensor, mask: Tensor, p: float) -> Tensor:
-        return times(choose(mask, input), _scale(p))
+        return times(choose(mask, input), kept_scale(p))
 
 
-def _scale(p: float) -> float:
+def kept_scale(p: float) -> float:
+    """What dropout multiplies by what it does not drop."""
     return 0 if p == 1 else 1 / (1 - p)
 
 

@@ -15,7 +15,7 @@ from manualgrad.registry import stand_ins
 from manualgrad.rule import FLOAT32, Rule, nothing_looks_on
 from manualgrad.saving import recipe_of
 
-_REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Wrapped = TypeVar("Wrapped", bound=Callable[..., object])
 
 
@@ -28,17 +28,17 @@ def drop_in(function: Wrapped) -> Wrapped:
 
     So bad input is refused with torch's type of error and words, whatever stumbled over it here.
     """
-    return _refusing_as(getattr(F, function.__name__, None) or getattr(torch, function.__name__), function)
+    return refusing_as(getattr(F, function.__name__, None) or getattr(torch, function.__name__), function)
 
 
-def _refusing_as(reference: Callable[..., object], function: Wrapped) -> Wrapped:
+def refusing_as(reference: Callable[..., object], function: Wrapped) -> Wrapped:
     @functools.wraps(function)
     def run(*args: object, **kwargs: object) -> object:
         try:
             return function(*args, **kwargs)
         except Misfit as misfit:
             raise RuntimeError(str(misfit)) from None
-        except _REFUSALS:
+        except REFUSALS:
             reference(*args, **kwargs)
             raise
 
@@ -50,7 +50,7 @@ def stands_for(kernel: Callable[..., object]) -> Callable[[Wrapped], Wrapped]:
 
     def enter(ours: Wrapped) -> Wrapped:
         # a rule is called by its apply, and so is a Function
-        stand_ins[kernel] = _refusing_as(getattr(kernel, "apply", kernel), getattr(ours, "apply", ours))
+        stand_ins[kernel] = refusing_as(getattr(kernel, "apply", kernel), getattr(ours, "apply", ours))
         return ours
 
     return enter
@@ -177,16 +177,20 @@ def plus(temporary: Tensor, term: Tensor, factor: Tensor | None = None) -> Tenso
     return temporary + (term if factor is None else term * factor)
 
 
-class Pointwise(Rule):
-    r"""yᵢ = f(xᵢ)      the rule gives ``derivative``, f′, as a tensor of its own
-
-    dyᵢ = f′(xᵢ) dxᵢ,  a diagonal map: its own transpose (for complex x, f holomorphic: conjugate).
-    """
+class Elementwise(Rule):
+    """Each number of the output comes from the numbers in its place alone: cheap, and any of them apart."""
 
     cheap = True
 
     def independent(grad: Tensor) -> int:
         return grad.dim()
+
+
+class Pointwise(Elementwise):
+    r"""yᵢ = f(xᵢ)      the rule gives ``derivative``, f′, as a tensor of its own
+
+    dyᵢ = f′(xᵢ) dxᵢ,  a diagonal map: its own transpose (for complex x, f holomorphic: conjugate).
+    """
 
     def grad_input(grad: Tensor, derivative: Tensor) -> Tensor:
         return times(derivative.conj(), grad)
@@ -246,17 +250,13 @@ class PlainDifferenceFunction(DifferenceFunction):
     autocast = {}
 
 
-class ElementwiseProductFunction(Rule):
+class ElementwiseProductFunction(Elementwise):
     r"""y = a b, of tensors of one shape      ∂L/∂a = g b      ∂L/∂b = g a
 
     torch's own product does the same; this one keeps its factors, and is itself kept, by their recipes.
     """
 
-    cheap = True
     complex = True
-
-    def independent(grad: Tensor) -> int:
-        return grad.dim()
 
     def forward(a: Tensor, b: Tensor) -> Tensor:
         return a * b

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from manualgrad.binding import bound
 from manualgrad.ops.classification import _along, _row_weight
-from manualgrad.ops.elementary import _refusing_as, added, choose, plus, rows, times
+from manualgrad.ops.elementary import added, choose, plus, refusing_as, rows, times
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.ops.loss import MEAN, NONE, REDUCTIONS
 from manualgrad.registry import Call, register
@@ -94,7 +94,7 @@ def _pieces(
     """Of some rows after another: inputs, scores, answers. The scores may be written over: where nothing looks on,
     the next take their place."""
     flat, shift = rows(weight), None if bias is None else bias.reshape(-1)
-    like = weight.new_empty(len(weight), dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    like = weight.new_empty(len(weight), dtype=_wide(weight.dtype))
     rooms: list[Tensor] = []
     for x, t in zip(input.split(size), target.split(size), strict=True):
         q = reading.answers(t, like)
@@ -161,8 +161,14 @@ Needed = tuple[bool, bool, bool]
 """Of input, linear_weight and linear_bias: whose gradient is needed."""
 
 
-def _one(q: Answers) -> Tensor:
-    return q.mass.new_ones(())
+def _one(weight: Tensor) -> Tensor:
+    """1 in the dtype of the scores: what each row of a plain sum of losses is sent."""
+    return weight.new_ones((), dtype=_wide(weight.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _products(slopes: Iterable[tuple[Tensor, Tensor]], weight: Tensor, needed: Needed) -> list[Tensor | None]:
@@ -199,6 +205,27 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype
     for part, factor in zip(total.split(_BLOCK), a.split(_BLOCK), strict=True):
         part.add_(factor @ b)
     return total
+
+
+def _with_sent(pieces: Iterable[Any], sent: Tensor, size: int) -> Iterable[tuple[Any, Tensor]]:
+    """Each piece with what its rows are sent: the same for all, or each its own."""
+    return zip(pieces, sent.split(size) if sent.dim() else repeat(sent), strict=False)
+
+
+def _gradients(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    reading: Reading,
+    sent: Tensor,
+    size: int,
+    needed: Needed,
+) -> list[Any]:
+    """Of input, linear_weight and linear_bias, from scores made again."""
+    pieces = _pieces(input, linear_weight, linear_bias, target, reading, size)
+    slopes = ((x, _slope(_softmax(z), q, s)) for (x, z, q), s in _with_sent(pieces, sent, size))
+    return _products(slopes, linear_weight, needed)
 
 
 class LinearCrossEntropyLossFunction(Rule):
@@ -240,19 +267,7 @@ class LinearCrossEntropyLossFunction(Rule):
     def sent(grad: Tensor, target: Tensor, reading: Reading, reduction: int) -> Tensor:
         return reading.of_mean(grad, target) if reduction == MEAN else grad
 
-    def gradients(
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        reading: Reading,
-        sent: Tensor,
-        size: int,
-        needed: Needed,
-    ) -> list[Any]:
-        pieces = _pieces(input, linear_weight, linear_bias, target, reading, size)
-        slopes = ((x, _slope(_softmax(z), q, s)) for (x, z, q), s in _with_sent(pieces, sent, size))
-        return _products(slopes, linear_weight, needed)
+    gradients = _gradients
 
     def grad_input(gradients: list[Any], input: Tensor) -> Tensor:
         return gradients[0].to(input.dtype)
@@ -289,11 +304,6 @@ class LinearCrossEntropyLossFunction(Rule):
         return (surprise * reading.smoothed(target)).sum([0, *range(2, target.dim())]).to(weight.dtype)
 
 
-def _with_sent(pieces: Iterable[Any], sent: Tensor, size: int) -> Iterable[tuple[Any, Tensor]]:
-    """Each piece with what its rows are sent: the same for all, or each its own."""
-    return zip(pieces, sent.split(size) if sent.dim() else repeat(sent), strict=False)
-
-
 def _reduced(losses: list[Tensor], target: Tensor, reading: Reading, reduction: int) -> Tensor:
     if reduction == NONE:
         return torch.cat(losses)
@@ -325,12 +335,13 @@ class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
     ) -> tuple[Tensor, ...]:
         reading = Reading(weight, ignore_index, label_smoothing)
         losses: list[Tensor] = []
+        one = _one(linear_weight)
 
         def slopes() -> Iterator[tuple[Tensor, Tensor]]:
             for x, z, q in _pieces(input, linear_weight, linear_bias, target, reading, size):
                 right, softmax = _right(z, q), _softmax(z)
                 losses.append(_losses(right, softmax, q))
-                yield x, _slope(softmax, q, _one(q))
+                yield x, _slope(softmax, q, one)
 
         found = _products(slopes(), linear_weight, needed)
         absent = input.new_empty(0)
@@ -345,8 +356,7 @@ class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
         size: int,
         needed: Needed,
     ) -> list[Any]:
-        pieces = _pieces(input, linear_weight, linear_bias, target, reading, size)
-        return _products(((x, _slope(_softmax(z), q, _one(q))) for x, z, q in pieces), linear_weight, needed)
+        return _gradients(input, linear_weight, linear_bias, target, reading, _one(linear_weight), size, needed)
 
     def slope_input(slopes: list[Any]) -> Tensor:
         return slopes[0]
@@ -402,7 +412,7 @@ def _composed(
 _reference: Any = getattr(F, "linear_cross_entropy", _composed)  # torch has it since 2.13
 
 
-@partial(_refusing_as, _reference)
+@partial(refusing_as, _reference)
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

@@ -13,16 +13,20 @@ from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
 
-class SoftmaxFunction(Rule):
-    r"""yᵢ = e^xᵢ / Σ e^x      (along one axis)
-
-    dyᵢ = yᵢ (dxᵢ - Σⱼ yⱼ dxⱼ),  that is J = diag y - y yᵀ, its own transpose:      ∂L/∂x = y (g - Σ g y)
-    """
+class AlongAxis(Rule):
+    r"""Along one axis: what lies along it belongs together"""
 
     autocast = {"cuda": "float32"}
 
     def independent(grad: Tensor, dim: int) -> int:
         return dim % max(grad.dim(), 1)
+
+
+class SoftmaxFunction(AlongAxis):
+    r"""yᵢ = e^xᵢ / Σ e^x      (along one axis)
+
+    dyᵢ = yᵢ (dxᵢ - Σⱼ yⱼ dxⱼ),  that is J = diag y - y yᵀ, its own transpose:      ∂L/∂x = y (g - Σ g y)
+    """
 
     def forward(input: Tensor, dim: int) -> Tensor:
         return torch.softmax(input, dim)
@@ -43,16 +47,11 @@ class SoftminFunction(SoftmaxFunction):
         return output * weighted.sum(dim, keepdim=True) - weighted
 
 
-class LogSoftmaxFunction(Rule):
+class LogSoftmaxFunction(AlongAxis):
     r"""yᵢ = xᵢ - log Σ e^x      (along one axis)
 
     dyᵢ = dxᵢ - Σⱼ pⱼ dxⱼ,  p = eʸ;  J = I - 1 pᵀ      ∂L/∂x = Jᵀ g = g - p Σ g
     """
-
-    autocast = {"cuda": "float32"}
-
-    def independent(grad: Tensor, dim: int) -> int:
-        return dim % max(grad.dim(), 1)
 
     def forward(input: Tensor, dim: int) -> Tensor:
         return torch.log_softmax(input, dim)
