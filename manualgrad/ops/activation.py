@@ -21,7 +21,7 @@ from manualgrad.ops.elementary import (
     written,
 )
 from manualgrad.registry import Call, register
-from manualgrad.rule import LOWER, Rule, may_be_overwritten
+from manualgrad.rule import LOWER, Rule, may_be_overwritten, nothing_looks_on
 
 _elu = torch._C._nn.elu  # F.elu with its two scales  # pyright: ignore[reportAttributeAccessIssue]
 LOG2_E = math.log2(math.e)
@@ -176,7 +176,12 @@ class GELUFunction(Pointwise):
 
     def derivative(input: Tensor) -> Tensor:
         bell = (input * input).mul_(-0.5 * LOG2_E).exp2_()
-        cumulative = (input * math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
+        if input.is_cpu and nothing_looks_on(input):
+            # torch's erf takes three times as long as its gelu, which is s Φ(s); s: x, but not quite zero
+            off_zero = input + 1e-20
+            cumulative = F.gelu(off_zero).div_(off_zero).nan_to_num_(0.5)
+        else:
+            cumulative = (input * math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
         return cumulative.addcmul_(input, bell, value=1 / math.sqrt(2 * math.pi))
 
 
