@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from manualgrad import nn
+from manualgrad.ops.linear import baddbmm
 from manualgrad.registry import Maker
 
 ours: Any = nn.functional
@@ -74,3 +75,18 @@ def test_adaptive_softmax_calls_ours(cutoffs: list[int]) -> None:
             assert rules(loss) == {f"{name}FunctionBackward" for name in ("Linear", "LogSoftmax")}
             assert rules(softmax.log_prob(x)) == rules(loss)
     assert_close(results[0], results[1], rtol=0, atol=1e-14)
+
+
+def test_l1_loss_of_a_real_and_a_complex_tensor() -> None:
+    """The real one is sent the real part, whichever it is."""
+    real = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    pair = (real, torch.randn(4, dtype=torch.complex128, requires_grad=True))
+    for a, b in (pair, pair[::-1]):
+        found, expected = (torch.autograd.grad(f.l1_loss(a, b), pair) for f in (ours, F))
+        assert_close(found, expected)
+
+
+def test_baddbmm_by_complex_numbers() -> None:
+    """Their conjugates carry the gradient back."""
+    tensors = [torch.randn(2, 3, 3, dtype=torch.complex128, requires_grad=True) for _ in range(3)]
+    torch.autograd.gradcheck(lambda c, a, b: baddbmm(c, a, b, beta=0.5 + 1j, alpha=2 - 1j), tensors)

@@ -196,7 +196,7 @@ class Pointwise(Elementwise):
         return times(derivative.conj(), grad)
 
 
-def scaled(tensor: Tensor, scale: float) -> Tensor:
+def scaled(tensor: Tensor, scale: complex) -> Tensor:
     return tensor if scale == 1 else tensor * scale
 
 

@@ -130,23 +130,25 @@ register(
 
 
 class ProductFunction(Rule):
-    r"""Y = α A B + β C, of each matrix of a batch      ∂L/∂A = α g Bᵀ      ∂L/∂B = α Aᵀ g      ∂L/∂C = β g"""
+    r"""Y = α A B + β C, of each matrix of a batch      ∂L/∂A = α g Bᵀ      ∂L/∂B = α Aᵀ g      ∂L/∂C = β g
+
+    (complex: the factors conjugated)"""
 
     autocast = LOWER
     in_float32 = False  # products accumulate in float32 as they are
     complex = True
 
-    def forward(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+    def forward(a: Tensor, b: Tensor, c: Tensor | None, alpha: complex, beta: complex) -> Tensor:
         return torch.bmm(a, b) if c is None else torch.baddbmm(c, a, b, alpha=alpha, beta=beta)
 
-    def grad_a(grad: Tensor, b: Tensor, alpha: float) -> Tensor:
-        return scaled(grad @ b.mH, alpha)
+    def grad_a(grad: Tensor, b: Tensor, alpha: complex) -> Tensor:
+        return scaled(grad @ b.mH, alpha.conjugate())
 
-    def grad_b(grad: Tensor, a: Tensor, alpha: float) -> Tensor:
-        return scaled(a.mH @ grad, alpha)
+    def grad_b(grad: Tensor, a: Tensor, alpha: complex) -> Tensor:
+        return scaled(a.mH @ grad, alpha.conjugate())
 
-    def grad_c(grad: Tensor, beta: float) -> Tensor:
-        return scaled(grad, beta)
+    def grad_c(grad: Tensor, beta: complex) -> Tensor:
+        return scaled(grad, beta.conjugate())
 
 
 @drop_in
@@ -156,8 +158,8 @@ def bmm(input: Tensor, mat2: Tensor) -> Tensor:
 
 
 @drop_in
-def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """β C + α A B of each matrix of a batch, as `torch.baddbmm`. C broadcasts."""
+def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: complex = 1, alpha: complex = 1) -> Tensor:
+    """β C + α A B of each matrix of a batch, as `torch.baddbmm`. C broadcasts; α and β may be complex."""
     whole = input.expand(*batch1.shape[:2], batch2.shape[2])
     return ProductFunction.apply(batch1, batch2, whole, alpha, beta)
 

@@ -117,7 +117,11 @@ class SmoothL1LossFunction(HuberLossFunction):
 
 @stands_for(_nn.l1_loss)
 def l1_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
-    """|x - t|. The difference is kept, in place of both."""
+    """|x - t|. The difference is kept, in place of both; where one of them alone is complex the other is made so
+    first, and sent the real part of its gradient."""
+    if input.is_complex() != target.is_complex():
+        both = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(both), target.to(both)
     return reduced(AbsoluteFunction.apply(DifferenceFunction.apply(input, target)), reduction)
 
 
