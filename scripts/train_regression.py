@@ -8,8 +8,6 @@ The curves, the weights and the final figures go to a folder under runs/:  tenso
 """
 
 import math
-import shlex
-import sys
 import time
 from collections import OrderedDict
 from datetime import datetime
@@ -26,14 +24,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 import manualgrad.nn
-from manualgrad.training import (
-    CheckpointError,
-    NonFiniteError,
-    Trainer,
-    TrainingSettings,
-    fail,
-    parse_settings,
-)
+from manualgrad.training import DataError, Trainer, TrainingSettings, parse_settings, run
 
 DIAMONDS = Path(__file__).parent / "data" / "diamonds.csv.bz2"
 FEWEST_ROWS = 50
@@ -92,10 +83,6 @@ class Settings(TrainingSettings):
 
 
 # The table
-
-
-class DataError(ValueError):
-    """A table that cannot be learned from, said in one line."""
 
 
 class Table(NamedTuple):
@@ -283,6 +270,8 @@ def train(settings: Settings) -> None:
         summary=lambda: score(model, table, logarithm, trainer.device),
     )
     result = trainer.fit()
+    if not trainer.first:
+        return
 
     figures = result.summary
     for name, label, digits in (("mse", "MSE", ".4g"), ("r2", "R²", ".5f")):
@@ -295,20 +284,5 @@ def train(settings: Settings) -> None:
     print(f"curves: tensorboard --logdir {settings.run_dir.parent if settings.run_dir else 'runs'}")
 
 
-def main() -> None:
-    """The command line: wrong input ends it with one line and status 2, Ctrl-C with one line and 130."""
-    settings = parse_settings(Settings).resolved()
-    try:
-        train(settings)
-    except (DataError, CheckpointError) as error:
-        fail(str(error))
-    except NonFiniteError as error:
-        sys.exit(f"error: {error}; a lower --learning-rate may help")
-    except KeyboardInterrupt:
-        resume = [] if settings.resume else ["--resume", "--run-dir", str(settings.run_dir)]
-        print("interrupted; to go on:", shlex.join(["python", *sys.argv, *resume]), file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    run(parse_settings(Settings).resolved(), train)

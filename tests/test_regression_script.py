@@ -1,5 +1,6 @@
 """scripts/train_regression.py, run as a user runs it: a process, its output, and the files it leaves."""
 
+import math
 import os
 import re
 import runpy
@@ -17,7 +18,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from manualgrad.training.checkpoint import load
+from manualgrad.training.checkpoint import all_in, load
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_regression.py"
@@ -135,7 +136,7 @@ def test_ours_and_torch_s_make_the_same_curves(call: Call, tmp_path: Path) -> No
         steps, values = zip(*points, strict=True)
         assert steps == tuple(step for step, _ in torch_s[tag])
         assert values == pytest.approx([value for _, value in torch_s[tag]], rel=1e-6)
-    assert load(tmp_path / "ours" / "last.pt")["model"]["linear1.weight"].dtype == torch.float64
+    assert load(all_in(tmp_path / "ours")[0])["model"]["linear1.weight"].dtype == torch.float64
 
 
 def test_the_diamonds_come_along(tmp_path: Path) -> None:
@@ -196,7 +197,6 @@ AREA = "area,price\n"
         ("--epochs: Input should be greater than 0 (got -3)", table(), ["--epochs", "-3"]),
         ("--precision bfloat16 is for", table(), ["--dtype", "float64", "--precision", "bfloat16"]),
         ("--device: torch finds", table(), ["--device", "cuda:99"]),
-        ("none/last.pt: there is no checkpoint to resume", table(), ["--resume", "--run-dir", "none"]),
         ("unrecognized arguments: --epoch", table(), ["--epoch", "3"]),
     ],
 )
@@ -234,28 +234,34 @@ def test_help_explains_every_option(tmp_path: Path) -> None:
     assert options == defaults > 20  # every option has an explanation, which ends with the default
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
-    """Ctrl-C gives one line; the command in it completes the run, with the curves of one never stopped."""
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on(sent: int, status: int, tmp_path: Path) -> None:
+    """Ctrl-C, or a machine's SIGTERM, gives one line; the command in it completes the run, with the curves of one
+    never stopped."""
     data = write(tmp_path, table(2000))
     arguments = [*map(str, ["--data", data, "--target", "price"]), *SMALL, "--epochs", "20"]
     run(tmp_path, *arguments, "--run-dir", "whole")
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while epochs_done(tmp_path) == 0:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, it would be in the process too
+    try:
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, *arguments],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    while steps_done(tmp_path) == 0:
         assert process.poll() is None
         time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     output, error = process.communicate()
-    assert (process.returncode, output) == (130, "")
+    assert (process.returncode, output) == (status, "")
     assert re.fullmatch(r"interrupted; to go on: python .*\n", error)
 
-    assert 0 < epochs_done(tmp_path) < 20
+    assert 0 < steps_done(tmp_path) < 20 * math.ceil(1400 / 32)
     command = shlex.split(error.partition("go on: ")[2])
     assert command[:2] == ["python", str(SCRIPT)]
     assert len(figures(run(tmp_path, *command[2:]))["MSE"]) == 3
@@ -263,9 +269,9 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     assert scalars(folder) == scalars(tmp_path / "whole")
 
 
-def epochs_done(folder: Path) -> int:
-    """The epochs in the last checkpoint of the one run under runs/; 0 before there is one."""
-    return max((load(path)["progress"]["epoch"] for path in folder.glob("runs/*/last.pt")), default=0)
+def steps_done(folder: Path) -> int:
+    """Up to the newest checkpoint of the one run under runs/; 0 before there is one."""
+    return max((int(path.stem.removeprefix("step-")) for path in folder.glob("runs/*/step-*.pt")), default=0)
 
 
 def test_a_run_is_kept(call: Call, tmp_path: Path) -> None:
@@ -275,7 +281,7 @@ def test_a_run_is_kept(call: Call, tmp_path: Path) -> None:
     assert call(*arguments)[0] == 0
     message = "error: mine holds a run already: resume it or take another folder\n"
     assert call(*arguments) == (2, "", message)
-    message = "error: mine/last.pt is of a different run: width is 16 in the checkpoint and 32 here\n"
+    message = "error: mine/step-0000000007.pt is of a different run: width is 16 in the checkpoint and 32 here\n"
     assert call(*arguments, "--width", 32, "--resume") == (2, "", message)
 
 
@@ -285,5 +291,7 @@ def test_divergence_ends_with_one_line(call: Call, tmp_path: Path) -> None:
     arguments = ["--target", "price", *SMALL, "--learning-rate", 1e30, "--weight-decay", 0]
     status, output, error = call("--data", "houses.csv", *arguments)
     assert (status, output) == (1, "")
-    pattern = r"error: step \d+: the \w+( of '\w+')? is NaN or infinite; a lower --learning-rate may help\n"
+    named = r"step \d+ \(epoch 1, update \d+\): the \w+( of '\w+')? is NaN or infinite; a lower --learning-rate"
+    kept = r"its batches, the weights before it and the random states are in runs/.*/nonfinite-step-\d+.pt"
+    pattern = rf"error: {named} may help; {kept}\n"
     assert re.fullmatch(pattern, error)

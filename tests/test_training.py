@@ -30,7 +30,7 @@ from manualgrad.training import (
     checkpoint,
     parse_settings,
 )
-from manualgrad.training.checkpoint import load
+from manualgrad.training.checkpoint import all_in, load
 from manualgrad.training.nonfinite import find_nonfinite
 
 torch.set_num_threads(1)
@@ -208,7 +208,7 @@ def test_the_best_weights_return_after_a_resume_too(tmp_path: Path) -> None:
         trainer(model := network(), DATA, opposite, epochs=3, run_dir=tmp_path, resume=resume).fit()
         assert_same(dict(model.state_dict()), dict(load(tmp_path / "best.pt")["model"]))
     assert load(tmp_path / "best.pt")["progress"]["epoch"] == 1
-    assert not torch.equal(model.state_dict()["0.weight"], load(tmp_path / "last.pt")["model"]["0.weight"])
+    assert not torch.equal(model.state_dict()["0.weight"], last(tmp_path)["model"]["0.weight"])
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -308,9 +308,14 @@ def train(
     ).fit()
 
 
+def last(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run."""
+    return load(all_in(folder)[0])
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     """The same weights, optimizer, schedule and random states, to the last bit, and the same curves."""
-    assert_same(load(one / "last.pt"), load(other / "last.pt"))
+    assert_same(last(one), last(other))
     assert_same(load(one / "best.pt"), load(other / "best.pt"))
     assert curves(one) == curves(other)
 
@@ -323,7 +328,7 @@ def test_an_interrupted_run_resumes_exactly(workers: int, tmp_path: Path) -> Non
     assert len(curves(whole)["loss/train"]) == 16
     with pytest.raises(Interruption):
         train(cut, interrupt=12, workers=workers)
-    assert load(cut / "last.pt")["progress"]["step"] == 6
+    assert last(cut)["progress"]["step"] == 6
     with pytest.raises(Interruption):  # at once again: some points are written twice, and must be there once
         train(cut, interrupt=3, workers=workers, resume=True)
     train(cut, resume=True, workers=workers)
@@ -335,7 +340,7 @@ def test_a_run_resumed_from_an_epoch_s_end_is_exact(tmp_path: Path) -> None:
     train(whole)
     with pytest.raises(Interruption):
         train(cut, interrupt=15)
-    assert load(cut / "last.pt")["progress"]["updates"] == 0
+    assert last(cut)["progress"]["drawn"] == 0
     train(cut, resume=True)
     train(cut, resume=True)  # nothing is left to do, and nothing changes
     assert_same_run(whole, cut)
@@ -349,8 +354,7 @@ def test_a_killed_run_resumes_exactly(tmp_path: Path) -> None:
     moments = random.Random(time.time_ns())
     kills: list[tuple[float, int]] = []
     for attempt in itertools.count():
-        resume = (cut / "last.pt").exists()
-        process = spawn.Process(target=train, args=(cut,), kwargs={"resume": resume, "delay": 0.004})
+        process = spawn.Process(target=train, args=(cut,), kwargs={"resume": True, "delay": 0.004})
         before = _modified(cut)
         process.start()
         while process.is_alive() and _modified(cut) == before:
@@ -360,11 +364,11 @@ def test_a_killed_run_resumes_exactly(tmp_path: Path) -> None:
             if process.is_alive():
                 process.kill()
                 process.join()
-                kills.append((delay, load(cut / "last.pt")["progress"]["step"]))
+                kills.append((delay, last(cut)["progress"]["step"]))
                 continue
         process.join()
         assert process.exitcode == 0
-        if load(cut / "last.pt")["progress"]["epoch"] == 4:
+        if last(cut)["progress"]["epoch"] == 4:
             break
     assert kills, "no run lived long enough to be killed"
     print("killed (seconds after its first checkpoint, step reached):", kills)
@@ -372,8 +376,7 @@ def test_a_killed_run_resumes_exactly(tmp_path: Path) -> None:
 
 
 def _modified(folder: Path) -> int:
-    path = folder / "last.pt"
-    return path.stat().st_mtime_ns if path.exists() else 0
+    return max((path.stat().st_mtime_ns for path in all_in(folder)), default=0)
 
 
 def test_samplers_and_generators_of_one_s_own_are_seeded() -> None:
@@ -427,7 +430,7 @@ def test_what_differs_from_the_checkpoint_is_named(tmp_path: Path) -> None:
     wider = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Dropout(0.0), nn.Linear(32, 1))
     cases: list[tuple[str, Callable[[], Trainer]]] = [
         (
-            r"last.pt is of a different model: 0.weight is 16×4 float32 in the checkpoint"
+            r"step-0000000004.pt is of a different model: 0.weight is 16×4 float32 in the checkpoint"
             r" and 32×4 float32 here \(and 2 more\)",
             lambda: run_in(tmp_path, wider, resume=True),
         ),
@@ -453,38 +456,69 @@ def test_what_differs_from_the_checkpoint_is_named(tmp_path: Path) -> None:
             build()
 
 
-def test_damaged_checkpoints(tmp_path: Path) -> None:
-    """Cut short at any length or with any byte of a weight changed, a checkpoint is refused."""
+def test_damaged_checkpoints(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Cut short at any length or with any bit of it changed, one is refused, and the one before it used."""
     run_in(tmp_path).fit()
-    last, whole = tmp_path / "last.pt", (tmp_path / "last.pt").read_bytes()
-    weight = load(last)["model"]["0.weight"].numpy().tobytes()
-    place = whole.index(weight)
-    flipped = bytearray(whole)
-    flipped[place] ^= 1
-    for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:10], b"", bytes(flipped)):
-        last.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"last.pt is not a whole checkpoint \(.*best.pt is whole"):
-            run_in(tmp_path, resume=True)
+    newest, before = all_in(tmp_path)
+    whole = newest.read_bytes()
+    draw = random.Random(0)
+    flips = [bytearray(whole) for _ in range(50)]
+    for flipped in flips:
+        flipped[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+    for damaged in (*(whole[:length] for length in range(0, len(whole), 512)), whole[:-1], *map(bytes, flips)):
+        newest.write_bytes(damaged)
+        assert run_in(tmp_path, resume=True).progress.step == 2
+        assert capfd.readouterr().err.startswith(f"warning: {newest} is not a whole checkpoint (")
 
+    before.write_bytes(b"")
+    assert run_in(tmp_path, resume=True).progress.step == 4  # of the best one
     (tmp_path / "best.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"last.pt is not a whole checkpoint \([^;]*$"):
-        run_in(tmp_path, resume=True)
-    torch.save({"model": {}}, last)
-    with pytest.raises(CheckpointError, match="is not a checkpoint of this trainer"):
-        run_in(tmp_path, resume=True)
-    last.unlink()
-    with pytest.raises(CheckpointError, match="there is no checkpoint to resume from"):
+    with pytest.raises(CheckpointError, match=rf"{newest} is not a .*{before} is not a .*best.pt is not a whole"):
         run_in(tmp_path, resume=True)
 
 
-def test_the_best_checkpoint_is_as_good_as_the_last(tmp_path: Path) -> None:
-    """What the message about a broken last checkpoint advises works."""
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("executed"),)
+
+
+def test_checkpoints_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another program, of another version, or with code in them, which does not run."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "step-0000000001.pt"
+    torch.save({"model": {}}, path)
+    with pytest.raises(CheckpointError, match=r"nothing that was saved here"):
+        load(path)
+    for content, message in (
+        ({"format": 1}, r"not a checkpoint of this trainer \(format 1, not 2\)"),
+        ([1, 2], r"not a checkpoint of this trainer \(format None"),
+        ({"format": 2, "model": Malicious()}, "something else than tensors and plain data"),
+    ):
+        torch.save(content, path)
+        checkpoint._seal(path)
+        with pytest.raises(CheckpointError, match=message):
+            load(path)
+    assert not Path("executed").exists()
+
+
+def test_the_best_one_is_newer_than_the_last(tmp_path: Path) -> None:
+    """As after a kill between the two, or where the last are broken: the same run in the end."""
     train(tmp_path / "whole")
     with pytest.raises(Interruption):
         train(tmp_path / "cut", interrupt=12)
-    (tmp_path / "cut" / "last.pt").write_bytes((tmp_path / "cut" / "best.pt").read_bytes())
+    newest, _ = all_in(tmp_path / "cut")
+    newest.write_bytes(b"")
     train(tmp_path / "cut", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    run_in(tmp_path, keep_last=3, checkpoint_every=1).fit()
+    assert [path.name for path in all_in(tmp_path)] == [f"step-{step:010}.pt" for step in (4, 3, 2)]
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("events")) == [
+        "best.pt",
+        *(f"step-{step:010}.pt" for step in (2, 3, 4)),
+    ]
 
 
 def test_more_epochs_may_be_asked_for(tmp_path: Path) -> None:
@@ -493,7 +527,7 @@ def test_more_epochs_may_be_asked_for(tmp_path: Path) -> None:
     again = trainer(network(), batches([8, 8]), batches([8]), run_dir=tmp_path / "more", epochs=4, resume=True)
     assert again.fit().epochs == 4
     trainer(network(), batches([8, 8]), batches([8]), run_dir=tmp_path / "once", epochs=4).fit()
-    assert_same(load(tmp_path / "more" / "last.pt")["model"], load(tmp_path / "once" / "last.pt")["model"])
+    assert_same(last(tmp_path / "more")["model"], last(tmp_path / "once")["model"])
 
 
 # Curves
@@ -556,11 +590,11 @@ def test_no_checkpoint_is_ahead_of_the_curves(tmp_path: Path, monkeypatch: pytes
     order: list[str] = []
 
     def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: (order.append(name), function(*arguments))[1]
+        return lambda *arguments, **more: (order.append(name), function(*arguments, **more))[1]
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", recorded("point", SummaryWriter.add_scalar))
     monkeypatch.setattr(SummaryWriter, "flush", recorded("flush", SummaryWriter.flush))
-    monkeypatch.setattr(checkpoint, "save", recorded("save", checkpoint.save))
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", recorded("save", checkpoint.Checkpoints.save))
     trainer(network(), batches([8] * 4), run_dir=tmp_path, log_every=1, checkpoint_every=1).fit()
     saves = [place for place, name in enumerate(order) if name == "save"]
     assert len(saves) == 5  # before the first update and after each
@@ -673,7 +707,7 @@ def test_what_went_bad_is_named(
     with pytest.raises(NonFiniteError) as caught:
         run.fit()
     assert (caught.value.step, caught.value.kind, caught.value.layer) == (step, kind, layer)
-    assert str(caught.value).startswith(f"step {step}: the {kind}")
+    assert str(caught.value).startswith(f"step {step} (epoch 1, update {step}): the {kind}")
     if before is not None and kind != "parameter":
         assert_same(dict(model.state_dict()), dict(before))
     for module in model.modules():
@@ -688,7 +722,7 @@ def test_what_went_bad_is_named(
 def test_a_rate_that_is_far_too_high_ends_with_a_name(layers: Any) -> None:
     model = network(layers)
     optimizer = torch.optim.SGD(model.parameters(), 1e12)
-    with pytest.raises(NonFiniteError, match=r"step \d+: the (output|loss|gradient) .*is NaN or infinite"):
+    with pytest.raises(NonFiniteError, match=r"step \d+ \(.*\): the (output|loss|gradient) .*is NaN or infinite"):
         trainer(model, batches([8] * 20), loss=layers.MSELoss(), optimizer=optimizer, epochs=5).fit()
 
 
@@ -708,7 +742,9 @@ def test_the_second_run_draws_the_same_dropout() -> None:
 
 
 def test_validation_is_watched_too() -> None:
-    with pytest.raises(NonFiniteError, match="step 1: the target data is NaN or infinite"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 1 \(epoch 1, evaluation\): the target data is NaN or infinite"
+    ):
         trainer(network(), batches([8]), broken_data(1)).fit()
 
 

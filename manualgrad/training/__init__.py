@@ -8,18 +8,23 @@ if missing:
     raise ImportError(f"manualgrad.training needs {', '.join(missing)}: pip install 'manualgrad[examples]'")
 
 from .checkpoint import CheckpointError
+from .interruption import Interrupted
 from .nonfinite import NonFiniteError
 from .progress import FitResult
-from .settings import CommandLine, TrainingSettings, fail, parse_settings
+from .script import CommandLine, DataError, fail, parse_settings, run
+from .settings import TrainingSettings
 from .trainer import Trainer
 
 __all__ = [
     "CheckpointError",
     "CommandLine",
+    "DataError",
     "FitResult",
+    "Interrupted",
     "NonFiniteError",
     "Trainer",
     "TrainingSettings",
     "fail",
     "parse_settings",
+    "run",
 ]

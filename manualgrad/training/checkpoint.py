@@ -1,40 +1,145 @@
-"""Checkpoints: written whole or not at all, plain data and tensors, checked before they are used."""
+"""Checkpoints: written whole or not at all, plain data and tensors, checked to the last bit before they are used.
 
+A run keeps `step-0000001200.pt`, the newest few of them, and `best.pt`. Each is a file of torch.save, and the
+comment at the end of that zip archive is the SHA-256 of all the bytes before it.
+"""
+
+import hashlib
 import os
+import pickle
+import shutil
+import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-FORMAT = 1
-LAST, BEST = "last.pt", "best.pt"
+FORMAT = 2
+BEST = "best.pt"
+_MARK = b"sha256 "
+_DIGITS = 64
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, broken, or of something else than what it is loaded into."""
+    """A checkpoint that is broken, cannot be written, or is of something else than what it is loaded into."""
 
 
-def save(path: Path, payload: Mapping[str, Any]) -> None:
+def all_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+class Checkpoints:
+    """The checkpoints of one run, written beside the training: the state is copied, and a thread does the rest.
+
+    Args:
+        folder: of the run.
+        keep: how many of the newest to keep.
+        go_on: speak on stderr of what cannot be written, rather than raise.
+    """
+
+    def __init__(self, folder: Path, keep: int, go_on: bool) -> None:
+        self.folder, self.keep, self.go_on = folder, keep, go_on
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
+
+    def save(self, step: int, payload: Mapping[str, Any], best: bool = False) -> None:
+        """Write the state after `step` updates as the newest checkpoint, and if it is the best as that too.
+
+        Raises:
+            CheckpointError: unless `go_on`, if it, or the one before it, cannot be written.
+        """
+        self.wait()
+        self._writing = self._thread.submit(self._write, step, _copied(payload), best)
+
+    def wait(self) -> None:
+        """Return when all that was saved is on the disk."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except OSError as error:
+            message = (
+                f"{error.filename or self.folder}: no checkpoint could be written ({error.strerror or error}); "
+                "the one before it is whole. Make room, or make the folder writable"
+            )
+            if not self.go_on:
+                raise CheckpointError(f"{message}, and resume") from error
+            print(f"warning: {message}: training goes on, and tries again with the next", file=sys.stderr)
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _write(self, step: int, payload: Mapping[str, Any], best: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:010}.pt"
+        # The best one first: the newest must not speak of a best that is not there.
+        save(path, payload, also=self.folder / BEST if best else None)
+        for old in all_in(self.folder)[self.keep :]:
+            old.unlink()
+
+
+def save(path: Path, payload: Mapping[str, Any], also: Path | None = None) -> None:
     """Write `payload` to `path` so that whatever happens, `path` holds the old checkpoint or the new one.
 
     The bytes go to a file beside it and reach the disk before that file takes the name; the folder is
     written last, so that the name survives a loss of power too.
+
+    Args:
+        also: where to write the same before.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, **payload}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary, second = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.tmp2")
+    try:
+        torch.save({"format": FORMAT, **payload}, temporary)
+        _seal(temporary)
+        if also is not None:
+            shutil.copyfile(temporary, second)  # no link: what damages one file should leave the other
+            _to_the_disk(second)
+            second.replace(also)
+        temporary.replace(path)
+    except RuntimeError as error:  # torch's own words for a write that failed
+        raise OSError(f"torch.save: {str(error).partition(chr(10))[0]}") from error
+    finally:
+        for left in (temporary, second):
+            left.unlink(missing_ok=True)  # of no use, and in the way where the disk is full
     if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _to_the_disk(path.parent)
+
+
+def _seal(path: Path) -> None:
+    """Write the digest of the file at its end, and all of it to the disk."""
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = _MARK + b"0" * _DIGITS
+    with path.open("r+b") as file:
+        digest = _digest(file, path.stat().st_size - _DIGITS)
+        file.seek(-_DIGITS, os.SEEK_END)
+        file.write(digest)
+    _to_the_disk(path)
+
+
+def _to_the_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(file: Any, size: int) -> bytes:
+    """The SHA-256 of the first `size` bytes, in hexadecimal digits."""
+    hashed = hashlib.sha256()
+    while size > 0 and (chunk := file.read(min(size, 2**20))):
+        hashed.update(chunk)
+        size -= len(chunk)
+    return hashed.hexdigest().encode()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -44,30 +149,73 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: where the file is missing, cut short, damaged, or not a checkpoint of this kind.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no checkpoint to resume from")
+        raise CheckpointError(f"{path}: there is no checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not read them
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        _check_seal(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises half a dozen kinds, all of them meaning this
+    except Exception as error:  # a file that is none of ours raises half a dozen kinds, all of them meaning this
         reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path} is not a whole checkpoint ({reason}){_other(path)}") from error
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds something else than tensors and plain data, which was not looked at"
+        raise CheckpointError(f"{path} is not a whole checkpoint ({reason})") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of this trainer (format {FORMAT})")
+        found = payload.get("format") if isinstance(payload, dict) else None
+        raise CheckpointError(f"{path} is not a checkpoint of this trainer (format {found!r}, not {FORMAT})")
     return payload
 
 
-def _other(path: Path) -> str:
-    """What to do about a broken last checkpoint: the best one may be older, but it holds as much."""
-    best = path.with_name(BEST)
-    if path.name == BEST or not best.is_file():
-        return ""
-    try:
-        step = load(best)["progress"]["step"]
-    except CheckpointError:
-        return ""
-    return f"; {best} is whole and holds step {step}: copy it over {path.name} to go on from there"
+def _check_seal(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest = _digest(file, size - _DIGITS)
+        if file.read() != digest:
+            file.seek(max(0, size - _DIGITS - len(_MARK)))
+            sealed = file.read(len(_MARK)) == _MARK
+            raise ValueError("its bytes have changed" if sealed else "cut short, or nothing that was saved here")
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run and what it holds; None where there is none at all.
+
+    A newer one that is broken is spoken of on stderr, in one line.
+
+    Raises:
+        CheckpointError: where there are some, and none of them is whole.
+    """
+    broken: list[CheckpointError] = []
+    for path in _newest_first(folder):
+        try:
+            payload = load(path)
+        except CheckpointError as error:
+            broken.append(error)
+        else:
+            for error in broken:
+                print(f"warning: {error}: going on from {path.name}", file=sys.stderr)
+            return path, payload
+    if broken:
+        raise CheckpointError("; ".join(map(str, broken)))
+    return None
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    yield from all_in(folder)
+    if (folder / BEST).exists():
+        yield folder / BEST
+
+
+def _copied(payload: Mapping[str, Any]) -> Any:
+    """The same with copies of its tensors, in the memory of the CPU; tensors that are one stay one."""
+    copies: dict[Any, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if not tensor.numel() or tensor.layout != torch.strided:
+            return tensor.detach().clone().cpu()
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return tree_map_only(Tensor, copy, dict(payload))
 
 
 def check_same(path: Path, what: str, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

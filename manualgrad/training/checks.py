@@ -1,14 +1,20 @@
 """What the trainer refuses, and in which words: mistakes that would otherwise train the wrong thing."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from .batches import Loader, size
+from .processes import Part
 from .settings import TrainingSettings
 
 
@@ -25,6 +31,8 @@ def check_parts(
     Raises:
         ValueError: saying which, in one line.
     """
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("give the model itself: the trainer puts DistributedDataParallel around it")
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not trainable:
@@ -45,11 +53,54 @@ def check_parts(
             raise ValueError(f"{name} is empty")
         if settings.run_dir is not None and getattr(loader, "persistent_workers", False):
             raise ValueError(f"{name} has persistent_workers, whose random states no checkpoint can hold")
+    if settings.on_nonfinite == "back_up" and settings.run_dir is None:
+        raise ValueError("on_nonfinite='back_up' needs run_dir, where the checkpoints are")
     if loaders["validation_loader"] is None:
         if settings.patience is not None:
             raise ValueError("patience needs a validation_loader")
         if isinstance(schedule, ReduceLROnPlateau):
             raise ValueError("ReduceLROnPlateau needs a validation_loader")
+
+
+def check_last_batch(model: nn.Module, loader: Loader, part: Part, processes: int) -> None:
+    """Refuse a last batch that leaves one example for a batch norm, before the first one is trained on.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if not isinstance(loader, DataLoader) or loader.batch_size is None or loader.drop_last or not size(loader):
+        return
+    last = len(loader.sampler) % loader.batch_size or loader.batch_size  # pyright: ignore[reportArgumentType]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if last // processes > 1 or not norms or isinstance(model, FSDPModule):
+        return
+    try:  # on a copy, as running statistics would count it
+        with torch.random.fork_rng(), torch.no_grad():
+            deepcopy(model).train()(part.input[:1].to(next(model.parameters()).device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        each = f" for {processes} processes" if processes > 1 else ""
+        raise ValueError(
+            f"train_loader ends with {last} example{'s' * (last > 1)}{each}, and batch norm needs two: "
+            "give the loader drop_last=True or another batch_size"
+        ) from None
+
+
+@contextmanager
+def explained(model: nn.Module, part: Part, name: str) -> Iterator[None]:
+    """Whatever the model raises is told what it was given, and raised as it is."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        first = next(iter(model.named_parameters()), None)
+        weight = f"; the first parameter, {first[0]}, is {_told(first[1])}" if first else ""
+        error.add_note(f"{name} gave an input {_told(part.input)} and a target {_told(part.target)}{weight}")
+        raise
+
+
+def _told(tensor: Tensor) -> str:
+    return f"of shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}, on {tensor.device}"
 
 
 def check_shapes(prediction: Any, target: Tensor) -> None:

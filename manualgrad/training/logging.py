@@ -13,20 +13,30 @@
 
 The step of every point is the number of updates done, so that all the curves share one axis. Whatever is
 written after a checkpoint has a later step than the checkpoint: a resumed run purges the later steps, and
-every point is there once.
+every point is there once. Points wait in memory until they are handed to the operating system, which is before
+every checkpoint: what a full disk refuses is written when there is room again.
 """
 
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from .processes import whole
 from .settings import TrainingSettings
+
+Point = tuple[int, Callable[[SummaryWriter], object]]
+"""Its step, and how to write it."""
+
+_FLUSH_EVERY = 5.0
+"""Seconds after which points are handed on even if no checkpoint is due, for those who look."""
 
 
 class TrainingLog:
@@ -34,26 +44,67 @@ class TrainingLog:
 
     Args:
         folder: the run folder, or None.
-        step: updates done already; the points after it, of a run cut short, are purged.
+        step: the first step of this log: the points from there on, of a run cut short, are purged.
+        go_on: speak on stderr of what cannot be written, rather than raise.
     """
 
-    def __init__(self, folder: Path | None, step: int) -> None:
-        self.writer = None
-        if folder is not None:
-            _wait_for_a_later_name(folder)
-            self.writer = SummaryWriter(folder, purge_step=step + 1)
+    def __init__(self, folder: Path | None, step: int, go_on: bool = True) -> None:
+        self.folder, self.go_on = folder, go_on
+        self._next = step  # where the next file begins
+        self._waiting: list[Point] = []
+        self._newest: list[Point] = []  # of those handed on, the ones of the last step
+        self._writer: SummaryWriter | None = None
+        self._flushed = time.monotonic()
+        self.flush()
 
     def __enter__(self) -> "TrainingLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()
 
     def flush(self) -> None:
-        """Hand every point to the operating system: no checkpoint may be ahead of the curves."""
-        if self.writer is not None:
-            self.writer.flush()
+        """Hand every point to the operating system: no checkpoint may be ahead of the curves.
+
+        Raises:
+            OSError: unless `go_on`, if that cannot be.
+        """
+        if self.folder is None:
+            return
+        self._flushed = time.monotonic()
+        try:
+            if self._writer is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _wait_for_a_later_name(self.folder)
+                self._writer = SummaryWriter(self.folder, purge_step=self._next)
+            for _, write in self._waiting:
+                write(self._writer)
+            self._writer.flush()
+        except OSError as error:
+            self._writer = None  # its thread has ended; all of the steps that wait is written anew, by another
+            if self._waiting:
+                self._next = self._waiting[0][0]
+                self._waiting = [point for point in self._newest if point[0] >= self._next] + self._waiting
+                self._newest = []
+            if not self.go_on:
+                raise
+            reason = error.strerror or error
+            print(f"warning: {self.folder}: curves cannot be written ({reason}): they wait", file=sys.stderr)
+        else:
+            if self._waiting:
+                last = self._waiting[-1][0]
+                self._newest = [point for point in self._newest + self._waiting if point[0] == last]
+            self._waiting = []
+
+    def purge(self, step: int) -> None:
+        """Forget the points from `step` on: training has gone back."""
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()
+        self._writer, self._next, self._newest = None, step, []
+        self.flush()
 
     def settings(
         self,
@@ -68,22 +119,32 @@ class TrainingLog:
         facts = {**dict(settings), "device": device, "parameters": f"{size:,}", "torch": torch.__version__}
         names = sorted(facts, key=lambda name: name in settings.bookkeeping)  # what matters first
         rows = "\n".join(f"| {name.replace('_', ' ')} | {facts[name]} |" for name in names)
-        if self.writer is not None:
+        if self.folder is not None:
             card = f"| setting | value |\n|---|---|\n{rows}\n\n{_verbatim(model)}\n\n{_verbatim(optimizer)}"
-            self.writer.add_text("settings", card, step)
+            self._add(step, lambda writer: writer.add_text("settings", card, step))
 
     def update(
         self, means: Mapping[str, float], norm: float, optimizer: Optimizer, speed: float, step: int
-    ) -> None:
-        """Add the loss and metrics of one update, what the optimizer did, and the examples per second."""
+    ) -> dict[str, float]:
+        """Add the loss and metrics of one update, what the optimizer did, and the examples per second.
+
+        Returns:
+            The points by tag, for `points`.
+        """
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        for number, rate in enumerate(rates):
-            group = f"_group{number}" if len(rates) > 1 else ""
-            self._scalar(f"optimizer/learning_rate{group}", rate, step)
-        self._scalar("optimizer/gradient_norm", norm, step)
-        self._scalar("speed/examples_per_second", speed, step)
-        for name, mean in means.items():
-            self._scalar(f"{name}/train", mean, step)
+        groups = [f"_group{number}" if len(rates) > 1 else "" for number in range(len(rates))]
+        points = {f"optimizer/learning_rate{group}": rate for group, rate in zip(groups, rates, strict=True)}
+        points |= {"optimizer/gradient_norm": norm, "speed/examples_per_second": speed}
+        points |= {f"{name}/train": mean for name, mean in means.items()}
+        self.points(points, step)
+        if time.monotonic() - self._flushed > _FLUSH_EVERY:
+            self.flush()
+        return points
+
+    def points(self, points: Mapping[str, float], step: int) -> None:
+        """Add points by tag."""
+        for tag, value in points.items():
+            self._scalar(tag, value, step)
 
     def epoch(self, split: str, means: Mapping[str, float], step: int) -> None:
         """Add the mean loss and metrics of an epoch, on the "train" or "validation" data."""
@@ -92,31 +153,35 @@ class TrainingLog:
 
     def histograms(self, model: nn.Module, step: int) -> None:
         """Add the distribution of every parameter and of its gradient."""
-        if self.writer is None:
-            return
         for name, parameter in model.named_parameters():
             for tag, tensor in ((f"weights/{name}", parameter), (f"weights_gradient/{name}", parameter.grad)):
                 if tensor is not None and tensor.numel():
-                    values = tensor.detach().to_dense().float()  # numpy has neither sparse nor bfloat16
-                    if values.isfinite().all():  # which a gradient that overflowed float16 is not
-                        self.writer.add_histogram(tag, values, step)
+                    values = whole(tensor.detach()).to_dense().float()  # numpy has neither sparse nor bfloat16
+                    if self.folder is not None and values.isfinite().all():  # float16 may have overflowed
+                        self._add(step, partial(_add_histogram, tag=tag, values=values.cpu().clone(), step=step))
 
     def summary(self, settings: TrainingSettings, figures: Mapping[str, float], step: int) -> None:
         """Add the final figures, and the row of this run in the hparams tab."""
-        if self.writer is None:
-            return
         figures = {f"summary/{name}": figure for name, figure in figures.items()}
         chosen = settings.model_dump(exclude=set(settings.bookkeeping))
         numbers = (int, float, type(None))
         row = {name: value if type(value) in numbers else str(value) for name, value in chosen.items()}
         for part in hparams(row, figures):  # add_hparams would make it a run of its own, apart from the curves
-            self.writer._get_file_writer().add_summary(part)
+            self._add(step, lambda writer, part=part: writer._get_file_writer().add_summary(part))
         for tag, figure in figures.items():
             self._scalar(tag, figure, step)
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
-        if self.writer is not None:
-            self.writer.add_scalar(tag, value, step)
+        now = time.time()
+        self._add(step, lambda writer: writer.add_scalar(tag, value, step, walltime=now))
+
+    def _add(self, step: int, write: Callable[[SummaryWriter], object]) -> None:
+        if self.folder is not None:
+            self._waiting.append((step, write))
+
+
+def _add_histogram(writer: SummaryWriter, tag: str, values: Tensor, step: int) -> None:
+    writer.add_histogram(tag, values, step)
 
 
 def _wait_for_a_later_name(folder: Path) -> None:

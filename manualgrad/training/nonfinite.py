@@ -1,13 +1,16 @@
 """Finding where a NaN or an infinity came from: the batch is run once more, with every layer watched."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 Kind = Literal["input data", "target data", "parameter", "output", "loss", "gradient"]
+Found = tuple[Kind, str]
 
 
 class NonFiniteError(RuntimeError):
@@ -15,22 +18,29 @@ class NonFiniteError(RuntimeError):
 
     Attributes:
         step: the update it happened in, counted from 1.
+        where: the epoch, and the update within it, counted from 1.
+        path: the file in the run folder that holds the batches, the weights before and the random states, as
+            "batches", "model" and "random" of torch.load(path); None without a run folder.
         kind: what went bad first: "input data" or "target data" of the batch, a "parameter", the "output"
             of a layer, the "loss", or else the "gradient" that a layer's backward produced.
         layer: the qualified name of that layer or parameter ("model" for the model itself, "loss" for the
             loss); empty for data, and where a second run of the batch came out finite.
     """
 
-    def __init__(self, step: int, kind: Kind, layer: str) -> None:
-        self.step, self.kind, self.layer = step, kind, layer
+    path: Path | None = None
+
+    def __init__(self, step: int, where: str, kind: Kind, layer: str) -> None:
+        self.step, self.where, self.kind, self.layer = step, where, kind, layer
         subject = f"the {kind} of {layer!r}" if layer and layer != kind else f"the {kind}"
-        super().__init__(f"step {step}: {subject} is NaN or infinite")
+        super().__init__(f"step {step} ({where}): {subject} is NaN or infinite")
 
 
 def is_bad(tensor: Tensor) -> bool:
     """Whether any element is NaN or infinite."""
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     return not bool(torch.isfinite(tensor).all())
 
 
@@ -40,42 +50,48 @@ def any_bad(value: Any) -> bool:
 
 
 def find_nonfinite(
-    model: nn.Module, batches: list[tuple[Tensor, Tensor]], run: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Kind, str]:
+    model: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
+    run: Callable[[Tensor, Tensor], Tensor],
+    first_found: Callable[[Found | None], Found | None] = lambda found: found,
+) -> Found:
     """Run the batches again and name the first thing that goes bad.
 
     Args:
         model: the model; its gradients are cleared and hold those of the batches afterwards.
         batches: the (input, target) pairs of the update, or of the evaluation.
         run: from an (input, target) pair to the loss, to be back-propagated where it carries a gradient.
+        first_found: what the first of several processes found, of this one's.
 
     Returns:
         The kind and the layer as in NonFiniteError.
     """
-    for input, target in batches:
-        if is_bad(input):
-            return "input data", ""
-        if is_bad(target):
-            return "target data", ""
-    for name, parameter in model.named_parameters():
-        if is_bad(parameter):
-            return "parameter", name
-
+    if found := first_found(_bad_already(model, batches)):
+        return found
     model.zero_grad()
     with _Watch(model) as watch:
-        for input, target in batches:
+        for input, target in batches:  # all of them: other processes may wait for this one
             loss = run(input, target)
-            if watch.found is None and is_bad(loss):
+            if is_bad(loss):
                 watch.report("loss", "loss")
-            if watch.found is None and loss.requires_grad:
+            if loss.requires_grad:
                 loss.backward()
-            if watch.found is not None:
-                return watch.found
+    if found := first_found(watch.found):
+        return found
 
     # Every gradient of every batch is finite: their sum or its norm overflowed, at the largest one.
     size = {name: p.grad.abs().max().item() for name, p in model.named_parameters() if p.grad is not None}
     largest = max(size, key=lambda name: size[name], default="")
     return "gradient", largest.rpartition(".")[0] or "model"
+
+
+def _bad_already(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Found | None:
+    for input, target in batches:
+        if is_bad(input):
+            return "input data", ""
+        if is_bad(target):
+            return "target data", ""
+    return next((("parameter", name) for name, parameter in model.named_parameters() if is_bad(parameter)), None)
 
 
 class _Watch:
@@ -89,7 +105,7 @@ class _Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.found: tuple[Kind, str] | None = None
+        self.found: Found | None = None
         self.running: list[str] = []
         self.handles: list[Any] = []
 

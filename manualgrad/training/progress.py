@@ -1,6 +1,6 @@
 """How far training has come, and what it came to."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -21,6 +21,11 @@ class Averages:
             self.totals[name] = self.totals.get(name, 0.0) + mean * examples
         self.examples += examples
 
+    def merged(self, total: Callable[[list[float]], list[float]]) -> "Averages":
+        """Those of all processes: `total` adds up a list of numbers over them."""
+        examples, *totals = total([float(self.examples), *self.totals.values()])
+        return Averages(dict(zip(self.totals, totals, strict=True)), int(examples))
+
     def means(self) -> Figures:
         """The mean of each figure over all examples so far."""
         return {name: total / self.examples for name, total in self.totals.items()}
@@ -34,8 +39,15 @@ class Progress:
     """Updates done since the start: the horizontal axis of every curve."""
     epoch: int = 0
     """Whole epochs done."""
-    updates: int = 0
-    """Updates done in the epoch under way."""
+    drawn: int = 0
+    """Groups of batches drawn in the epoch under way, for an update each (unless it was left out)."""
+    left_out: int = 0
+    """Updates left out for their bad numbers."""
+    left_out_before: int = 0
+    """Of these, before the epoch under way."""
+    closing: Figures | None = None
+    """Where an epoch has been trained and is yet to be validated, the points of its last update: they are written
+    again with those of the epoch, which have the same step. None elsewhere."""
     running: Averages = field(default_factory=Averages)
     """The figures of the epoch under way."""
     train: Figures = field(default_factory=dict)
@@ -67,5 +79,7 @@ class FitResult:
     """Means over the last epoch of training, taken while the weights changed."""
     validation: Figures
     """Means over the validation data after the best epoch; empty without validation."""
+    left_out: int
+    """Updates left out for their bad numbers, or undone."""
     summary: Figures
     """What the `summary` function of the trainer returned."""

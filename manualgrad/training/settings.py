@@ -1,53 +1,14 @@
-"""The settings of a training run, and how a script reads them from its command line."""
+"""The settings of a training run."""
 
+import os
 import re
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn, Self, TypeVar
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import (
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic_settings import (
-    BaseSettings,
-    CliApp,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-
-class CommandLine(BaseSettings):
-    """Settings that a command line gives: `parse_settings` reads them. Immutable, and checked as a whole.
-
-    Raises:
-        pydantic.ValidationError: for a value out of range, of the wrong type, or an unknown name.
-    """
-
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_avoid_json=True,
-        cli_hide_none_type=True,
-        cli_exit_on_error=False,
-    )
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: object
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only arguments count: a stray environment variable `SEED` or `DEVICE` must not change a run."""
-        return (init_settings,)
+from .script import CommandLine
 
 
 class TrainingSettings(CommandLine):
@@ -72,9 +33,22 @@ class TrainingSettings(CommandLine):
     run_dir: Path | None = None
     """The folder for the curves and checkpoints of this run; None writes neither."""
     resume: bool = False
-    """Continue the run in run_dir from its last checkpoint, exactly as if it had never stopped."""
+    """Continue the run in run_dir, if there is one, exactly as if it had never stopped; else begin it."""
     checkpoint_every: PositiveInt | None = None
     """Write a checkpoint every so many updates, besides the one after each epoch."""
+    keep_last: PositiveInt = 2
+    """How many of the newest checkpoints to keep, besides the best."""
+    on_disk_error: Literal["go_on", "stop"] = "go_on"
+    """What to do where a checkpoint or a curve cannot be written: warn and try again later, or stop."""
+    on_nonfinite: Literal["stop", "skip", "back_up"] = "stop"
+    """What to do where a loss or gradient is NaN or infinite: stop, leave that update out, or go back to the
+    weights of the last checkpoint and on with the batches that follow."""
+    nonfinite_limit: PositiveInt = 10
+    """Stop in any case after so many of them in one epoch."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: whether each process holds the whole model (ddp) or a part of it (fsdp)."""
+    loader_warning: PositiveFloat = 60.0
+    """Speak of a loader that gives nothing for so many seconds."""
     log_every: PositiveInt = 10
     """Add points to the training curves every so many updates."""
     histogram_every: PositiveInt | None = 5
@@ -88,13 +62,22 @@ class TrainingSettings(CommandLine):
             "run_dir",
             "resume",
             "checkpoint_every",
+            "keep_last",
+            "on_disk_error",
+            "parallel",
+            "loader_warning",
             "log_every",
             "histogram_every",
             "progress",
         }
     )
     """The settings that have no say in what is learned."""
-    free_on_resume: ClassVar[frozenset[str]] = bookkeeping | {"epochs", "patience"}
+    free_on_resume: ClassVar[frozenset[str]] = bookkeeping | {
+        "epochs",
+        "patience",
+        "on_nonfinite",
+        "nonfinite_limit",
+    }
     """The settings in which a resumed run may differ from the run it continues."""
 
     @field_validator("device")
@@ -116,42 +99,7 @@ class TrainingSettings(CommandLine):
     def torch_device(self) -> torch.device:
         """The device to train on."""
         auto = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(auto if self.device == "auto" else self.device)
-
-
-Settings = TypeVar("Settings", bound=CommandLine)
-
-
-def parse_settings(settings_class: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
-    """The settings that a command line gives.
-
-    Args:
-        settings_class: a subclass of CommandLine; each field becomes an option, `--clip-norm` for
-            `clip_norm`, its attribute docstring the help text, the class docstring the description.
-        arguments: the command line, by default that of this process.
-
-    Raises:
-        SystemExit: with status 2 after one line on stderr, for wrong arguments; with status 0 after
-            `--help`.
-    """
-    try:
-        return CliApp.run(settings_class, list(sys.argv[1:] if arguments is None else arguments))
-    except ValidationError as error:
-        fail("; ".join(_one_line(dict(item)) for item in error.errors()))
-    except SettingsError as error:
-        fail(str(error).removeprefix("error parsing CLI: "))
-
-
-def fail(message: str) -> NoReturn:
-    """End the program as for any wrong input: one line on stderr, exit status 2, no traceback."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _one_line(error: dict[str, object]) -> str:
-    """One entry of `ValidationError.errors()` as `--epochs: Input should be greater than 0 (got -3)`."""
-    message = str(error["msg"]).removeprefix("Value error, ")
-    location = error["loc"]
-    if not isinstance(location, tuple) or not location:
-        return message
-    return f"--{str(location[0]).replace('_', '-')}: {message} (got {error['input']})"
+        device = torch.device(auto if self.device == "auto" else self.device)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # set by torchrun
+            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return device

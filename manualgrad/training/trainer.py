@@ -1,6 +1,8 @@
 """The training loop, from the first batch to the final figures, in the order in which it happens."""
 
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -17,13 +19,23 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from . import checkpoint
-from .batches import Batch, Loader, groups, pairs, size
-from .checkpoint import BEST, LAST, CheckpointError
-from .checks import check_loss, check_parts, check_shapes
+from .batches import Loader, Watch, groups, pairs, size
+from .checkpoint import BEST, CheckpointError, Checkpoints
+from .checks import check_last_batch, check_loss, check_parts, check_shapes, explained
+from .interruption import Interrupted, Signals
 from .logging import TrainingLog
 from .nonfinite import NonFiniteError, find_nonfinite
+from .processes import Part, Processes, parted_model, parted_optimizer, whole
 from .progress import Averages, Figures, FitResult, Progress
-from .randomness import random_states, seed_epoch, set_random_states, set_torch_states, torch_states
+from .randomness import (
+    as_plain,
+    random_states,
+    seed_all,
+    seed_epoch,
+    set_random_states,
+    set_torch_states,
+    torch_states,
+)
 from .settings import TrainingSettings
 
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -33,8 +45,8 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 class Update(NamedTuple):
     """What one update came to."""
 
-    means: Figures
-    examples: int
+    figures: Averages
+    """Of all its batches, and of all processes."""
     norm: float
     """Of the gradient, before clipping."""
     skipped: bool
@@ -59,13 +71,20 @@ class Trainer:
             it returns, such as those of a test set, join the final ones in TensorBoard.
 
     Every epoch begins by seeding python, numpy and torch with (seed, epoch). So a run repeats, and a run
-    resumed in the middle of an epoch draws the batches it has seen once more and goes on exactly. What no
-    checkpoint holds is state that a dataset or a custom loader keeps to itself from epoch to epoch.
+    resumed in the middle of an epoch draws the batches it has seen once more and goes on exactly, whatever
+    ended it. What no checkpoint holds is state that a dataset or a custom loader keeps to itself from epoch
+    to epoch.
+
+    Under torchrun the same code trains in all the processes, each on its part of every batch: the loaders
+    are those of one process, and so are the updates (see processes.py).
+
+    Attributes:
+        first: whether this process is the one that speaks for all (a single one is).
 
     Raises:
         ValueError: for parts that do not fit together, before anything is allocated or written.
-        CheckpointError: where run_dir holds a run already and `resume` is off; or `resume` is on and the
-            checkpoint is missing, damaged, or of something else.
+        CheckpointError: where run_dir holds a run already and `resume` is off; or `resume` is on and no
+            checkpoint is whole, or it is of something else.
     """
 
     def __init__(
@@ -82,7 +101,6 @@ class Trainer:
         summary: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         self.model, self.loss, self.optimizer, self.schedule = model, loss, optimizer, schedule
-        self.train_loader, self.validation_loader = train_loader, validation_loader
         self.settings = settings or TrainingSettings()
         self.metrics, self.summary = dict(metrics or {}), summary
         loaders = {"train_loader": train_loader, "validation_loader": validation_loader}
@@ -100,12 +118,22 @@ class Trainer:
             dtype=torch.float16 if half else torch.bfloat16,
             enabled=self.settings.precision != "float32",
         )
+        self.processes = Processes(self.device)
+        self.first = self.processes.first
+        self.whole_train_loader = train_loader
+        self.train_loader = self.processes.loader(train_loader)
+        self.validation_loader = validation_loader and self.processes.loader(validation_loader)
+        self._network = self.processes.share(model, optimizer, self.settings.parallel)
+
         self.progress = Progress()
         self.best_weights: dict[str, Any] = {}
-        self._random_states: dict[str, Any] | None = None  # to go on with, in the middle of an epoch
+        self._random_states: list[dict[str, Any]] | None = None  # to go on with, in the middle of an epoch
         self._fitted = False
+        self._signals = Signals()
+        self._stop = False  # one of the processes was sent a signal, and all know
+        self._checkpoints: Checkpoints | None = None
         if self.settings.run_dir is not None:
-            self._resume_or_refuse(self.settings.run_dir / LAST)
+            self._resume_or_refuse()
 
     def fit(self) -> FitResult:
         """Train to the last epoch, or until patience runs out; leaves the best weights, in eval mode.
@@ -113,23 +141,43 @@ class Trainer:
         Can be called once: after an interruption, make a new Trainer with `resume`.
 
         Raises:
+            Interrupted: after SIGINT (Ctrl-C) or SIGTERM, when the update is made and a checkpoint written.
             NonFiniteError: where the loss or the gradient becomes NaN or infinite; the weights are still
-                those before that update.
+                those before that update. (Or see the setting `on_nonfinite`.)
+            CheckpointError: with on_disk_error="stop", if no checkpoint can be written.
             ValueError: for batches that are not what the model and the loss need.
         """
         if self._fitted:
             raise RuntimeError("fit() was called before: make a new Trainer, with resume to continue its run")
         self._fitted = True
         settings, progress = self.settings, self.progress
-        with TrainingLog(settings.run_dir, progress.step) as log, self._progress_bar() as bar:
-            log.settings(settings, self.model, self.optimizer, self.device, progress.step + 1)
-            if progress.step == 0:
-                self._save(LAST, log)  # from here on there is something to resume
-            while progress.epoch < settings.epochs and not self._out_of_patience():
-                bar.set_description(f"epoch {progress.epoch + 1}/{settings.epochs}")
-                self._train_epoch(log, bar)
-                self._end_epoch(log)
-            return self._finish(log)
+        folder = settings.run_dir if self.first else None
+        go_on = settings.on_disk_error == "go_on"
+        if folder is not None:
+            self._checkpoints = Checkpoints(folder, settings.keep_last, go_on)
+        step = progress.step + (1 if progress.closing is None else 0)
+        with (
+            self._signals,
+            TrainingLog(folder, step, go_on) as log,
+            self._progress_bar() as bar,
+            Watch(settings.loader_warning) as watch,
+        ):
+            try:
+                log.settings(settings, self.model, self.optimizer, self.device, step)
+                log.points(progress.closing or {}, progress.step)
+                if progress == Progress():
+                    self._save(log)  # from here on there is something to resume
+                while progress.epoch < settings.epochs and not self._out_of_patience():
+                    bar.set_description(f"epoch {progress.epoch + 1}/{settings.epochs}")
+                    points = progress.closing
+                    if points is None:
+                        points = self._train_epoch(log, bar, watch)
+                    self._take_up_random_states()
+                    self._end_epoch(log, points, watch)
+                return self._finish(log)
+            finally:
+                if self._checkpoints is not None:
+                    self._checkpoints.close()
 
     def evaluate(self, loader: Loader) -> Figures:
         """The mean "loss" and metrics over the examples of a loader, with the model in eval mode.
@@ -138,100 +186,153 @@ class Trainer:
             NonFiniteError: where the loss is NaN or infinite.
             ValueError: for batches that are not what the model and the loss need.
         """
+        return self._evaluate(self.processes.loader(loader), "the loader")
+
+    def _evaluate(self, loader: Loader, name: str, watch: Watch | None = None) -> Figures:
         averages = Averages()
         training = self.model.training
+        self.processes.agree_on_buffers(self.model)
         self.model.eval()
-        with torch.no_grad():
-            for batch in pairs(loader, "the loader"):
-                input, target = self._to_device(batch)
-                means = _floats(self._forward(input, target))
-                if not math.isfinite(means["loss"]):
-                    raise self._nonfinite([(input, target)], self.progress.step)
-                averages.add(means, len(target))
-        self.model.train(training)
+        try:
+            with torch.no_grad():
+                for part in self._parts(loader, name, watch):
+                    part = part.to(self.device)
+                    with explained(self.model, part, name):
+                        means = _floats(self._forward(self.model, part))
+                    mine = Averages()
+                    mine.add(means, part.examples)
+                    every = mine.merged(self.processes.sum)
+                    if not math.isfinite(every.totals["loss"]):
+                        raise self._nonfinite([part], self.progress.step, "evaluation")
+                    averages.add(every.means(), every.examples)
+                    if watch is not None and self._asked_to_stop():
+                        raise _StoppedInValidation
+        finally:
+            self.model.train(training)
         return averages.means()
 
-    def _train_epoch(self, log: TrainingLog, bar: "tqdm[Any]") -> None:
+    def _train_epoch(self, log: TrainingLog, bar: "tqdm[Any]", watch: Watch) -> Figures:
+        """The updates of an epoch; gives the points of the last one, if it has any."""
         settings, progress = self.settings, self.progress
         self.model.train()
         seed_epoch(self.train_loader, settings.seed, progress.epoch)
-        updates = groups(self.train_loader, "train_loader", settings.accumulate)
+        batches = self._parts(self.train_loader, "train_loader", watch)
+        updates = groups(batches, settings.accumulate)
         self._skip_seen(updates)
 
         clock, counted = time.perf_counter(), progress.running.examples
-        due: dict[str, Any] | None = None  # a checkpoint, with the random states before the next group
-        for group in updates:
-            if due is not None:  # now that the epoch is known to go on; its end has a checkpoint of its own
-                self._save(LAST, log, due)
-            update = self._update(group)
-            progress.running.add(update.means, update.examples)
-            progress.updates += 1
+        due, points = False, {}
+        while True:
+            states = random_states()  # before the draw, which a resumed run makes again
+            group = next(updates, None)
+            if group is None:  # the end of an epoch has a checkpoint of its own
+                return points
+            if due or self._stop:
+                self._save(log, states)
+            if self._stop:
+                raise self._interrupted()
+            if progress == Progress():
+                check_last_batch(self._bare(), self.whole_train_loader, group[0], self.processes.size)
+            if progress.drawn == 0 and self.processes.size > 1:  # the order is drawn alike, the dropout is not
+                seed_all(settings.seed, progress.epoch, self.processes.rank)
+            progress.drawn += 1
+            points = {}
+            try:
+                update = self._update(group)
+            except NonFiniteError as error:
+                if not self._recovered(error, log, bar):
+                    raise
+                continue
+            progress.running.add(update.figures.means(), update.figures.examples)
             progress.step += 1
             bar.update()
             if progress.step % settings.log_every == 0:
                 seconds, examples = time.perf_counter() - clock, progress.running.examples - counted
                 clock, counted = time.perf_counter(), progress.running.examples
-                log.update(update.means, update.norm, self.optimizer, examples / seconds, progress.step)
-                bar.set_postfix(self._postfix(update), refresh=False)
+                means = update.figures.means()
+                points = log.update(means, update.norm, self.optimizer, examples / seconds, progress.step)
+                bar.set_postfix(self._postfix(means), refresh=False)
             if self.schedule is not None and not self._schedule_by_epoch() and not update.skipped:
                 self.schedule.step()
             every = settings.checkpoint_every
-            due = random_states() if every is not None and progress.step % every == 0 else None
+            due = every is not None and progress.step % every == 0
 
-    def _update(self, group: list[Batch]) -> Update:
+    def _update(self, group: list[Part]) -> Update:
         """One step of the optimizer, whose gradient is that of one batch made of all those in the group."""
         before = torch_states()
-        group = [self._to_device(batch) for batch in group]
-        examples = sum(len(target) for _, target in group)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # bad numbers would stay in them
+        group = [part.to(self.device) for part in group]
+        (examples,) = self.processes.sum([float(sum(part.examples for part in group))])
         forwards: list[tuple[dict[str, Tensor], int]] = []
         self.optimizer.zero_grad()
-        for input, target in group:
-            means = self._forward(input, target)
-            self.scaler.scale(means["loss"] * (len(target) / examples)).backward()
-            forwards.append((means, len(target)))
+        for number, part in enumerate(group, start=1):
+            with self.processes.without_sending(self._network, last=number == len(group)):
+                with explained(self.model, part, "train_loader"):
+                    means = self._forward(self._network, part)
+                share = part.examples * self.processes.size / examples  # of a mean over the processes
+                self.scaler.scale(means["loss"] * share).backward()
+            forwards.append((means, part.examples))
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()
 
-        averages = Averages()  # only now are numbers asked for, which waits for the device
+        mine = Averages()  # only now are numbers asked for, which waits for the device
         for means, count in forwards:
-            averages.add(_floats(means), count)
+            mine.add(_floats(means), count)
+        mine.totals["stop"] = float(self._signals.received)  # one message tells all there is to tell
+        figures = mine.merged(self.processes.sum)
+        self._stop = figures.totals.pop("stop") > 0
         overflow = not math.isfinite(norm)
         curable = self.scaler.get_scale() > 1  # by a smaller scale, as float16 is meant to find it
-        if not math.isfinite(averages.totals["loss"]) or (overflow and not curable):
+        if not math.isfinite(figures.totals["loss"]) or (overflow and not curable):
+            self.scaler.update()
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            after = torch_states()
             set_torch_states(before)  # for the same dropout again
-            raise self._nonfinite(group, self.progress.step + 1)
+            error = self._nonfinite(group, self.progress.step + 1, f"update {self.progress.drawn}")
+            set_torch_states(after)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            raise error
         self.scaler.step(self.optimizer)  # not taken on an overflow
         self.scaler.update()
-        return Update(averages.means(), examples, norm, skipped=overflow)
+        return Update(figures, norm, skipped=overflow)
 
-    def _end_epoch(self, log: TrainingLog) -> None:
+    def _end_epoch(self, log: TrainingLog, points: Figures, watch: Watch) -> None:
         settings, progress = self.settings, self.progress
-        progress.train = progress.running.means()
-        progress.epoch, progress.updates, progress.running = progress.epoch + 1, 0, Averages()
-        log.epoch("train", progress.train, progress.step)
-        if settings.histogram_every and progress.epoch % settings.histogram_every == 0:
-            log.histograms(self.model, progress.step)
-
+        states = random_states()
         validation: Figures = {}
         if self.validation_loader is not None:
-            validation = self.evaluate(self.validation_loader)
-            log.epoch("validation", validation, progress.step)
+            try:
+                validation = self._evaluate(self.validation_loader, "validation_loader", watch)
+            except _StoppedInValidation:
+                progress.closing = points
+                self._save(log, states)
+                raise self._interrupted() from None
+
+        if progress.running.examples:
+            progress.train = progress.running.means()
+        progress.epoch, progress.drawn, progress.running = progress.epoch + 1, 0, Averages()
+        progress.left_out_before, progress.closing = progress.left_out, None
+        log.epoch("train", progress.train, progress.step)
+        log.epoch("validation", validation, progress.step)
+        if settings.histogram_every and progress.epoch % settings.histogram_every == 0:
+            log.histograms(self.model, progress.step)
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step(validation["loss"])
         elif self.schedule is not None and self._schedule_by_epoch():
             self.schedule.step()
 
-        if validation and validation["loss"] < progress.best.get("loss", math.inf):
+        best = bool(validation) and validation["loss"] < progress.best.get("loss", math.inf)
+        if best:
             progress.best, progress.best_epoch = validation, progress.epoch
-            self.best_weights = deepcopy(self.model.state_dict())
-            # Before the last one, which must not speak of a best that is not there.
-            self._save(BEST, log)
-        self._save(LAST, log)
+            self.best_weights = deepcopy(self._bare().state_dict())
+        self._save(log, best=best)
 
     def _finish(self, log: TrainingLog) -> FitResult:
         progress = self.progress
         if self.best_weights:
-            self.model.load_state_dict(self.best_weights)
+            self._bare().load_state_dict(self.best_weights)
         self.model.eval()
         summary = dict(self.summary()) if self.summary is not None else {}
         figures = {f"train_{name}": mean for name, mean in progress.train.items()}
@@ -244,39 +345,34 @@ class Trainer:
             stopped_early=progress.epoch < self.settings.epochs,
             train=progress.train,
             validation=progress.best,
+            left_out=progress.left_out,
             summary=summary,
         )
 
-    def _forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def _forward(self, model: nn.Module, part: Part) -> dict[str, Tensor]:
         """The "loss" and the metrics of a batch."""
         with self.autocast():
-            prediction = self.model(input)
-            check_shapes(prediction, target)
-            loss = self.loss(prediction, target)
+            prediction = model(part.input)
+            check_shapes(prediction, part.target)
+            loss = self.loss(prediction, part.target)
         check_loss(loss, training=torch.is_grad_enabled())
         with torch.no_grad():
-            metrics = {name: metric(prediction, target) for name, metric in self.metrics.items()}
+            metrics = {name: metric(prediction, part.target) for name, metric in self.metrics.items()}
         return {"loss": loss} | metrics
 
     def _clip(self) -> float:
         """The norm of the whole gradient, which is scaled down to clip_norm where it is larger."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
+        norm = whole(get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients]))
         if self.settings.clip_norm is not None:
             sparse = any(gradient.is_sparse for gradient in gradients)
             clip_grads_with_norm_(parameters, self.settings.clip_norm, norm, foreach=False if sparse else None)
         return norm.item()
 
-    def _nonfinite(self, batches: list[Batch], step: int) -> NonFiniteError:
-        def run(input: Tensor, target: Tensor) -> Tensor:
-            return self.scaler.scale(self._forward(input, target)["loss"])
-
-        return NonFiniteError(step, *find_nonfinite(self.model, batches, run))
-
-    def _to_device(self, batch: Batch) -> Batch:
-        input, target = batch
-        return input.to(self.device), target.to(self.device)
+    def _parts(self, loader: Loader, name: str, watch: Watch | None) -> Iterator[Part]:
+        batches = pairs(loader, name)
+        return self.processes.parts(loader, batches if watch is None else watch.over(batches, name))
 
     def _schedule_by_epoch(self) -> bool:
         return self.settings.schedule_every == "epoch" or isinstance(self.schedule, ReduceLROnPlateau)
@@ -288,47 +384,152 @@ class Trainer:
     def _progress_bar(self) -> "tqdm[Any]":
         settings, batches = self.settings, size(self.train_loader)
         total = settings.epochs * math.ceil(batches / settings.accumulate) if batches is not None else None
-        quiet = None if settings.progress else True  # None: quiet unless on a terminal
+        quiet = None if settings.progress and self.first else True  # None: quiet unless on a terminal
         return tqdm(total=total, initial=self.progress.step, disable=quiet, unit=" updates", dynamic_ncols=True)
 
-    def _postfix(self, update: Update) -> dict[str, str]:
+    def _postfix(self, means: Figures) -> dict[str, str]:
         best = {"best validation": f"{self.progress.best['loss']:.4g}"} if self.progress.best else {}
-        return {"loss": f"{update.means['loss']:.4g}"} | best
+        return {"loss": f"{means['loss']:.4g}"} | best
+
+    # Bad numbers, and being asked to stop.
+
+    def _nonfinite(self, parts: list[Part], step: int, where: str) -> NonFiniteError:
+        """What went bad; written to the run folder with all that it takes to see it again."""
+        weights = self.processes.put_together(self._bare().state_dict())
+        states = as_plain(random_states())
+
+        def run(input: Tensor, target: Tensor) -> Tensor:
+            return self.scaler.scale(self._forward(self.model, Part(input, target, len(target)))["loss"])
+
+        batches = [(part.input, part.target) for part in parts]
+        found = find_nonfinite(self.model, batches, run, self.processes.first_found)
+        error = NonFiniteError(step, f"epoch {self.progress.epoch + 1}, {where}", *found)
+        every = self.processes.gathered([(input.cpu(), target.cpu()) for input, target in batches])
+        if self.first and self.settings.run_dir is not None:
+            path = self.settings.run_dir / f"nonfinite-step-{step}.pt"
+            batches = [batch for each in every for batch in each]
+            content = {"report": str(error), "batches": batches, "model": weights, "random": states}
+            try:
+                torch.save(content, path)
+            except (OSError, RuntimeError) as failure:
+                error.add_note(f"{path} could not be written: {failure}")
+            else:
+                error.path = path
+                error.add_note(f"its batches, the weights before it and the random states are in {path}")
+        return error
+
+    def _recovered(self, error: NonFiniteError, log: TrainingLog, bar: "tqdm[Any]") -> bool:
+        """Whether training goes on, with the next batches, after an update that was bad."""
+        settings, progress = self.settings, self.progress
+        progress.left_out += 1
+        if (
+            settings.on_nonfinite == "stop"
+            or progress.left_out - progress.left_out_before > settings.nonfinite_limit
+        ):
+            return False
+        self.optimizer.zero_grad()
+        done = "left out"
+        if settings.on_nonfinite == "back_up":
+            assert settings.run_dir is not None
+            if self._checkpoints is not None:
+                self._checkpoints.wait()
+            path, saved = self.processes.told(checkpoint.newest(settings.run_dir) if self.first else None)
+            self._load(saved)
+            bar.update(saved["progress"]["step"] - progress.step)
+            progress.step = saved["progress"]["step"]
+            log.purge(progress.step + 1)
+            self._save(log)  # from here on this is what there is to resume
+            done = f"back to {path.name}"
+        if self.first:
+            print(f"warning: {error}: {done}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
+        return True
+
+    def _asked_to_stop(self) -> bool:
+        (received,) = self.processes.sum([float(self._signals.received)])
+        self._stop = received > 0
+        return self._stop
+
+    def _interrupted(self) -> Interrupted:
+        folder = self.settings.run_dir
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+        saved = "; nothing was saved, as there is no run_dir" if folder is None else f"; to go on: resume {folder}"
+        return Interrupted(self._signals.received or signal.SIGTERM, self.progress.step, saved)
 
     # What a checkpoint holds, and how it is taken up again.
 
-    def _save(self, name: str, log: TrainingLog, random: dict[str, Any] | None = None) -> None:
+    def _save(self, log: TrainingLog, states: tuple[Any, ...] | None = None, best: bool = False) -> None:
         if self.settings.run_dir is None:
             return
-        log.flush()
-        payload = {"run": self._identity(), "progress": asdict(self.progress)}
-        payload["random"] = random_states() if random is None else random
-        payload |= {name: part.state_dict() for name, part in self._stateful().items()}
-        checkpoint.save(self.settings.run_dir / name, payload)
+        random = self.processes.gathered(as_plain(random_states() if states is None else states))
+        payload = {"run": self._identity(), "progress": asdict(self.progress), "random": random}
+        parts = {name: part.state_dict() for name, part in self._stateful().items()}
+        payload |= self.processes.put_together(parts)
+        if self._checkpoints is not None:
+            log.flush()
+            self._checkpoints.save(self.progress.step, payload, best)
 
-    def _resume_or_refuse(self, path: Path) -> None:
+    def _resume_or_refuse(self) -> None:
+        folder = self.settings.run_dir
+        assert folder is not None
         if not self.settings.resume:
-            if path.exists():
-                raise CheckpointError(f"{path.parent} holds a run already: resume it or take another folder")
+            if self.processes.told(bool(checkpoint.all_in(folder))):
+                raise CheckpointError(f"{folder} holds a run already: resume it or take another folder")
             return
-        saved = checkpoint.load(path)
+        found = self.processes.told(self._found(folder) if self.first else None)
+        if isinstance(found, CheckpointError):
+            raise found
+        if found is None:  # the command that began a run may be the one that resumes it
+            return
+        (path, saved), best = found
         checkpoint.check_same(path, "run", saved["run"], self._identity())
-        checkpoint.check_same(path, "model", saved["model"], self.model.state_dict())
-        for name, part in self._stateful().items():
-            part.load_state_dict(saved[name])
+        checkpoint.check_same(path, "model", saved["model"], self._bare().state_dict())
+        self._load(saved)
         self.progress = Progress.from_dict(saved["progress"])
-        if self.progress.updates:  # an epoch that is yet to begin is seeded anyway
+        if self.progress.drawn or self.progress.closing is not None:  # else the epoch to come is seeded anyway
             self._random_states = saved["random"]
-        if self.progress.best_epoch:
-            self.best_weights = checkpoint.load(path.with_name(BEST))["model"]
+        if best is not None:
+            self.best_weights = parted_model(best["model"], self._bare())
+            if best["progress"]["best_epoch"] > self.progress.best_epoch:  # as the run, going on, will find again
+                self.progress.best = best["progress"]["best"]
+                self.progress.best_epoch = best["progress"]["best_epoch"]
+        elif self.progress.best_epoch:
+            self.progress.best, self.progress.best_epoch = {}, 0
+
+    def _found(self, folder: Path) -> Any:
+        """The newest whole checkpoint and the best one; None where there is no run, and an error to be told."""
+        try:
+            found = checkpoint.newest(folder)
+        except CheckpointError as error:
+            return error
+        if found is None:
+            return None
+        try:
+            return found, checkpoint.load(folder / BEST) if found[1]["progress"]["best_epoch"] else None
+        except CheckpointError as error:
+            print(f"warning: {error}: the best epoch is looked for anew", file=sys.stderr)
+            return found, None
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        for name, part in self._stateful().items():
+            state = saved[name]
+            if part is self._bare():
+                state = parted_model(state, part)
+            elif part is self.optimizer:
+                state = parted_optimizer(state, part)
+            part.load_state_dict(state)
 
     def _stateful(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        parts: dict[str, Any] = {"model": self._bare(), "optimizer": self.optimizer, "scaler": self.scaler}
         if isinstance(self.loss, nn.Module):
             parts["loss"] = self.loss
         if self.schedule is not None:
             parts["schedule"] = self.schedule
         return parts
+
+    def _bare(self) -> nn.Module:
+        """The model, without what torch.compile puts around it."""
+        return getattr(self.model, "_orig_mod", self.model)
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run it continues."""
@@ -343,11 +544,22 @@ class Trainer:
 
     def _skip_seen(self, updates: Iterator[Any]) -> None:
         """Draw the batches seen before an interruption once more, then take up its random states."""
-        for _ in range(self.progress.updates):
+        for _ in range(self.progress.drawn):
             next(updates)
-        if self._random_states is not None:
-            set_random_states(self._random_states)
-            self._random_states = None
+        self._take_up_random_states()
+
+    def _take_up_random_states(self) -> None:
+        states, self._random_states = self._random_states, None
+        if states is None:
+            return
+        if len(states) == self.processes.size:
+            set_random_states(states[self.processes.rank])
+        else:  # there were more processes, or fewer
+            seed_all(self.settings.seed, self.progress.epoch, self.processes.rank, self.progress.drawn)
+
+
+class _StoppedInValidation(Exception):
+    pass
 
 
 def _floats(figures: Mapping[str, Tensor | float]) -> Figures:
