@@ -428,8 +428,9 @@ def bars(
     parts: Sequence[tuple[str, Sequence[float]]],
     legend: list[str],
     label: Callable[[float], str] = readable,
+    length: int = 900,
 ) -> Image:
-    """A bar for each part and column, to one scale, and its size as `label` says it."""
+    """A bar for each part and column, to one scale, and its size as `label` says it; the longest has `length`."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
@@ -442,8 +443,8 @@ def bars(
     font, thick, gap = ImageFont.load_default(20), 22, 14
     left = 30 + max((font.getlength(name) for name, _ in parts), default=0)
     longest = max((size for _, sizes in parts for size in sizes), default=0) or 1
-    scale, line = 900 / longest, thick * len(legend) + gap
-    picture = Image.new("RGB", (round(left) + 1060, 80 + line * len(parts)), "white")
+    scale, line = length / longest, thick * len(legend) + gap
+    picture = Image.new("RGB", (round(left) + length + 160, 80 + line * len(parts)), "white")
     draw = ImageDraw.Draw(picture)
     x = left
     for words, colour in zip(legend, _COLOURS, strict=False):

@@ -341,8 +341,8 @@ def finite_difference(value: Callable[[], Tensor], parameter: Tensor, h: float =
 # How it is told
 
 INTRODUCTION = """\
-In the derivations x is the input, W the weight, b the bias and y the output of a layer, t the target, and g the
-gradient that arrives, ∂L/∂y. A row of a matrix is an example of the batch.
+In the derivations x is the input, W the weight, b the bias and y the output of a layer, t the
+target, and g the gradient that arrives, ∂L/∂y. A row of input or output is an example.
 """
 
 
@@ -546,14 +546,15 @@ def log(folder: Path, chapters: Chapters, passages: list[Passage], losses: list[
     large the gradient is that arrives at each node, from the loss back to the input."""
     with SummaryWriter(folder) as writer:
         for number, (title, steps) in enumerate(chapters.items(), start=1):
-            card = f"{INTRODUCTION}\n" + "\n\n".join(
-                f"#### {heading}\n\n{indent(text, ' ' * 4)}" for heading, text in steps
-            )
-            writer.add_text(f"lesson/{number}_{title.partition(',')[0].replace(' ', '_')}", card)
+            card = [f"#### {heading}\n\n{indent(text, ' ' * 4)}" for heading, text in steps]
+            if number <= 2:  # where there are derivations
+                card.insert(0, INTRODUCTION)
+            name = title.partition(",")[0].replace(" ", "_")
+            writer.add_text(f"lesson/{number}_{name}", "\n\n".join(card))
         for step, value in enumerate(losses):
             writer.add_scalar("loss", value, step)
         norms = [(f"{x.layer}: {x.name}", [get_total_norm(x.arrived).item()]) for x in passages]
-        picture = bars(norms, ["norm of the gradient that arrives, from the loss back"], "{:.3g}".format)
+        picture = bars(norms, ["norm of the gradient that arrives"], "{:.3g}".format, length=260)
         add_picture(writer, "gradient_norms", picture)
 
 

@@ -326,7 +326,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     done = subprocess.run([sys.executable, SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert max(map(len, done.stdout.splitlines())) <= 112
+    assert max(map(len, done.stdout.splitlines())) <= 100
     assert not list(tmp_path.iterdir())
 
 
@@ -371,7 +371,7 @@ def test_tensorboard(call: Call, tmp_path: Path) -> None:
     for title in ("linear1: LinearFunction", "the loss after each step"):
         assert {line.strip() for line in step(output, title).splitlines()[:-1]} <= shown
     (picture,) = events.Images("gradient_norms")
-    assert (picture.width > 1000, picture.height) == (True, 80 + 4 * 36)
+    assert (picture.width < 800, picture.height) == (True, 80 + 4 * 36)  # legible where TensorBoard shrinks it
     assert call("--run-dir", "lesson") == (2, "", "error: lesson holds a run already: take another folder\n")
 
 
