@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,8 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the script within this process, in a folder of its own: its exit status, output and errors."""
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        status: object = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        output, error = capsys.readouterr()
-        if isinstance(status, str):  # as the interpreter does with it
-            status, error = 1, f"{error}{status}\n"
-        assert isinstance(status, int)
-        return status, output, error
-
-    return run_here
+def call(call_script: Call) -> Call:
+    return partial(call_script, SCRIPT)
 
 
 def step(output: str, heading: str) -> str:
