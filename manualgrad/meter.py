@@ -16,7 +16,7 @@ import threading
 import warnings
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from operator import itemgetter
@@ -129,14 +129,12 @@ class _Shown:
         """
         columns = self.columns()
         legend = [f"{name}: {readable(column.total)}" for name, column in columns.items()]
-        return _bars([(str(layer), sizes) for layer, sizes in self.lines()], legend)
+        return bars([(str(layer), sizes) for layer, sizes in self.lines()], legend)
 
     def log(self, writer: Writer, tag: str = "saved_bytes", step: int | None = None) -> None:
         """Give TensorBoard the table as a text card and the picture as an image."""
-        picture = self.figure()
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         writer.add_text(tag, str(self), step)
-        writer.add_image(tag, pixels.view(picture.height, picture.width, 3), step, dataformats="HWC")
+        add_picture(writer, tag, self.figure(), step)
 
 
 @dataclass(frozen=True)
@@ -420,8 +418,19 @@ MOST_BARS = 50
 _COLOURS = ("#1a73e8", "#b0b6bd")
 
 
-def _bars(parts: list[tuple[str, list[int]]], legend: list[str]) -> Image:
-    """A bar for each part and column, to one scale."""
+def add_picture(writer: Writer, tag: str, picture: Image, step: int | None = None) -> None:
+    """Give TensorBoard a picture."""
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    writer.add_image(tag, pixels.view(picture.height, picture.width, 3), step, dataformats="HWC")
+
+
+def bars(
+    parts: Sequence[tuple[str, Sequence[float]]],
+    legend: list[str],
+    label: Callable[[float], str] = readable,
+    length: int = 900,
+) -> Image:
+    """A bar for each part and column, to one scale, and its size as `label` says it; the longest has `length`."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
@@ -433,9 +442,9 @@ def _bars(parts: list[tuple[str, list[int]]], legend: list[str]) -> Image:
         parts = [*(parts[i] for i in large), (f"{len(small)} others", rest)]
     font, thick, gap = ImageFont.load_default(20), 22, 14
     left = 30 + max((font.getlength(name) for name, _ in parts), default=0)
-    longest = max((size for _, sizes in parts for size in sizes), default=1)
-    per_byte, line = 900 / longest, thick * len(legend) + gap
-    picture = Image.new("RGB", (round(left) + 1060, 80 + line * len(parts)), "white")
+    longest = max((size for _, sizes in parts for size in sizes), default=0) or 1
+    scale, line = length / longest, thick * len(legend) + gap
+    picture = Image.new("RGB", (round(left) + length + 160, 80 + line * len(parts)), "white")
     draw = ImageDraw.Draw(picture)
     x = left
     for words, colour in zip(legend, _COLOURS, strict=False):
@@ -446,7 +455,7 @@ def _bars(parts: list[tuple[str, list[int]]], legend: list[str]) -> Image:
         top = 64 + row * line
         draw.text((left - 10, top + thick * len(sizes) / 2), name, "#202124", font, anchor="rm")
         for size, colour in zip(sizes, _COLOURS, strict=False):
-            draw.rectangle((left, top, left + size * per_byte, top + thick - 2), fill=colour)
-            draw.text((left + size * per_byte + 8, top + thick / 2 - 1), readable(size), "#5f6368", font, "lm")
+            draw.rectangle((left, top, left + size * scale, top + thick - 2), fill=colour)
+            draw.text((left + size * scale + 8, top + thick / 2 - 1), label(size), "#5f6368", font, "lm")
             top += thick
     return picture

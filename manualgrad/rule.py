@@ -76,6 +76,7 @@ class Formula(NamedTuple):
 class Plan(NamedTuple):
     """What one set of needed gradients takes: which values to keep, and how to compute from them."""
 
+    rule: type[Rule]
     tensors: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # out of inputs and outputs, what to keep
     early: Callable[..., tuple[Any, ...]] | None  # of some inputs and outputs, what to compute and keep
     early_from: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # those
@@ -120,6 +121,20 @@ class Rule:
                 setattr(cls, name, staticmethod(method))
         if hasattr(cls, "forward"):
             _complete(cls)
+
+
+def kept_by(node: Any) -> tuple[type[Rule], dict[str, Any]] | None:
+    """The rule behind a node of an autograd graph, and by name what it has kept for its backward: inputs, output,
+    statistics, settings. None for a node that is of no rule.
+
+    Raises:
+        RuntimeError: a backward without ``retain_graph`` has let go of it.
+    """
+    match getattr(node, "kept", None):
+        case (Plan() as plan, again, settings, _):
+            tensors = node.saved_tensors if again is None else again(node.saved_tensors)
+            return plan.rule, dict(zip(plan.names, (*tensors, *settings), strict=True))
+    return None
 
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -185,6 +200,7 @@ def _complete(rule: type[Rule]) -> None:
         first = in_order(early, given)
         early_from = [name for name in values if any(name in formula.names for formula in first)]
         return Plan(
+            rule,
             _taking([values.index(name) for name in tensors]),
             _written(first, early_from, early) if early else None,
             _taking([values.index(name) for name in early_from]),

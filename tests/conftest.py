@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,3 +49,26 @@ def declared(request: pytest.FixtureRequest) -> None:
         reason = op.lacks.get(name) or op.lacks.get(f"{name}-{parameters.get('number')}")
         if reason:
             request.node.add_marker(pytest.mark.xfail(reason=reason, run="kills the process" not in reason))
+
+
+@pytest.fixture
+def call_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a script within this process, which saves the start of one: to its exit status, output and errors."""
+
+    def run_here(script: Path, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        status: object = 0
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        output, error = capsys.readouterr()
+        if isinstance(status, str):  # as the interpreter does with it
+            status, error = 1, f"{error}{status}\n"
+        assert isinstance(status, int)
+        return status, output, error
+
+    return run_here

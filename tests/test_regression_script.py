@@ -3,13 +3,13 @@
 import math
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,26 +42,8 @@ def run(folder: Path, *arguments: object) -> str:
 
 
 @pytest.fixture
-def call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run the script within this process, which saves the start of one: to its exit status and output."""
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        status: object = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        output, error = capsys.readouterr()
-        if isinstance(status, str):  # as the interpreter does with it
-            status, error = 1, f"{error}{status}\n"
-        assert isinstance(status, int)
-        return status, output, error
-
-    return run_here
+def call(call_script: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    return partial(call_script, SCRIPT)
 
 
 Call = Callable[..., tuple[int, str, str]]

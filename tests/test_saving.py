@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 import manualgrad.nn.functional as F
 from manualgrad import enabled, nn, saved_bytes, saving
 from manualgrad.ops.elementary import product
+from manualgrad.ops.linear import LinearFunction
 from manualgrad.registry import Op
+from manualgrad.rule import kept_by
 
 Model = Callable[[Tensor], Tensor]
 
@@ -152,6 +154,28 @@ def test_what_is_kept() -> None:
     assert kept(F.relu) == 4 * n + bits(n)
     assert kept(lambda z: F.relu(F.layer_norm(z, (WIDTH,)))) == 4 * n + bits(n) + 2 * 4 * ROWS
     assert kept(lambda z: F.dropout(F.relu(F.rms_norm(z, (WIDTH,))), 0.5)) == 4 * n + 2 * bits(n)
+
+
+def test_what_a_node_has_kept_is_told_by_name(x: Tensor) -> None:
+    """Whatever is made again too; and the backward runs afterwards as if nobody had asked."""
+    first, second = linear(), linear()
+    hidden = F.gelu(first(x))
+    output = second(hidden)
+    (rule, values), below = kept_by(output.grad_fn) or (None, {}), kept_by(hidden.grad_fn)
+    assert rule is LinearFunction
+    assert values.keys() == {"input", "weight"}
+    torch.testing.assert_close(values["input"], hidden)
+    assert values["weight"] is second.weight
+    assert below is not None
+    torch.testing.assert_close(below[1], {"input": first(x)})
+    rectified = kept_by(F.leaky_relu(hidden, 0.2).grad_fn)
+    assert rectified is not None
+    torch.testing.assert_close(rectified[1], {"positive": hidden > 0, "negative_slope": 0.2})
+    output.sum().backward()
+    torch.testing.assert_close(second.weight.grad, hidden.sum(0).expand(WIDTH, WIDTH))
+    with pytest.raises(RuntimeError, match="saved"):
+        kept_by(output.grad_fn)
+    assert kept_by(None) is kept_by((hidden + 1).grad_fn) is None
 
 
 def test_a_gate_within_enabled() -> None:

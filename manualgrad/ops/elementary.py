@@ -189,7 +189,7 @@ class Elementwise(Rule):
 class Pointwise(Elementwise):
     r"""yᵢ = f(xᵢ)      the rule gives ``derivative``, f′, as a tensor of its own
 
-    dyᵢ = f′(xᵢ) dxᵢ,  a diagonal map: its own transpose (for complex x, f holomorphic: conjugate).
+    dyᵢ = f′(xᵢ) dxᵢ,  a diagonal map, its own transpose:      ∂L/∂x = g f′(x)      (complex: conjugate)
     """
 
     def grad_input(grad: Tensor, derivative: Tensor) -> Tensor:
