@@ -7,10 +7,8 @@
 The curves, the weights and the final figures go to a folder under runs/:  tensorboard --logdir runs
 """
 
-import math
 import time
 from collections import OrderedDict
-from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
@@ -18,20 +16,18 @@ from typing import ClassVar, Literal, NamedTuple, Self
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-import manualgrad.nn
-from manualgrad.training import DataError, Trainer, TrainingSettings, parse_settings, run
+from manualgrad.training import DataError, TaskSettings, Trainer, parse_settings, run
 
 DIAMONDS = Path(__file__).parent / "data" / "diamonds.csv.bz2"
 FEWEST_ROWS = 50
 MOST_CATEGORIES = 200
 
 
-class Settings(TrainingSettings):
+class Settings(TaskSettings):
     """Learn one column of a table from the others: by default, the log price of 53,940 diamonds."""
 
     data: Path | None = None
@@ -40,31 +36,15 @@ class Settings(TrainingSettings):
     """The column to learn; to be named where --data is."""
     log_target: bool | None = None
     """Learn the logarithm of the target; by default only for the price of the diamonds."""
-    model: Literal["ours", "torch"] = "ours"
-    """Whose layers: those of manualgrad.nn, or those of torch.nn from the same initial weights."""
     width: PositiveInt = 128
     """Units in each hidden layer."""
     depth: PositiveInt = 3
     """Hidden layers."""
     dtype: Literal["float32", "float64"] = "float32"
     """The type of weights and data."""
-    batch_size: PositiveInt = 128
-    """Rows per batch."""
-    learning_rate: PositiveFloat = 2e-3
-    """The highest rate of the one-cycle schedule."""
-    weight_decay: NonNegativeFloat = 0.01
-    """The weight decay of AdamW."""
     epochs: PositiveInt = 40
     """How many times to go through the training data."""
-    clip_norm: PositiveFloat | None = 1.0
-    """The norm to which larger gradients are scaled down; None leaves them as they are."""
-    run_dir: Path | None = None
-    """The folder for the curves and checkpoints; by default one of this run under runs/."""
-    log_every: PositiveInt = 25
-    """Add points to the training curves every so many updates."""
-
-    # The one-cycle schedule is laid out over all the epochs, so their number stays what it was.
-    free_on_resume: ClassVar[frozenset[str]] = TrainingSettings.free_on_resume - {"epochs"}
+    task: ClassVar[str] = "regression"
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -76,10 +56,9 @@ class Settings(TrainingSettings):
 
     def resolved(self) -> Self:
         """These settings with values for those whose default depends on the others."""
-        name = f"regression-{self.model}-seed{self.seed}-{datetime.now():%Y%m%d-%H%M%S}"
         price = self.data is None and self.target == "price"
         log_target = price if self.log_target is None else self.log_target
-        return self.model_copy(update={"run_dir": self.run_dir or Path("runs", name), "log_target": log_target})
+        return super().resolved().model_copy(update={"log_target": log_target})
 
 
 # The table
@@ -212,7 +191,7 @@ def _features(column: pd.Series, train: np.ndarray) -> list[np.ndarray]:
 
 def build(settings: Settings, features: int) -> torch.nn.Module:
     """Hidden layers of Linear, LayerNorm and GELU, and one output; the seed decides the initial weights."""
-    layers = manualgrad.nn if settings.model == "ours" else torch.nn
+    layers = settings.layers
     torch.manual_seed(settings.seed)
     modules: dict[str, torch.nn.Module] = {}
     widths = [features] + [settings.width] * settings.depth
@@ -257,16 +236,15 @@ def train(settings: Settings) -> None:
     table = read_table(settings.data or DIAMONDS, settings.target, logarithm, dtype)
     model = build(settings, table.inputs.shape[1])
     train_loader = loader(table, "train", settings.batch_size, shuffle=True)
-    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
-    updates = math.ceil(len(train_loader) / settings.accumulate) if settings.schedule_every == "update" else 1
+    optimizer, schedule = settings.one_cycle(model, len(train_loader))
     trainer = Trainer(
         model,
-        manualgrad.nn.MSELoss() if settings.model == "ours" else torch.nn.MSELoss(),
+        settings.layers.MSELoss(),
         optimizer,
         train_loader,
         loader(table, "validation", 4096, shuffle=False),
         settings=settings,
-        schedule=OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.epochs * updates),
+        schedule=schedule,
         summary=lambda: score(model, table, logarithm, trainer.device),
     )
     result = trainer.fit()

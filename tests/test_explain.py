@@ -399,4 +399,4 @@ def test_divergence_ends_with_one_line(call: Call) -> None:
 def test_help_explains_every_option(call: Call) -> None:
     status, output, _ = call("--help")
     assert status == 0
-    assert output.count("\n  --") == output.count("(default:") == 9
+    assert output.count("\n  --") == output.count("(default:") == 10

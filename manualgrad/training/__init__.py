@@ -9,10 +9,11 @@ if missing:
 
 from .checkpoint import CheckpointError
 from .interruption import Interrupted
+from .logging import TrainingLog
 from .nonfinite import NonFiniteError
 from .progress import FitResult
 from .script import CommandLine, DataError, fail, parse_settings, run
-from .settings import TrainingSettings
+from .settings import TaskSettings, TrainingSettings
 from .trainer import Trainer
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "FitResult",
     "Interrupted",
     "NonFiniteError",
+    "TaskSettings",
     "Trainer",
+    "TrainingLog",
     "TrainingSettings",
     "fail",
     "parse_settings",

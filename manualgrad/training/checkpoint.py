@@ -57,6 +57,16 @@ class Checkpoints:
         self.wait()
         self._writing = self._thread.submit(self._write, step, _copied(payload), best)
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file beside the checkpoints, on the same terms."""
+        self.wait()
+
+        def write() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).write_text(text, "utf-8")
+
+        self._writing = self._thread.submit(write)
+
     def wait(self) -> None:
         """Return when all that was saved is on the disk."""
         writing, self._writing = self._writing, None
@@ -66,8 +76,8 @@ class Checkpoints:
             writing.result()
         except OSError as error:
             message = (
-                f"{error.filename or self.folder}: no checkpoint could be written ({error.strerror or error}); "
-                "the one before it is whole. Make room, or make the folder writable"
+                f"{error.filename or self.folder} could not be written ({error.strerror or error}); the "
+                "checkpoints before are whole. Make room, or make the folder writable"
             )
             if not self.go_on:
                 raise CheckpointError(f"{message}, and resume") from error

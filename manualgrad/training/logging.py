@@ -8,8 +8,11 @@
     speed/...               examples per second
     weights/...             a histogram of each parameter
     weights_gradient/...    a histogram of its gradient, after clipping
-    summary/...             the final figures, which are also the columns of the hparams tab
+    summary/...             the final figures, which are also the columns of the hparams tab, and a text card
     settings                a text card
+    gradient_flow           a picture: the norm of each layer's gradient, from the loss back to the input
+    saved_bytes             a card and a picture: what each layer keeps for the backward
+    custom scalars          the loss and each metric, training and validation together
 
 The step of every point is the number of updates done, so that all the curves share one axis. Whatever is
 written after a checkpoint has a later step than the checkpoint: a resumed run purges the later steps, and
@@ -17,9 +20,10 @@ every point is there once. Points wait in memory until they are handed to the op
 every checkpoint: what a full disk refuses is written when there is room again.
 """
 
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import custom_scalars, hparams
+
+from manualgrad.meter import add_picture, bars, saved_bytes
 
 from .processes import whole
 from .settings import TrainingSettings
@@ -121,7 +127,19 @@ class TrainingLog:
         rows = "\n".join(f"| {name.replace('_', ' ')} | {facts[name]} |" for name in names)
         if self.folder is not None:
             card = f"| setting | value |\n|---|---|\n{rows}\n\n{_verbatim(model)}\n\n{_verbatim(optimizer)}"
-            self._add(step, lambda writer: writer.add_text("settings", card, step))
+            self.add(step, lambda writer: writer.add_text("settings", card, step))
+
+    def layout(self, names: Iterable[str], step: int) -> None:
+        """Lay the loss and the metrics out in the custom scalars tab, training and validation in one chart."""
+        charts = {name: ["Multiline", [f"{name}/train_epoch", f"{name}/validation_epoch"]] for name in names}
+        part = custom_scalars({"training and validation": charts})
+        self.add(step, lambda writer: writer._get_file_writer().add_summary(part, step))
+
+    def saved_bytes(self, model: nn.Module, input: Tensor, step: int) -> None:
+        """Add what each layer keeps for the backward of a batch."""
+        if self.folder is not None:
+            kept = saved_bytes(model, input)
+            self.add(step, lambda writer: kept.log(writer, step=step))
 
     def update(
         self, means: Mapping[str, float], norm: float, optimizer: Optimizer, speed: float, step: int
@@ -152,30 +170,42 @@ class TrainingLog:
             self._scalar(f"{name}/{split}_epoch", mean, step)
 
     def histograms(self, model: nn.Module, step: int) -> None:
-        """Add the distribution of every parameter and of its gradient."""
+        """Add the distribution of every parameter and of its gradient, and the picture of the gradient's flow."""
+        norms: dict[str, float] = {}
         for name, parameter in model.named_parameters():
             for tag, tensor in ((f"weights/{name}", parameter), (f"weights_gradient/{name}", parameter.grad)):
                 if tensor is not None and tensor.numel():
                     values = whole(tensor.detach()).to_dense().float()  # numpy has neither sparse nor bfloat16
-                    if self.folder is not None and values.isfinite().all():  # float16 may have overflowed
-                        self._add(step, partial(_add_histogram, tag=tag, values=values.cpu().clone(), step=step))
+                    if values.isfinite().all():  # which a gradient that overflowed float16 is not
+                        add = partial(_add_histogram, tag=tag, values=values.cpu().clone(), step=step)
+                        self.add(step, add)
+                        if tensor is parameter.grad:
+                            layer = name.rpartition(".")[0] or "model"
+                            norms[layer] = math.hypot(norms.get(layer, 0), values.norm().item())
+        if self.folder is not None and norms:
+            flow = [(layer, [norm]) for layer, norm in reversed(norms.items())]
+            picture = bars(flow, ["norm of the gradient, from the loss back to the input"], "{:.3g}".format)
+            self.add(step, lambda writer: add_picture(writer, "gradient_flow", picture, step))
 
     def summary(self, settings: TrainingSettings, figures: Mapping[str, float], step: int) -> None:
         """Add the final figures, and the row of this run in the hparams tab."""
+        rows = "\n".join(f"| {name.replace('_', ' ')} | {figure:.6g} |" for name, figure in figures.items())
+        self.add(step, lambda writer: writer.add_text("summary", f"| figure | value |\n|---|---:|\n{rows}", step))
         figures = {f"summary/{name}": figure for name, figure in figures.items()}
         chosen = settings.model_dump(exclude=set(settings.bookkeeping))
         numbers = (int, float, type(None))
         row = {name: value if type(value) in numbers else str(value) for name, value in chosen.items()}
         for part in hparams(row, figures):  # add_hparams would make it a run of its own, apart from the curves
-            self._add(step, lambda writer, part=part: writer._get_file_writer().add_summary(part))
+            self.add(step, lambda writer, part=part: writer._get_file_writer().add_summary(part))
         for tag, figure in figures.items():
             self._scalar(tag, figure, step)
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
         now = time.time()
-        self._add(step, lambda writer: writer.add_scalar(tag, value, step, walltime=now))
+        self.add(step, lambda writer: writer.add_scalar(tag, value, step, walltime=now))
 
-    def _add(self, step: int, write: Callable[[SummaryWriter], object]) -> None:
+    def add(self, step: int, write: Callable[[SummaryWriter], object]) -> None:
+        """Add something of one's own: what `write` does with a writer, some time later and perhaps again."""
         if self.folder is not None:
             self._waiting.append((step, write))
 

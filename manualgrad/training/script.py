@@ -1,10 +1,14 @@
 """What the scripts share: settings from the command line, and how a program ends."""
 
+import json
 import os
 import shlex
 import sys
+import tomllib
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 from pydantic_settings import (
@@ -42,6 +46,9 @@ class CommandLine(BaseSettings):
         cli_exit_on_error=False,
     )
 
+    settings: Path | None = None
+    """A file of settings, JSON or TOML, as a run's settings.json; what the command line says goes before."""
+
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: object
@@ -65,12 +72,30 @@ def parse_settings(settings_class: type[Settings], arguments: Sequence[str] | No
         SystemExit: with status 2 after one line on stderr, for wrong arguments; with status 0 after
             `--help`.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--settings")
     try:
-        return CliApp.run(settings_class, list(sys.argv[1:] if arguments is None else arguments))
+        file = finder.parse_known_args(given)[0].settings
+        return CliApp.run(settings_class, given, **_read(Path(file)) if file else {})
     except ValidationError as error:
         fail("; ".join(_one_line(dict(item)) for item in error.errors()))
     except SettingsError as error:
         fail(str(error).removeprefix("error parsing CLI: "))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The settings in a file, but for those of one run alone."""
+    try:
+        found = (tomllib if path.suffix == ".toml" else json).loads(path.read_text("utf-8"))
+    except OSError as error:
+        fail(f"--settings: {path} cannot be read: {error.strerror or error}")
+    except ValueError as error:
+        fail(f"--settings: {path} is neither JSON nor TOML: {error}")
+    found = found.get("settings", found) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        fail(f"--settings: {path} holds no settings by name")
+    return {name: value for name, value in found.items() if name not in ("settings", "run_dir", "resume")}
 
 
 def fail(message: str) -> NoReturn:

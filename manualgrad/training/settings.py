@@ -1,12 +1,25 @@
 """The settings of a training run."""
 
+import math
 import os
 import re
+from datetime import datetime
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+
+import manualgrad.nn
 
 from .script import CommandLine
 
@@ -22,6 +35,8 @@ class TrainingSettings(CommandLine):
     """Where to train: auto (CUDA where there is one), cpu, cuda or cuda:N."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """The precision of autocast; float32 turns autocast off, float16 scales the loss as well."""
+    compile: bool = False
+    """Train what torch.compile makes of the model."""
     accumulate: PositiveInt = 1
     """How many batches make one update: their gradient is that of one batch holding them all."""
     clip_norm: PositiveFloat | None = None
@@ -58,7 +73,9 @@ class TrainingSettings(CommandLine):
 
     bookkeeping: ClassVar[frozenset[str]] = frozenset(
         {
+            "settings",
             "device",
+            "compile",
             "run_dir",
             "resume",
             "checkpoint_every",
@@ -103,3 +120,46 @@ class TrainingSettings(CommandLine):
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # set by torchrun
             return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         return device
+
+
+class TaskSettings(TrainingSettings):
+    """What the training scripts have in common: one option, one meaning in all of them."""
+
+    data: Path | None = None
+    """The data; by default those that come with this script."""
+    model: Literal["ours", "torch"] = "ours"
+    """Whose layers: those of manualgrad.nn, or those of torch.nn from the same initial weights."""
+    batch_size: PositiveInt = 128
+    """Examples per batch."""
+    learning_rate: PositiveFloat = 2e-3
+    """The highest rate of the one-cycle schedule."""
+    weight_decay: NonNegativeFloat = 0.01
+    """The weight decay of AdamW."""
+    clip_norm: PositiveFloat | None = 1.0
+    """The norm to which larger gradients are scaled down; None leaves them as they are."""
+    run_dir: Path | None = None
+    """The folder for the curves and checkpoints; by default one of this run under runs/."""
+    log_every: PositiveInt = 25
+    """Add points to the training curves every so many updates."""
+
+    # The one-cycle schedule is laid out over all the epochs, so their number stays what it was.
+    free_on_resume: ClassVar[frozenset[str]] = TrainingSettings.free_on_resume - {"epochs"}
+
+    task: ClassVar[str] = "task"
+    """How the folders of its runs are called."""
+
+    def resolved(self) -> Self:
+        """These settings with values for those whose default depends on the others."""
+        name = f"{self.task}-{self.model}-seed{self.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+        return self.model_copy(update={"run_dir": self.run_dir or Path("runs", name)})
+
+    @property
+    def layers(self) -> Any:
+        """The module that has the layers and losses: manualgrad.nn or torch.nn."""
+        return manualgrad.nn if self.model == "ours" else torch.nn
+
+    def one_cycle(self, model: torch.nn.Module, batches: int) -> tuple[AdamW, OneCycleLR]:
+        """AdamW and its schedule, for so many batches an epoch."""
+        optimizer = AdamW(model.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        updates = math.ceil(batches / self.accumulate) if self.schedule_every == "update" else 1
+        return optimizer, OneCycleLR(optimizer, self.learning_rate, total_steps=self.epochs * updates)

@@ -1,6 +1,8 @@
 """The training loop, from the first batch to the final figures, in the order in which it happens."""
 
+import json
 import math
+import platform
 import signal
 import sys
 import time
@@ -8,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +72,8 @@ class Trainer:
         metrics: by name, callable(prediction, target) -> scalar, averaged over examples as the loss is.
         summary: called without arguments at the very end, with the best weights in the model; the figures
             it returns, such as those of a test set, join the final ones in TensorBoard.
+        on_epoch: called after each epoch's validation, in eval mode and without gradients, with the log and
+            the step: what it gives to ``log.add(step, write)``, pictures, text or audio, is in TensorBoard.
 
     Every epoch begins by seeding python, numpy and torch with (seed, epoch). So a run repeats, and a run
     resumed in the middle of an epoch draws the batches it has seen once more and goes on exactly, whatever
@@ -99,10 +104,11 @@ class Trainer:
         schedule: LRScheduler | None = None,
         metrics: Mapping[str, Measure] | None = None,
         summary: Callable[[], Mapping[str, float]] | None = None,
+        on_epoch: Callable[[TrainingLog, int], object] | None = None,
     ) -> None:
         self.model, self.loss, self.optimizer, self.schedule = model, loss, optimizer, schedule
         self.settings = settings or TrainingSettings()
-        self.metrics, self.summary = dict(metrics or {}), summary
+        self.metrics, self.summary, self.on_epoch = dict(metrics or {}), summary, on_epoch
         loaders = {"train_loader": train_loader, "validation_loader": validation_loader}
         check_parts(model, optimizer, schedule, loaders, self.metrics, self.settings)
         self.device = self.settings.torch_device()
@@ -124,6 +130,7 @@ class Trainer:
         self.train_loader = self.processes.loader(train_loader)
         self.validation_loader = validation_loader and self.processes.loader(validation_loader)
         self._network = self.processes.share(model, optimizer, self.settings.parallel)
+        self._run = torch.compile(self._network) if self.settings.compile else self._network
 
         self.progress = Progress()
         self.best_weights: dict[str, Any] = {}
@@ -155,6 +162,7 @@ class Trainer:
         go_on = settings.on_disk_error == "go_on"
         if folder is not None:
             self._checkpoints = Checkpoints(folder, settings.keep_last, go_on)
+            self._checkpoints.write_text("settings.json", self._recipe())
         step = progress.step + (1 if progress.closing is None else 0)
         with (
             self._signals,
@@ -164,6 +172,7 @@ class Trainer:
         ):
             try:
                 log.settings(settings, self.model, self.optimizer, self.device, step)
+                log.layout(["loss", *self.metrics], step)
                 log.points(progress.closing or {}, progress.step)
                 if progress == Progress():
                     self._save(log)  # from here on there is something to resume
@@ -232,7 +241,7 @@ class Trainer:
             if self._stop:
                 raise self._interrupted()
             if progress == Progress():
-                check_last_batch(self._bare(), self.whole_train_loader, group[0], self.processes.size)
+                self._look_at_first(group[0].to(self.device), log)
             if progress.drawn == 0 and self.processes.size > 1:  # the order is drawn alike, the dropout is not
                 seed_all(settings.seed, progress.epoch, self.processes.rank)
             progress.drawn += 1
@@ -257,6 +266,13 @@ class Trainer:
             every = settings.checkpoint_every
             due = every is not None and progress.step % every == 0
 
+    def _look_at_first(self, part: Part, log: TrainingLog) -> None:
+        """Refuse what would go wrong only at the end of the epoch, and measure what a batch keeps for backward."""
+        check_last_batch(self._bare(), self.whole_train_loader, part, self.processes.size)
+        if self.settings.parallel == "ddp" or self.processes.size == 1:  # one process alone may run it then
+            with explained(self.model, part, "train_loader"), self.autocast():
+                log.saved_bytes(self.model, part.input, self.progress.step + 1)
+
     def _update(self, group: list[Part]) -> Update:
         """One step of the optimizer, whose gradient is that of one batch made of all those in the group."""
         before = torch_states()
@@ -268,7 +284,7 @@ class Trainer:
         for number, part in enumerate(group, start=1):
             with self.processes.without_sending(self._network, last=number == len(group)):
                 with explained(self.model, part, "train_loader"):
-                    means = self._forward(self._network, part)
+                    means = self._forward(self._run, part)
                 share = part.examples * self.processes.size / examples  # of a mean over the processes
                 self.scaler.scale(means["loss"] * share).backward()
             forwards.append((means, part.examples))
@@ -318,6 +334,10 @@ class Trainer:
         log.epoch("validation", validation, progress.step)
         if settings.histogram_every and progress.epoch % settings.histogram_every == 0:
             log.histograms(self.model, progress.step)
+        if self.on_epoch is not None:
+            self.model.eval()
+            with torch.no_grad():
+                self.on_epoch(log, progress.step)
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step(validation["loss"])
         elif self.schedule is not None and self._schedule_by_epoch():
@@ -349,7 +369,7 @@ class Trainer:
             summary=summary,
         )
 
-    def _forward(self, model: nn.Module, part: Part) -> dict[str, Tensor]:
+    def _forward(self, model: Callable[..., Any], part: Part) -> dict[str, Tensor]:
         """The "loss" and the metrics of a batch."""
         with self.autocast():
             prediction = model(part.input)
@@ -541,6 +561,16 @@ class Trainer:
             "schedule": type(self.schedule).__name__,
             "batches per epoch": size(self.train_loader),
         }
+
+    def _recipe(self) -> str:
+        """All that is needed to repeat the run, given the same data: the command, the settings, the versions."""
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "manualgrad": version("manualgrad"),
+        }
+        settings = self.settings.model_dump(mode="json")
+        return json.dumps({"command": sys.argv, "settings": settings, "versions": versions}, indent=2) + "\n"
 
     def _skip_seen(self, updates: Iterator[Any]) -> None:
         """Draw the batches seen before an interruption once more, then take up its random states."""
