@@ -1,9 +1,12 @@
 """The trainer against loops written out by hand, and against its own uninterrupted runs."""
 
+import errno
 import itertools
 import math
 import multiprocessing
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 import manualgrad.nn
 from manualgrad.training import (
     CheckpointError,
+    Interrupted,
     NonFiniteError,
     Trainer,
     TrainingSettings,
@@ -270,30 +274,47 @@ class Interruption(Exception):
     """What a test raises in the middle of an epoch."""
 
 
-def interrupted_at(loss: Any, call: int | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss, but for one call in training, at which it raises."""
+def raising() -> None:
+    raise Interruption
+
+
+def signalled(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def acting_at(loss: Any, call: int | None, act: Callable[[], None], training: bool) -> Callable[..., Tensor]:
+    """The loss, which acts before one of its calls in training, or in validation."""
     calls = itertools.count(1)
 
     def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-        if prediction.requires_grad and next(calls) == call:
-            raise Interruption
+        if prediction.requires_grad == training and next(calls) == call:
+            act()
         return loss(prediction, target)
 
     return mean_squared_error
 
 
 def train(
-    folder: Path, *, resume: bool = False, interrupt: int | None = None, workers: int = 0, delay: float = 0.0
+    folder: Path,
+    *,
+    resume: bool = False,
+    interrupt: int | None = None,
+    act: Callable[[], None] = raising,
+    training: bool = True,
+    workers: int = 0,
+    delay: float = 0.0,
+    layers: Any = manualgrad.nn,
+    change: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> None:
     """A run with all that a resume has to put back: dropout, shuffling, noise, groups, a schedule."""
     torch.set_num_threads(1)
-    model = network(manualgrad.nn, dropout=0.3)
+    model = change(network(layers, dropout=0.3))
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     trainer(
         model,
         DataLoader(Noisy(50, delay), batch_size=8, shuffle=True, num_workers=workers),
         DataLoader(TensorDataset(*regression(20, seed=1)), batch_size=16),
-        loss=interrupted_at(manualgrad.nn.MSELoss(), interrupt),
+        loss=acting_at(manualgrad.nn.MSELoss(), interrupt, act, training),
         optimizer=optimizer,
         schedule=OneCycleLR(optimizer, 0.01, total_steps=16),
         metrics={"absolute_error": lambda p, t: (p - t).abs().mean()},
@@ -377,6 +398,92 @@ def test_a_killed_run_resumes_exactly(tmp_path: Path) -> None:
 
 def _modified(folder: Path) -> int:
     return max((path.stat().st_mtime_ns for path in all_in(folder)), default=0)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("training", [True, False], ids=["in training", "in validation"])
+def test_a_signal_ends_the_update_and_loses_nothing(sent: int, training: bool, tmp_path: Path) -> None:
+    """Twice, the second time at the very first moment after the first."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(whole)
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    for interrupt, resume in ((12 if training else 3, False), (1, True)):
+        with pytest.raises(Interrupted, match=rf"stopped by .* after step \d+; to go on: resume {cut}") as caught:
+            train(cut, interrupt=interrupt, act=signalled(sent), training=training, resume=resume)
+        assert caught.value.status == 128 + sent
+        assert last(cut)["progress"]["step"] == caught.value.step
+        if not training:
+            assert last(cut)["progress"]["closing"] is not None
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
+    train(cut, resume=True)
+    assert_same_run(whole, cut)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.6)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(tmp_path, interrupt=12, act=twice)
+    assert not isinstance(caught.value, Interrupted)
+    assert last(tmp_path)["progress"]["step"] == 6
+    train(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("layers", "change"),
+    [(nn, lambda model: model), (nn, manualgrad.convert), (nn, torch.compile)],
+    ids=["torch", "converted", "compiled"],
+)
+def test_any_model_is_resumed(layers: Any, change: Any, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(whole, layers=layers, change=change)
+    with pytest.raises(Interruption):
+        train(cut, interrupt=12, layers=layers, change=change)
+    train(cut, resume=True, layers=layers, change=change)
+    assert_same_run(whole, cut)
+
+
+def test_a_loader_that_raises_loses_nothing(tmp_path: Path) -> None:
+    """The error is told where it happened, and all that was trained before is saved."""
+
+    class Raising(Dataset[tuple[Tensor, Tensor]]):
+        broken = True
+
+        def __len__(self) -> int:
+            return 24
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            if index == 17 and self.broken:
+                raise OSError("a broken sector")
+            return X[index], Y[index]
+
+    X, Y = regression(24)
+    data = Raising()
+    with pytest.raises(OSError, match="a broken sector") as caught:
+        trainer(network(), DataLoader(data, batch_size=8), run_dir=tmp_path / "cut").fit()
+    assert caught.value.__notes__ == ["raised by train_loader, batch 3"]
+    assert last(tmp_path / "cut")["progress"]["step"] == 2
+    data.broken = False
+    for folder, resume in (("cut", True), ("whole", False)):
+        trainer(network(), DataLoader(data, batch_size=8), run_dir=tmp_path / folder, resume=resume).fit()
+    assert_same(last(tmp_path / "cut")["model"], last(tmp_path / "whole")["model"])
+
+
+def test_a_loader_that_hangs_is_spoken_of(capfd: pytest.CaptureFixture[str]) -> None:
+    def slowly() -> Iterator[tuple[Tensor, Tensor]]:
+        yield DATA[0]
+        time.sleep(0.5)
+        yield DATA[0]
+
+    class Slow:
+        __iter__ = staticmethod(slowly)
+
+    trainer(network(), Slow(), loader_warning=0.1).fit()
+    warning = "warning: nothing for 0.1 s from train_loader, batch 2: still waiting\n"
+    assert capfd.readouterr().err == warning
 
 
 def test_samplers_and_generators_of_one_s_own_are_seeded() -> None:
@@ -528,6 +635,61 @@ def test_more_epochs_may_be_asked_for(tmp_path: Path) -> None:
     assert again.fit().epochs == 4
     trainer(network(), batches([8, 8]), batches([8]), run_dir=tmp_path / "once", epochs=4).fit()
     assert_same(last(tmp_path / "more")["model"], last(tmp_path / "once")["model"])
+
+
+# Disks
+
+
+def test_a_full_disk_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The last good checkpoint stays, and when there is room again nothing is missing."""
+    train(tmp_path / "whole")
+    fsync, full = os.fsync, itertools.count()
+
+    def refusing(handle: int) -> None:
+        if 20 <= next(full) < 40:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    train(tmp_path / "full")
+    assert_same_run(tmp_path / "whole", tmp_path / "full")
+    lines = capfd.readouterr().err.splitlines()
+    assert 5 < len(lines) < 21
+    assert all(
+        "could not be written (No space left on device); the checkpoints before are whole" in x for x in lines
+    )
+    assert not [
+        path for path in (tmp_path / "full").iterdir() if path.name.startswith(".")
+    ]  # nothing half-written
+
+
+def test_a_full_disk_stops_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(handle: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    with pytest.raises(CheckpointError, match=r"Read-only file system.*Make room, or make .* and resume"):
+        run_in(tmp_path, on_disk_error="stop").fit()
+
+
+def test_curves_wait_for_a_disk_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Points that were half written, or only waited, are there once in the end."""
+    train(tmp_path / "whole")
+    flush, full = SummaryWriter.flush, itertools.count()
+
+    def refusing(writer: SummaryWriter) -> None:
+        flush(writer)
+        if next(full) in (3, 4, 9):  # what came before may be in the file already
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SummaryWriter, "flush", refusing)
+    train(tmp_path / "full")
+    assert_same_run(tmp_path / "whole", tmp_path / "full")
+    assert capfd.readouterr().err.count("curves cannot be written (No space left on device): they wait") == 3
 
 
 # Curves
@@ -722,6 +884,69 @@ def test_what_went_bad_is_named(
     assert len(curves(tmp_path)) == 0  # but the file is closed, and can be read
 
 
+class Normed(nn.Module):
+    """With running statistics, which a bad batch would spoil for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.linear(self.norm(input))
+
+
+def spoiled(*numbers: int) -> Pairs:
+    """Six batches, some with a NaN."""
+    data = [(x.clone(), y) for x, y in batches([8] * 6)]
+    for number in numbers:
+        data[number][0][3, 1] = math.nan
+    return data
+
+
+def test_a_bad_update_can_be_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As if the batch had not been; and the file that is left shows it again."""
+    result = trainer(model := Normed(), spoiled(2), on_nonfinite="skip", run_dir=tmp_path).fit()
+    assert (result.steps, result.left_out) == (5, 1)
+    trainer(without := Normed(), [pair for i, pair in enumerate(spoiled()) if i != 2]).fit()
+    assert_same(dict(model.state_dict()), dict(without.state_dict()))
+
+    path = tmp_path / "nonfinite-step-3.pt"
+    report = "step 3 (epoch 1, update 3): the input data is NaN or infinite"
+    where = f"its batches, the weights before it and the random states are in {path}"
+    assert capfd.readouterr().err == f"warning: {report}: left out; {where}\n"
+    kept = torch.load(path, weights_only=True)
+    assert kept["report"] == report
+    ((input, target),) = kept["batches"]
+    again = Normed()
+    again.load_state_dict(kept["model"])
+    assert not nn.MSELoss()(again(input), target).isfinite()
+    assert all(value.isfinite().all() for value in kept["model"].values())
+
+
+def test_a_bad_update_can_send_the_weights_back(tmp_path: Path) -> None:
+    """To the checkpoint after the second update; the data goes on. Interrupted after that, it resumes exactly."""
+    options: dict[str, Any] = {"on_nonfinite": "back_up", "checkpoint_every": 2, "log_every": 1}
+    result = trainer(model := Normed(), spoiled(3), run_dir=tmp_path / "whole", **options).fit()
+    assert (result.steps, result.left_out) == (4, 1)
+    trainer(other := Normed(), [spoiled()[i] for i in (0, 1, 4, 5)]).fit()
+    assert_same(dict(model.state_dict()), dict(other.state_dict()))
+    assert [step for step, _ in curves(tmp_path / "whole")["loss/train"]] == [1, 2, 3, 4]
+
+    options["loss"] = acting_at(nn.MSELoss(), 5 + 1, raising, True)  # the bad one is run twice
+    with pytest.raises(Interruption):
+        trainer(Normed(), spoiled(3), run_dir=tmp_path / "cut", **options).fit()
+    options["loss"] = acting_at(nn.MSELoss(), None, raising, True)
+    trainer(model := Normed(), spoiled(3), run_dir=tmp_path / "cut", resume=True, **options).fit()
+    assert_same(dict(model.state_dict()), dict(other.state_dict()))
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+
+
+def test_too_many_bad_updates_end_it() -> None:
+    with pytest.raises(NonFiniteError, match=r"step 1 \(epoch 1, update 3\)"):
+        trainer(Normed(), spoiled(0, 1, 2), on_nonfinite="skip", nonfinite_limit=2).fit()
+
+
 @pytest.mark.parametrize("layers", [nn, manualgrad.nn], ids=["torch", "ours"])
 def test_a_rate_that_is_far_too_high_ends_with_a_name(layers: Any) -> None:
     model = network(layers)
@@ -815,6 +1040,29 @@ x, y = regression(8)
 def test_batches_and_losses_that_are_something_else(message: str, loader: Any, loss: Any) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(network(), loader, loss=loss).fit()
+
+
+def test_what_the_model_does_not_take_is_told_beside_it() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        trainer(network(), [(x[:, :3], y)]).fit()
+    given = (
+        "train_loader gave an input of shape (8, 3), float32, on cpu and a target of shape (8, 1), float32, on cpu"
+    )
+    assert caught.value.__notes__ == [
+        f"{given}; the first parameter, 0.weight, is of shape (16, 4), float32, on cpu"
+    ]
+
+
+def test_a_last_batch_of_one_is_refused_at_the_first() -> None:
+    """Not after hours, at the end of the epoch; nothing has been trained, and no running statistic has moved."""
+    data = TensorDataset(*regression(17))
+    model = Normed()
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"ends with 1 example, and batch norm needs two: give .* drop_last=True"):
+        trainer(model, DataLoader(data, batch_size=8)).fit()
+    assert_same(dict(model.state_dict()), dict(before))
+    trainer(Normed(), DataLoader(data, batch_size=8, drop_last=True)).fit()
+    trainer(network(), DataLoader(data, batch_size=8)).fit()
 
 
 def test_integer_targets_have_shapes_of_their_own() -> None:

@@ -7,7 +7,6 @@ comment at the end of that zip archive is the SHA-256 of all the bytes before it
 import hashlib
 import os
 import pickle
-import shutil
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -47,6 +46,7 @@ class Checkpoints:
         self.folder, self.keep, self.go_on = folder, keep, go_on
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
+        self._best: Any = None  # still to be written
 
     def save(self, step: int, payload: Mapping[str, Any], best: bool = False) -> None:
         """Write the state after `step` updates as the newest checkpoint, and if it is the best as that too.
@@ -90,36 +90,34 @@ class Checkpoints:
 
     def _write(self, step: int, payload: Mapping[str, Any], best: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:010}.pt"
-        # The best one first: the newest must not speak of a best that is not there.
-        save(path, payload, also=self.folder / BEST if best else None)
+        if best:
+            self._best = payload
+        if self._best is not None:  # first, as the newest must not speak of a best that is not there
+            save(self.folder / BEST, self._best)
+            self._best = None
+        save(self.folder / f"step-{step:010}.pt", payload)
         for old in all_in(self.folder)[self.keep :]:
             old.unlink()
 
 
-def save(path: Path, payload: Mapping[str, Any], also: Path | None = None) -> None:
+def save(path: Path, payload: Mapping[str, Any]) -> None:
     """Write `payload` to `path` so that whatever happens, `path` holds the old checkpoint or the new one.
 
     The bytes go to a file beside it and reach the disk before that file takes the name; the folder is
     written last, so that the name survives a loss of power too.
 
-    Args:
-        also: where to write the same before.
+    Raises:
+        OSError: where it cannot be written.
     """
-    temporary, second = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.tmp2")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         torch.save({"format": FORMAT, **payload}, temporary)
         _seal(temporary)
-        if also is not None:
-            shutil.copyfile(temporary, second)  # no link: what damages one file should leave the other
-            _to_the_disk(second)
-            second.replace(also)
         temporary.replace(path)
     except RuntimeError as error:  # torch's own words for a write that failed
         raise OSError(f"torch.save: {str(error).partition(chr(10))[0]}") from error
     finally:
-        for left in (temporary, second):
-            left.unlink(missing_ok=True)  # of no use, and in the way where the disk is full
+        temporary.unlink(missing_ok=True)  # of no use, and in the way where the disk is full
     if os.name == "posix":  # elsewhere a folder cannot be opened
         _to_the_disk(path.parent)
 

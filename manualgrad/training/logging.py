@@ -35,6 +35,7 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from manualgrad.meter import add_picture, bars, saved_bytes
 
+from .checkpoint import CheckpointError
 from .processes import whole
 from .settings import TrainingSettings
 
@@ -75,7 +76,7 @@ class TrainingLog:
         """Hand every point to the operating system: no checkpoint may be ahead of the curves.
 
         Raises:
-            OSError: unless `go_on`, if that cannot be.
+            CheckpointError: unless `go_on`, if that cannot be.
         """
         if self.folder is None:
             return
@@ -94,10 +95,10 @@ class TrainingLog:
                 self._next = self._waiting[0][0]
                 self._waiting = [point for point in self._newest if point[0] >= self._next] + self._waiting
                 self._newest = []
+            message = f"{self.folder}: curves cannot be written ({error.strerror or error})"
             if not self.go_on:
-                raise
-            reason = error.strerror or error
-            print(f"warning: {self.folder}: curves cannot be written ({reason}): they wait", file=sys.stderr)
+                raise CheckpointError(f"{message}. Make room, or make the folder writable, and resume") from error
+            print(f"warning: {message}: they wait in memory", file=sys.stderr)
         else:
             if self._waiting:
                 last = self._waiting[-1][0]

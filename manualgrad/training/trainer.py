@@ -233,7 +233,12 @@ class Trainer:
         due, points = False, {}
         while True:
             states = random_states()  # before the draw, which a resumed run makes again
-            group = next(updates, None)
+            try:
+                group = next(updates, None)
+            except Exception:
+                if self.processes.size == 1:  # of several the others might not be here
+                    self._save(log, states)
+                raise
             if group is None:  # the end of an epoch has a checkpoint of its own
                 return points
             if due or self._stop:
