@@ -48,6 +48,7 @@ What follows from these alone, for every rule:
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -288,6 +289,8 @@ def _complete(rule: type[Rule]) -> None:
             found = some_at_a_time(chosen, known, dtypes)
             if found is not None:
                 return found
+        if type(grad) is not Tensor and _is_distributed(grad):
+            compute = _among_distributed(compute)
         if dtypes or _autocasting():
             return _computed_in_float32(compute, known, dtypes)
         return compute(*known)
@@ -487,6 +490,36 @@ def nothing_looks_on(*tensors: Tensor) -> bool:
     return True
 
 
+def _is_distributed(tensor: Tensor) -> bool:
+    """A DTensor. (Its module takes half a second to import, and has been if this is one.)"""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _among_distributed(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A formula of DTensors.
+
+    A plain tensor in it (a target, an index, a mask that it makes) is the same in every process: torch takes it so
+    in its kernels, but not in the operations that a formula is of. What torch cannot share out among the processes
+    each of them does, of the whole.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    def distributed(*known: Any) -> Any:
+        on_already = DTensor._op_dispatcher._allow_implicit_replication  # and is to stay on
+        try:
+            with nullcontext() if on_already else implicit_replication():
+                return compute(*known)
+        except RuntimeError:  # also NotImplementedError: torch has no rule for sharding an operation
+            mesh = known[-1].device_mesh
+            found = compute(*[x.full_tensor() if isinstance(x, DTensor) else x for x in known])
+            each = [Replicate()] * mesh.ndim
+            return tuple(x if x is None else DTensor.from_local(x, mesh, each, run_check=False) for x in found)
+
+    return distributed
+
+
 def may_be_overwritten(tensor: Tensor) -> bool:
     """A rule may write its output over this input: in reverse mode alone, and over no leaf and no view, of which
     torch asks more."""
@@ -516,11 +549,6 @@ def _primal(tensor: Any) -> Any:
     if isinstance(tensor, Tensor) and _nested_forward_mode() and not functorch.is_batchedtensor(tensor):
         return forward_ad.unpack_dual(tensor, level=0).primal
     return tensor
-
-
-def keeping_is_seen() -> bool:
-    """A hook of the user's is given what this forward keeps, and may hold on to it."""
-    return autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def last_backward() -> bool:

@@ -26,12 +26,14 @@ Network Training", 2018, keep ReLU's mask in bits.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
+from torch._C import _autograd as autograd  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn import Parameter
 
 SMALL = 2**17
@@ -79,11 +81,30 @@ def large(value: Any) -> bool:
 
 
 def recipe_of(tensor: Tensor, writes: int = 0) -> Recipe | None:
-    """How the tensor is made again, if the rule that made it says so and it was written to just so often since."""
+    """How the tensor is made again, if the rule that made it says so and it was written to just so often since.
+
+    FSDP frees the weights of a module between its forward and its backward, which it sees begin by a hook on the
+    module's output. A layer behind has its backward earlier, and must not make this output again: with a hook, a
+    tensor has no recipe. Where a checkpoint runs a module once more FSDP may leave its hooks out, but what is kept
+    must be what was kept at first: there no tensor has one.
+    """
     recipe = getattr(tensor.grad_fn, "recipe", None)
-    if recipe is None or recipe.made.version + writes != tensor._version:
+    if recipe is None or recipe.made.version + writes != tensor._version or tensor._backward_hooks:
+        return None
+    if keeping_is_seen() and _fully_sharded():
         return None
     return recipe
+
+
+def keeping_is_seen() -> bool:
+    """A hook of the user's is given what this forward keeps, and may hold on to it."""
+    return autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _fully_sharded() -> bool:
+    """`torch.distributed.fsdp.fully_shard` is in use: it makes a class for what it is given."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
 
 
 class Pantry:

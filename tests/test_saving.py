@@ -140,6 +140,19 @@ def test_same_gradients_from_less(model: nn.Module, x: Tensor) -> None:
         assert less < kept()
 
 
+def test_a_tensor_with_a_hook_is_kept() -> None:
+    """The hook may be FSDP's, which has a norm's weights only after it: the output is not made again before."""
+    x, weight = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def behind_a_norm(hook: Callable[[Tensor], None] | None) -> Tensor:
+        y = F.layer_norm(x, (WIDTH,), weight[0])
+        if hook:
+            y.register_hook(hook)
+        return F.linear(y, weight)
+
+    assert kept_bytes(behind_a_norm, lambda grad: None) == kept_bytes(behind_a_norm, None) + 4 * ROWS * WIDTH
+
+
 def test_what_is_kept() -> None:
     """To the byte: what stands between two layers costs its mask."""
     n = ROWS * WIDTH

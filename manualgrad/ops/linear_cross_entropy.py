@@ -24,7 +24,8 @@ from manualgrad.ops.elementary import added, choose, plus, refusing_as, rows, ti
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.ops.loss import MEAN, NONE, REDUCTIONS
 from manualgrad.registry import Call, register
-from manualgrad.rule import Rule, beyond_reverse_mode, cast, keeping_is_seen, last_backward, nothing_looks_on
+from manualgrad.rule import Rule, beyond_reverse_mode, cast, last_backward, nothing_looks_on
+from manualgrad.saving import keeping_is_seen
 
 _PIECE = 2**24
 """Scores at a time, 64 MiB of them in float32: rows enough for products at full speed."""
