@@ -122,19 +122,20 @@ class _Shown:
             for first, *others in cells
         )
 
-    def figure(self) -> Image:
-        """The table as a picture: a bar for each layer; of many layers the smallest together.
+    def figure(self, length: int = 900) -> Image:
+        """The table as a picture: a bar for each layer, the longest of `length`; of many layers the smallest
+        together.
 
         Drawn by pillow, which TensorBoard needs for any picture and brings along.
         """
         columns = self.columns()
         legend = [f"{name}: {readable(column.total)}" for name, column in columns.items()]
-        return bars([(str(layer), sizes) for layer, sizes in self.lines()], legend)
+        return bars([(str(layer), sizes) for layer, sizes in self.lines()], legend, length=length)
 
     def log(self, writer: Writer, tag: str = "saved_bytes", step: int | None = None) -> None:
         """Give TensorBoard the table as a text card and the picture as an image."""
         writer.add_text(tag, str(self), step)
-        add_picture(writer, tag, self.figure(), step)
+        add_picture(writer, tag, self.figure(SHRUNK), step)
 
 
 @dataclass(frozen=True)
@@ -416,6 +417,10 @@ def readable(size: float) -> str:
 
 MOST_BARS = 50
 _COLOURS = ("#1a73e8", "#b0b6bd")
+
+
+SHRUNK = 240
+"""A length of bars whose picture can be read where TensorBoard shows it, a few hundred pixels wide."""
 
 
 def add_picture(writer: Writer, tag: str, picture: Image, step: int | None = None) -> None:

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from manualgrad.meter import add_picture, bars, saved_bytes
+from manualgrad.meter import SHRUNK, add_picture, bars, saved_bytes
 
 from .checkpoint import CheckpointError
 from .processes import whole
@@ -185,7 +185,7 @@ class TrainingLog:
                             norms[layer] = math.hypot(norms.get(layer, 0), values.norm().item())
         if self.folder is not None and norms:
             flow = [(layer, [norm]) for layer, norm in reversed(norms.items())]
-            picture = bars(flow, ["norm of the gradient, from the loss back to the input"], "{:.3g}".format)
+            picture = bars(flow, ["gradient's norm, loss to input"], "{:.2g}".format, SHRUNK)
             self.add(step, lambda writer: add_picture(writer, "gradient_flow", picture, step))
 
     def summary(self, settings: TrainingSettings, figures: Mapping[str, float], step: int) -> None:
