@@ -1,0 +1,799 @@
+"""What becomes of a run when things go wrong, by doing it: kill it, break its files, fill its disk, and compare.
+
+    python scripts/faults.py                             every promise of the trainer
+    python scripts/faults.py --only kill --kills 1000    one of them, for longer
+    python scripts/faults.py --short                     each in its shortest form
+
+A small job, defined here, trains in processes of its own (`faults.py job --help`), and the faults come from
+outside, at moments drawn from the seed that is printed; what it comes to is compared with the same job left alone.
+Each promise is a function below, its text the docstring. The table says what was done and how often, and what broke;
+the exit status is 1 where anything did.
+"""
+
+import atexit
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+import numpy as np
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils.data import DataLoader, Dataset
+
+import manualgrad.nn
+from manualgrad.training import (
+    CheckpointError,
+    CommandLine,
+    Interrupted,
+    NonFiniteError,
+    Trainer,
+    TrainingSettings,
+    checkpoint,
+    parse_settings,
+)
+from manualgrad.training.randomness import set_random_states
+
+Found = TypeVar("Found")
+HANGS = 180
+"""Seconds after which a process that says nothing is taken to hang."""
+
+# The job
+
+
+class Job(TrainingSettings):
+    """A small job with all that a resume has to put back: noise, order, dropout, batch norm, groups, a schedule."""
+
+    layers: Literal["ours", "torch", "converted", "compiled"] = "ours"
+    """Of manualgrad.nn, of torch.nn, and torch's after manualgrad.convert or torch.compile."""
+    plain: bool = False
+    """In float64, without noise, dropout and batch norm, whose numbers depend on how a batch is divided."""
+    rows: PositiveInt = 250
+    """Of the training data; a fifth as many for validation."""
+    batch_size: PositiveInt = 16
+    """Rows per batch."""
+    width: PositiveInt = 16
+    """Units in each hidden layer."""
+    workers: NonNegativeInt = 2
+    """Processes that load the training data."""
+    pause: NonNegativeFloat = 0.0
+    """Seconds by which the loss of a training batch takes longer."""
+    epochs: PositiveInt = 5
+    """How many times to go through the training data."""
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """The precision of autocast."""
+    accumulate: PositiveInt = 2
+    """How many batches make one update."""
+    checkpoint_every: PositiveInt | None = 3
+    """Write a checkpoint every so many updates, besides the one after each epoch."""
+    log_every: PositiveInt = 1
+    """Add points to the training curves every so many updates."""
+    histogram_every: PositiveInt | None = 2
+    """Add histograms of weights and gradients every so many epochs."""
+
+    bookkeeping: ClassVar[frozenset[str]] = TrainingSettings.bookkeeping | {"workers", "pause"}
+    free_on_resume: ClassVar[frozenset[str]] = TrainingSettings.free_on_resume | {"workers", "pause"}
+
+
+class Rows(Dataset[tuple[Tensor, Tensor]]):
+    """Eight columns, and a target that a small network can learn."""
+
+    def __init__(self, rows: int, plain: bool, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(rows, 8, generator=generator, dtype=torch.float64 if plain else torch.float32)
+        self.y = self.x[:, :1].sin() + self.x[:, 1:2] * self.x[:, 2:3]
+        self.noise = 0.0 if plain else 0.1
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        if self.noise:  # as an augmentation draws it
+            return self.x[row] + self.noise * (torch.randn(8) + random.random()), self.y[row]
+        return self.x[row], self.y[row]
+
+
+def network(job: Job) -> nn.Module:
+    """Two hidden blocks; the same weights for every kind of layers."""
+    layers: Any = manualgrad.nn if job.layers == "ours" else nn
+    torch.manual_seed(0)
+
+    def block(inputs: int) -> nn.Module:
+        norm = layers.LayerNorm(job.width) if job.plain else layers.BatchNorm1d(job.width)
+        dropout = layers.Dropout(0.0 if job.plain else 0.2)
+        return nn.Sequential(layers.Linear(inputs, job.width), norm, layers.GELU(), dropout)
+
+    model = nn.Sequential(nn.Sequential(block(8), block(job.width)), layers.Linear(job.width, 1))
+    model.to(torch.float64 if job.plain else torch.float32)
+    if job.layers == "converted":
+        manualgrad.convert(model)
+    return torch.compile(model) if job.layers == "compiled" else model  # pyright: ignore[reportReturnType]
+
+
+def trainer(job: Job, model: nn.Module | None = None, batches: Any = None) -> Trainer:
+    """The trainer of the job, or of another model and other batches."""
+    model = network(job) if model is None else model
+    mean_squared_error = nn.MSELoss() if job.layers == "torch" else manualgrad.nn.MSELoss()
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        if prediction.requires_grad:
+            time.sleep(job.pause)
+        return mean_squared_error(prediction, target)
+
+    def absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction - target).abs().mean()
+
+    data = Rows(job.rows, job.plain, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    return Trainer(
+        model,
+        loss,
+        optimizer,
+        batches or DataLoader(data, job.batch_size, shuffle=True, num_workers=job.workers),
+        DataLoader(Rows(job.rows // 5, job.plain, seed=2), 64),
+        settings=job,
+        schedule=CosineAnnealingLR(optimizer, 50),
+        metrics={"absolute_error": absolute_error},
+    )
+
+
+def run_job(job: Job) -> None:
+    """Train, as a script does, and print what it came to as JSON."""
+    print("ready", os.getpid(), flush=True)
+    try:
+        result = trainer(job).fit()
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(interrupted.status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (CheckpointError, NonFiniteError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(asdict(result)))
+
+
+# Runs of it, and what is expected of them
+
+
+class Broken(AssertionError):
+    """A promise that was not kept."""
+
+
+def expect(kept: object, otherwise: str) -> None:
+    if not kept:
+        raise Broken(otherwise)
+
+
+class Run:
+    """The job in a folder, started with one and the same command as often as need be.
+
+    Args:
+        folder: of the run; what its processes say lies beside it.
+        processes: under torchrun so many, which it restarts three times; 0 without it.
+        options: the fields of the job.
+    """
+
+    def __init__(self, folder: Path, processes: int = 0, **options: Any) -> None:
+        self.folder, self.processes, self.options = folder, processes, options
+        self.output, self.errors = folder.with_suffix(".out"), folder.with_suffix(".err")
+        self.process: subprocess.Popen[bytes]
+        self.seconds = 0.0
+
+    def job(self) -> Job:
+        return Job(run_dir=self.folder, resume=True, **{"progress": False, **self.options})
+
+    def start(self) -> Self:
+        """Begin or go on, and return when Python and torch are loaded."""
+        command = [sys.executable]
+        if self.processes:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
+            command += ["--max-restarts=3"]
+        command += [__file__, "job"]
+        for name, value in self.job().model_dump(mode="json", exclude_unset=True).items():
+            flag = name.replace("_", "-")
+            command += [f"--{flag}={value}"] if not isinstance(value, bool) else [f"--{'' if value else 'no-'}{flag}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with self.output.open("wb") as output, self.errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=errors, start_new_session=True
+            )
+        atexit.register(self.kill)
+        self.wait_for(lambda: len(self.pids()) >= max(1, self.processes))
+        return self
+
+    def pids(self) -> list[int]:
+        """Those of the trainers, a torchrun's restarted ones last."""
+        return [int(pid) for pid in re.findall(r"^ready (\d+)$", self.output.read_text(), re.MULTILINE)]
+
+    def wait_for(self, condition: Callable[[], Found]) -> Found:
+        deadline = time.monotonic() + HANGS
+        while not (found := condition()):
+            expect(self.process.poll() is None, f"it ended with {self.process.returncode}: {self.said()}")
+            expect(time.monotonic() < deadline, "it hangs")
+            time.sleep(0.0005)
+        return found
+
+    def kill(self) -> None:
+        """kill -9, of torchrun's trainers too; the loaders' workers find out by themselves."""
+        if self.process.poll() is None:
+            for pid in (self.process.pid, *self.pids()[-self.processes :]):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def end(self) -> Self:
+        """Wait for the end, which must be a good one."""
+        status = self.process.wait(HANGS)
+        expect(status == 0, f"it ended with status {status}: {self.said()}")
+        return self
+
+    def said(self) -> str:
+        return self.errors.read_text().strip()
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def step(self) -> int:
+        """That of the newest checkpoint, 0 before there is one."""
+        return int(self.checkpoints()[-1].stem.removeprefix("step-")) if self.checkpoints() else 0
+
+    def unfinished(self) -> list[Path]:
+        """Files that are being written, or were when the process was killed."""
+        return list(self.folder.glob(".*"))
+
+    def expect_whole_checkpoints(self) -> None:
+        expect(self.checkpoints(), "there is no checkpoint")
+        for path in (*self.checkpoints(), *self.folder.glob("best.pt")):
+            checkpoint.load(path)
+
+    def came_to(self) -> dict[str, Any]:
+        """All that a finished run has come to, by name: checkpoints, curves, final figures, names of files."""
+        parts = {
+            "result": json.loads(self.output.read_text().splitlines()[-1]),
+            "newest": checkpoint.load(self.checkpoints()[-1]),
+            "best": checkpoint.load(self.folder / "best.pt"),
+            "curves": points(self.folder),
+            "files": {p.name: True for p in self.folder.iterdir() if not p.name.startswith("events.")},
+        }
+        return {keystr(path): leaf for path, leaf in tree_flatten_with_path(parts)[0]}
+
+    def expect_same_end(self, quiet: "Run") -> None:
+        """Equal to the last bit to what a run that nothing happened to has come to."""
+        mine, its = self.came_to(), quiet.came_to()
+        differing = [name for name in {**its, **mine} if not same(mine.get(name), its.get(name))]
+        if differing:
+            name = differing[0]
+            more = f"{len(differing)} of {len(its)} things differ from the quiet run, such as {name}: "
+            raise Broken(f"{more}{mine.get(name, 'absent')!r}, not {its.get(name, 'absent')!r}")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal bits."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+        return alike and torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (one, other)))
+    return type(one) is type(other) and one == other
+
+
+def points(folder: Path) -> dict[str, Any]:
+    """Every point that TensorBoard shows, each there once; of the speeds the steps alone."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each restart
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    found: dict[str, Any] = {}
+    for tag in (*events.Tags()["scalars"], *events.Tags()["histograms"]):
+        scalar = tag in events.Tags()["scalars"]
+        for point in events.Scalars(tag) if scalar else events.Histograms(tag):
+            name = f"{tag} at {point.step}"
+            expect(name not in found, f"TensorBoard shows {name} twice")
+            value: Any = point.value if scalar else point.histogram_value  # pyright: ignore
+            found[name] = None if tag.startswith("speed/") else value
+    return found
+
+
+def quiet_run(folder: Path, **options: Any) -> Run:
+    """The job in this process, which nothing happens to."""
+    run = Run(folder, **options)
+    begin = time.monotonic()
+    run.output.write_text(json.dumps(asdict(trainer(run.job()).fit())))
+    run.seconds = time.monotonic() - begin
+    return run
+
+
+class Row:
+    """What was done to try a promise, how often, and what broke it."""
+
+    def __init__(self, promise: str) -> None:
+        self.promise = promise
+        self.done: Counter[str] = Counter()
+        self.notes: list[str] = []
+        self.broken: list[str] = []
+
+    @contextmanager
+    def trial(self, what: str, detail: str = "") -> Iterator[None]:
+        """Count it; an error in it breaks the promise, and is told at once."""
+        self.done[what] += 1
+        try:
+            yield
+        except Exception as error:
+            text = " ".join(str(error).split())
+            shown = text if len(text) < 800 else f"{text[:400]} ... {text[-400:]}"
+            self.broken.append(f"{what}{detail and f' ({detail})'}: {type(error).__name__}: {shown}")
+            print("BROKEN", self.broken[-1], file=sys.stderr, flush=True)
+
+    def __str__(self) -> str:
+        done = "; ".join([*(f"{count} {what}" for what, count in self.done.items()), *self.notes])
+        more = f" (and {len(self.broken) - 1} more)" if len(self.broken) > 1 else ""
+        result = f"**broken** {self.broken[0]}{more}".replace("|", "\\|") if self.broken else "kept"
+        return f"| {self.promise} | {done} | {result} |"
+
+
+# The promises
+
+
+class Settings(CommandLine):
+    """Break runs in every way that the trainer promises to withstand, and compare what they come to."""
+
+    only: list[Literal["kill", "signals", "checkpoints", "disk", "numbers", "processes", "long", "models"]] = []
+    """The promises to try; by default all."""
+    kills: PositiveInt = 100
+    """Times to kill -9."""
+    signals: PositiveInt = 5
+    """Times to send each signal."""
+    flips: PositiveInt = 200
+    """Bits to flip in a checkpoint, one at a time."""
+    steps: PositiveInt = 10_000
+    """Updates of a long run."""
+    short: bool = False
+    """Try each promise in its shortest form."""
+    seed: NonNegativeInt | None = None
+    """Decides the moments of the faults and the bits that flip; by default drawn anew, and printed."""
+    keep: Path | None = None
+    """An empty folder for the runs, to be kept; by default they are removed."""
+
+    def resolved(self) -> Self:
+        """These settings with the seed drawn, and for the short form with small counts."""
+        values: dict[str, Any] = {"kills": 3, "signals": 1, "flips": 20, "steps": 500} if self.short else {}
+        values["seed"] = random.SystemRandom().randrange(10**6)
+        return self.model_copy(update={k: v for k, v in values.items() if k not in self.model_fields_set})
+
+
+def kill(row: Row, settings: Settings, place: Path) -> None:
+    """After kill -9 at any moment the same command goes on, to the same end in every bit, with the same curves."""
+    quiet = quiet_run(place / "quiet")
+    moments = random.Random(settings.seed)
+    kills = 0
+    for number in itertools.count():
+        run, delays = Run(place / f"killed{number}"), []
+        while kills < settings.kills and len(delays) < 12:
+            run.start()
+            delays.append(delay := moments.uniform(0, quiet.seconds / 4))
+            time.sleep(delay)
+            while kills % 3 == 0 and not run.unfinished() and run.process.poll() is None:
+                time.sleep(0.0002)
+            if run.process.poll() is not None:  # it came to its end
+                break
+            run.kill()
+            kills += 1
+            with row.trial("kills while a checkpoint was written" if run.unfinished() else "kills elsewhere"):
+                if run.step():  # and not in the very beginning
+                    run.expect_whole_checkpoints()
+        with row.trial("killed runs compared", f"delays {[round(delay, 4) for delay in delays]}"):
+            if run.process.returncode == -signal.SIGKILL:
+                run.start()
+            run.end()
+            run.expect_same_end(quiet)
+        if kills == settings.kills:
+            return
+
+
+def signals(row: Row, settings: Settings, place: Path) -> None:
+    """SIGTERM or Ctrl-C: the step ends, a checkpoint is written, one line says how to go on, the status is 143 or
+    130; a second Ctrl-C stops at once. Checkpoints stay whole, and the same command goes on to the same end."""
+    moments = random.Random(settings.seed)
+    sparse: dict[str, Any] = {"checkpoint_every": None, "epochs": 12}
+    quiet = quiet_run(place / "quiet", **sparse)
+    ways = [("SIGTERM", os.kill, 143), ("SIGTERM", os.killpg, 143), ("SIGINT", os.killpg, 130)]
+    for number in range(settings.signals):
+        run = Run(place / f"run{number}", pause=0.03, **sparse)
+        for name, send, status in ways:  # a terminal and a cluster send it to the loader's workers too
+            delay, before = moments.uniform(0, 0.6), run.step()
+            to = "all its processes" if send is os.killpg else "the trainer alone"
+            with row.trial(f"{name} to {to}", f"{delay:.4f} s after an epoch"):
+                run.start()
+                run.wait_for(lambda run=run, before=before: run.step() > before)
+                time.sleep(delay)
+                send(run.process.pid, getattr(signal, name))
+                expect(run.process.wait(HANGS) == status, f"the status is {run.process.returncode}: {run.said()}")
+                expect(re.fullmatch(r"[^\n]*resume[^\n]*", run.said()), f"no line on how to go on: {run.said()}")
+                steps = [int(name.split()[-1]) for name in points(run.folder) if name.startswith("loss/train at")]
+                expect(run.step() == max(steps), f"step {max(steps)} was made, {run.step()} saved")
+                run.expect_whole_checkpoints()
+        with row.trial("second Ctrl-C"):
+            run.options["pause"], logs = 20, len(list(run.folder.iterdir()))
+            run.start()
+            run.wait_for(lambda run=run, logs=logs: len(list(run.folder.iterdir())) > logs)
+            time.sleep(2)  # and it is in the middle of an update
+            os.killpg(run.process.pid, signal.SIGINT)
+            time.sleep(1)
+            expect(run.process.poll() is None, f"the first ended it: {run.said()}")
+            os.killpg(run.process.pid, signal.SIGINT)
+            expect(run.process.wait(10) == 130, f"the status is {run.process.returncode}: {run.said()}")
+            run.expect_whole_checkpoints()
+        with row.trial("stopped runs compared"):
+            run.kill()
+            run.options["pause"] = 0
+            run.start().end()
+            run.expect_same_end(quiet)
+
+
+class Malice:
+    """What a pickle may hold: a command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def checkpoints(row: Row, settings: Settings, place: Path) -> None:
+    """A checkpoint that is cut short, changed, foreign or malicious is refused in one line with its name and the
+    reason, nothing in it is run, and the newest whole one is taken instead."""
+    quiet, run = quiet_run(place / "quiet", workers=0), quiet_run(place / "broken", workers=0)
+    older, newest = run.checkpoints()
+    good, marker = newest.read_bytes(), place / "it_ran"
+
+    def write(content: bytes) -> None:
+        newest.unlink()  # it may be the best one as well, under another name
+        newest.write_bytes(content)
+
+    def refused(what: str, reason: str, detail: str = "", instead: bool = True, **other: Any) -> None:
+        """What is now there as the newest; `other` is what the trainer is made of."""
+        with row.trial(what, detail), redirect_stderr(io.StringIO()) as said:
+            try:
+                step = trainer(run.job(), **other).progress.step
+            except CheckpointError as error:
+                expect(not instead, f"nothing was taken instead: {error}")
+                print(error, file=sys.stderr)
+            else:
+                expect(instead and older.stem == f"step-{step:010}", f"it goes on from step {step}")
+            pattern = rf"[^\n]*{re.escape(str(newest))}[^\n]*({reason})[^\n]*\n"
+            expect(re.fullmatch(pattern, said.getvalue()), f"not one line with name and reason: {said.getvalue()}")
+            expect(not marker.exists(), "something in it was run")
+
+    for size in range(0, len(good), 1024):
+        write(good[:size])
+        refused("cut short", "cut short", f"to {size} bytes")
+    bits = random.Random(settings.seed)
+    for _ in range(settings.flips):
+        byte, bit = bits.randrange(len(good)), bits.randrange(8)
+        write(good[:byte] + bytes([good[byte] ^ 1 << bit]) + good[byte + 1 :])
+        refused("with a bit flipped", "changed|cut short", f"bit {bit} of byte {byte}")
+    payload = checkpoint.load(older)
+    checkpoint.save(newest, payload | {"format": 99})
+    refused("of another version", "format")
+    checkpoint.save(newest, payload | {"model": Malice(f"touch {marker}")})
+    refused("malicious", "plain data")
+    torch.save(Malice(f"touch {marker}"), newest)
+    refused("malicious", "cut short", "without a seal")
+    write(good)
+    wider = network(run.job().model_copy(update={"width": 17}))
+    refused("of another model", "different model", instead=False, model=wider)
+
+    write(good[: len(good) // 2])
+    with row.trial("runs that went on from the older one, compared"), redirect_stderr(io.StringIO()):
+        quiet_run(run.folder, workers=0).expect_same_end(quiet)
+    with row.trial("runs with no whole one"):
+        for path in (*run.checkpoints(), run.folder / "best.pt"):
+            path.write_bytes(path.read_bytes()[:-1])
+        with suppress(CheckpointError):
+            trainer(run.job())
+            raise Broken("it begins anew")
+
+
+@contextmanager
+def mounted(folder: Path, *what: str) -> Iterator[bool]:
+    """A disk of 1 MiB in memory, or something else, is mounted there: gives whether that is allowed."""
+    folder.mkdir(exist_ok=True)
+    what = what or ("-t", "tmpfs", "-o", "size=1m", "tmpfs")
+    allowed = shutil.which("mount") and not subprocess.run(["mount", *what, folder], stderr=subprocess.DEVNULL).returncode
+    try:
+        yield bool(allowed)
+    finally:
+        if allowed:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextmanager
+def full_disk(run: Run) -> Iterator[None]:
+    """There is no room for anything."""
+    ballast = run.folder / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(512)):
+            pass
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+@contextmanager
+def read_only_disk(run: Run) -> Iterator[None]:
+    """The folder is mounted over itself, read-only, which binds root as well."""
+    with mounted(run.folder, "--bind", str(run.folder)):
+        subprocess.run(["mount", "-o", "remount,bind,ro", run.folder], check=True)
+        yield
+
+
+@contextmanager
+def file_limit(run: Run) -> Iterator[None]:
+    """No file of the process may grow beyond 16 KiB."""
+    pid = run.pids()[-1]
+    before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (16 * 1024, before[1]))
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+
+def disk(row: Row, settings: Settings, place: Path) -> None:
+    """On a disk that is full or read-only a run goes on or stops, as set, and says what to do; the last checkpoint
+    stays whole. When there is room again checkpoints are written again, and the end is the same."""
+    quiet = quiet_run(place / "quiet", epochs=16)
+    for policy in ("go_on", "stop"):
+        run = Run(place / policy, pause=0.02, epochs=16, on_disk_error=policy)
+        with mounted(run.folder) as allowed:
+            faults = (full_disk, read_only_disk, file_limit) if allowed else (file_limit,)
+            if not allowed:
+                row.notes.append("no disk is full or read-only, as nothing may be mounted here")
+            run.start()
+            for fault in faults[: 1 if settings.short and policy == "stop" else None]:
+                step, said = run.step(), len(run.said())
+                run.wait_for(lambda run=run, step=step: run.step() > step)
+                with row.trial(f"{fault.__name__.replace('_', ' ')}, {policy}"):
+                    with fault(run):
+                        if policy == "stop":
+                            expect((status := run.process.wait(HANGS)) == 1, f"status {status}")
+                        else:
+                            run.wait_for(lambda run=run, said=said: len(run.said()) > said)
+                            time.sleep(0.3)
+                            run.wait_for(lambda: True)
+                        told = run.said()[said:]
+                        expect(re.search("room|writable", told), f"it does not say what to do: {told}")
+                        expect("Traceback" not in told, told)
+                        run.expect_whole_checkpoints()
+                        step = run.step()
+                    if policy == "stop":
+                        run.start()
+                    run.wait_for(lambda run=run, step=step: run.step() > step)
+            with row.trial("runs on such disks compared", policy):
+                run.end()
+                run.expect_same_end(quiet)
+
+
+MARK = 77.0
+
+
+class Fragile(nn.Module):
+    """Adds a weight that is zero, and whose gradient is `bad` where a row is marked."""
+
+    def __init__(self, bad: float) -> None:
+        super().__init__()
+        self.w, self.bad = nn.Parameter(torch.zeros(())), bad
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.w * 1
+        if w.requires_grad and (x == MARK).any():
+            w.register_hook(lambda grad: torch.full_like(grad, self.bad))
+        return x + w
+
+
+def fragile_network(job: Job, bad: float) -> nn.Module:
+    return nn.Sequential(OrderedDict(fragile=Fragile(bad), body=network(job)))
+
+
+def numbers(row: Row, settings: Settings, place: Path) -> None:
+    """NaN and infinity in data, target, gradient or weights: training stops, leaves the update out or backs up, as
+    set; the report names step, batch and first layer, and the file that is saved makes it happen again."""
+    named = {"data": "input data", "target": "target data", "gradient": "'fragile'", "weight": "'body.1.weight'"}
+    policies = ("stop", "skip", "back_up")
+    for (kind, name), bad, policy in itertools.product(named.items(), (math.nan, math.inf), policies):
+        job = Run(
+            place / f"{kind}-{bad}-{policy}",
+            **{"on_nonfinite": policy, "nonfinite_limit": 3, "accumulate": 1, "precision": "float32", "epochs": 2},
+        ).job()
+        rows = Rows(job.rows, True, seed=1)
+        batches = [[rows.x[i : i + 16].float(), rows.y[i : i + 16].float()] for i in range(0, job.rows, 16)]
+        spoiled = batches[6][1 if kind == "target" else 0]
+        spoiled[3, 0] = bad if kind in ("data", "target") else MARK
+        model = fragile_network(job, bad if kind == "gradient" else 0.0)
+        healthy = iter([kind == "weight"])
+
+        def spoil(module: nn.Module, inputs: tuple[Tensor], healthy: Any = healthy, bad: float = bad) -> None:
+            """As a fault of the memory would: one weight, once."""
+            if (inputs[0] == MARK).any() and next(healthy, False):
+                with torch.no_grad():
+                    module.get_parameter("body.1.weight")[0, 2] = bad
+
+        model.register_forward_pre_hook(spoil)
+        stops = policy == "stop" or (kind, policy) == ("weight", "skip")  # which leaving out cannot mend
+        with row.trial(f"{kind}, {policy}", str(bad)):
+            with redirect_stderr(io.StringIO()) as said:
+                try:
+                    trainer(job, model, [tuple(batch) for batch in batches]).fit()
+                except NonFiniteError as error:
+                    expect(stops, f"it stopped: {error}")
+                    print(error, file=sys.stderr)
+                else:
+                    expect(not stops, "it went on")
+                    expect(all(p.isfinite().all() for p in model.parameters()), "the weights are not finite")
+            report = said.getvalue().partition("\n")[0]
+            expect(re.search(rf"step 7 \(epoch 1, (update|batch) 7\).*{name}", report), report)
+            saved = torch.load(job.run_dir / "nonfinite-step-7.pt", weights_only=True)  # pyright: ignore
+            model = fragile_network(job, bad if kind == "gradient" else 0.0)
+            model.load_state_dict(saved["model"])
+            set_random_states(saved["random"])
+            ((input, target),) = saved["batches"]
+            loss = manualgrad.nn.functional.mse_loss(model(input), target)
+            loss.backward()
+            numbers = (loss, *(p.grad for p in model.parameters() if p.grad is not None))
+            expect(not all(x.isfinite().all() for x in numbers), "what is saved gives finite numbers")
+
+
+def processes(row: Row, settings: Settings, place: Path) -> None:
+    """Two processes under torchrun, by DDP or FSDP, make the updates of one, to 1e-9 in float64; checkpoints resume
+    with any number of them; a trainer that is killed is restarted, and the end is the same."""
+    plain: dict[str, Any] = {"plain": True, "precision": "float32", "workers": 0, "epochs": 3}
+    plain |= {"checkpoint_every": 1, "keep_last": 1000}  # so that every step can be compared
+    one = quiet_run(place / "one", **plain)
+    ways = list(itertools.permutations(("one", "ddp", "fsdp"), 2))
+    for first, then in [("one", "fsdp")] if settings.short else ways:
+        with row.trial("killed runs that went on in another way, compared", f"{first}, then {then}"):
+            run = Run(place / f"{first}-{then}", **plain)
+            for way in (first, then):
+                run.processes = 0 if way == "one" else 2
+                run.options["parallel"] = "fsdp" if way == "fsdp" else "ddp"
+                run.start()
+                if way == first:
+                    run.wait_for(lambda run=run: run.step() > 9)
+                    run.kill()
+            run.end()
+            expect_close(run, one)
+    for parallel, victim in [("ddp", -1)] if settings.short else itertools.product(("ddp", "fsdp"), (None, -1, -2)):
+        with row.trial(f"runs of two by {parallel}{', one killed' if victim else ''}, compared"):
+            run = Run(place / f"{parallel}{victim}", 2, parallel=parallel, **plain).start()
+            if victim:
+                run.wait_for(lambda run=run: run.step() > 9)
+                os.kill(run.pids()[victim], signal.SIGKILL)
+            run.end()
+            expect(len(run.pids()) == (4 if victim else 2), f"trainers: {run.pids()}")
+            expect_close(run, one)
+
+
+def expect_close(run: Run, one: Run) -> None:
+    """After every step states and losses are those of one process but for rounding, and the curves have its points."""
+    expect(points(run.folder).keys() == points(one.folder).keys(), "the curves have other points")
+    for path in one.checkpoints():
+        payloads = [checkpoint.load(r.folder / path.name) | {"random": 0} for r in (one, run)]
+        expected, found = (dict(tree_flatten_with_path(payload)[0]) for payload in payloads)
+        expect(expected.keys() == found.keys(), f"{path.name} holds other things")
+        for place, value in expected.items():
+            if isinstance(value, (float, Tensor)):
+                a, b = torch.as_tensor(value), torch.as_tensor(found[place])
+                close = torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+            else:
+                close = value == found[place]
+            expect(close, f"{path.name}: {keystr(place)} is {found[place]}, not {value}")
+
+
+def long(row: Row, settings: Settings, place: Path) -> None:
+    """A long run has no more memory at its end than soon after its beginning, and curves and checkpoints, as often as
+    they are written by default, take at most 5 % of the time."""
+    usual = {name: getattr(TrainingSettings(), name) for name in ("checkpoint_every", "log_every", "histogram_every")}
+    usual["accumulate"] = 1
+    for layers in ("ours",) if settings.short else ("ours", "torch"):
+        with row.trial("long runs"):
+            epochs = max(2, settings.steps // 250)
+            run = Run(place / layers, layers=layers, epochs=epochs, rows=4000, **usual).start()
+            seen: list[tuple[float, float]] = []
+            while run.process.poll() is None:
+                status = Path(f"/proc/{run.process.pid}/status").read_text()
+                if found := re.search(r"RssAnon:\s+(\d+) kB", status):
+                    seen.append((time.monotonic(), int(found[1]) / 1024))
+                time.sleep(0.05)
+            run.end()
+            moments, sizes = np.array(seen[len(seen) * 3 // 10 : -2]).T
+            growth = np.polyfit(moments, sizes, 1)[0] * (moments[-1] - moments[0])
+            row.notes.append(f"{layers}: {250 * epochs} steps, of which the last 70 % added {growth:.1f} MiB")
+            expect(growth < 4 or settings.short, row.notes[-1])
+
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    pairs = 3 if settings.short else 12
+    for turn, written in itertools.product(range(pairs), (True, False)):
+        folder = place / f"cost{turn}" if written else None
+        job = Job(run_dir=folder, progress=False, workers=0, width=512, rows=6400, batch_size=128, **usual)
+        begin = time.perf_counter()
+        steps = trainer(job).fit().steps
+        seconds[written].append((time.perf_counter() - begin) / steps)
+    with row.trial("pairs of runs with and without a folder, in turn"):
+        row.done["pairs of runs with and without a folder, in turn"] = pairs
+        cost = statistics.median(a / b for a, b in zip(seconds[True], seconds[False], strict=True)) - 1
+        step = statistics.median(seconds[False])
+        row.notes.append(f"curves and checkpoints cost {100 * cost:.1f} % of a step of {1000 * step:.1f} ms")
+        expect(cost < 0.05 or settings.short, row.notes[-1])
+
+
+def models(row: Row, settings: Settings, place: Path) -> None:
+    """All of it holds for models of torch.nn, of manualgrad.nn, converted, and compiled ones."""
+    moments = random.Random(settings.seed)
+    for layers in ("torch", "converted") if settings.short else ("torch", "ours", "converted", "compiled"):
+        with row.trial("killed runs compared", layers):
+            quiet = quiet_run(place / f"{layers}-quiet", layers=layers)
+            run = Run(place / layers, layers=layers).start()
+            run.wait_for(run.step)
+            time.sleep(delay := moments.uniform(0, quiet.seconds / 4))
+            expect(run.process.poll() is None, f"it had ended after {delay:.4f} s")
+            run.kill()
+            run.start().end()
+            run.expect_same_end(quiet)
+
+
+PROMISES = (kill, signals, checkpoints, disk, numbers, processes, long, models)
+
+
+def try_out(promise: Callable[[Row, Settings, Path], None], settings: Settings, place: Path) -> Row:
+    """The row of a promise, whose runs are in a folder of its name."""
+    row = Row(" ".join((promise.__doc__ or "").split()))
+    with row.trial("promise", "outside of what is counted"):
+        folder = place / promise.__name__
+        folder.mkdir(parents=True)
+        promise(row, settings, folder)
+    del row.done["promise"]
+    return row
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more workers than cores
+    if sys.argv[1:2] == ["job"]:
+        run_job(parse_settings(Job, sys.argv[2:]))
+        return
+    settings = parse_settings(Settings).resolved()
+    print(f"seed {settings.seed}, torch {torch.__version__}\n\n| promise | done | result |\n|---|---|---|")
+    rows = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        for promise in PROMISES:
+            if not settings.only or promise.__name__ in settings.only:
+                rows.append(try_out(promise, settings, settings.keep or Path(temporary)))
+                print(rows[-1], flush=True)
+    sys.exit(1 if any(row.broken for row in rows) else 0)
+
+
+if __name__ == "__main__":
+    main()
