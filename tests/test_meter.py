@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import manualgrad.nn
 from manualgrad import saved_bytes
-from manualgrad.meter import MOST_BARS, SavedBytes, _Kept
+from manualgrad.meter import MOST_BARS, SHRUNK, SavedBytes, _Kept
 
 N = 4 * 8 * 16  # bytes of the tensors below
 
@@ -490,7 +490,7 @@ def test_in_tensorboard(tmp_path: Path) -> None:
         (image,) = events.Images(f"memory/{tag}")
         assert (text.step, image.step) == (step, step)
         assert text.tensor_proto.string_val[0].decode() == str(table)
-        assert (image.width, image.height) == table.figure().size
+        assert (image.width, image.height) == table.figure(SHRUNK).size
 
 
 def test_the_picture() -> None:
