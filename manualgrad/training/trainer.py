@@ -232,12 +232,12 @@ class Trainer:
         clock, counted = time.perf_counter(), progress.running.examples
         due, points = False, {}
         while True:
-            states = random_states()  # before the draw, which a resumed run makes again
+            states = random_states() if due or self._stop else None  # before the draw, which is made again then
             try:
                 group = next(updates, None)
             except Exception:
                 if self.processes.size == 1:  # of several the others might not be here
-                    self._save(log, states)
+                    self._save(log)
                 raise
             if group is None:  # the end of an epoch has a checkpoint of its own
                 return points
