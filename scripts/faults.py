@@ -200,7 +200,7 @@ class Run:
         self.folder, self.processes, self.options = folder, processes, options
         self.output, self.errors = folder.with_suffix(".out"), folder.with_suffix(".err")
         self.process: subprocess.Popen[bytes]
-        self.seconds = 0.0
+        self.seconds = self.started = 0.0
 
     def job(self) -> Job:
         return Job(run_dir=self.folder, resume=True, **{"progress": False, **self.options})
@@ -216,6 +216,7 @@ class Run:
             flag = name.replace("_", "-")
             switch = "" if value else "no-"
             command += [f"--{switch}{flag}" if isinstance(value, bool) else f"--{flag}={value}"]
+        self.started = time.time()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.output.open("wb") as output, self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
@@ -261,9 +262,11 @@ class Run:
         """That of the newest checkpoint, 0 before there is one."""
         return int(self.checkpoints()[-1].stem.removeprefix("step-")) if self.checkpoints() else 0
 
-    def unfinished(self) -> list[Path]:
-        """Files that are being written, or were when the process was killed."""
-        return list(self.folder.glob(".*"))
+    def unfinished(self) -> bool:
+        """A file is being written, or was when the process was killed."""
+        with suppress(FileNotFoundError):  # it has just been finished
+            return any(path.stat().st_mtime > self.started for path in self.folder.glob(".*"))
+        return False
 
     def expect_whole_checkpoints(self) -> None:
         expect(self.checkpoints(), "there is no checkpoint")
