@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from .progress import warn
+
 Batch = tuple[Tensor, Tensor]
 Loader = Iterable[Any]
 Item = TypeVar("Item")
@@ -94,7 +96,7 @@ class Watch:
             since = self._since
             if since is not None and time.monotonic() - since > self.after:
                 self._since = None  # once for each batch
-                print(f"warning: nothing for {self.after:g} s from {self._where}: still waiting", file=sys.stderr)
+                warn(f"nothing for {self.after:g} s from {self._where}: still waiting")
 
 
 def _describe(item: object) -> str:

@@ -7,7 +7,6 @@ comment at the end of that zip archive is the SHA-256 of all the bytes before it
 import hashlib
 import os
 import pickle
-import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from .progress import warn
 
 FORMAT = 2
 BEST = "best.pt"
@@ -81,7 +82,7 @@ class Checkpoints:
             )
             if not self.go_on:
                 raise CheckpointError(f"{message}, and resume") from error
-            print(f"warning: {message}: training goes on, and tries again with the next", file=sys.stderr)
+            warn(f"{message}: training goes on, and tries again with the next")
 
     def close(self) -> None:
         """Wait, and end the thread."""
@@ -111,11 +112,10 @@ def save(path: Path, payload: Mapping[str, Any]) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        torch.save({"format": FORMAT, **payload}, temporary)
+        with temporary.open("wb") as file:  # given a name, torch would not say why it could not write
+            torch.save({"format": FORMAT, **payload}, file)
         _seal(temporary)
         temporary.replace(path)
-    except RuntimeError as error:  # torch's own words for a write that failed
-        raise OSError(f"torch.save: {str(error).partition(chr(10))[0]}") from error
     finally:
         temporary.unlink(missing_ok=True)  # of no use, and in the way where the disk is full
     if os.name == "posix":  # elsewhere a folder cannot be opened
@@ -198,7 +198,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             broken.append(error)
         else:
             for error in broken:
-                print(f"warning: {error}: going on from {path.name}", file=sys.stderr)
+                warn(f"{error}: going on from {path.name}")
             return path, payload
     if broken:
         raise CheckpointError("; ".join(map(str, broken)))

@@ -50,5 +50,8 @@ class Signals:
         now = time.monotonic()
         if not self.received:
             self.received, self._at = number, now
+            # The workers of a loader may have been sent it too; torch would raise in the middle of the update.
+            self._before.setdefault(signal.SIGCHLD, signal.getsignal(signal.SIGCHLD))
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         elif number == signal.SIGINT and now - self._at > _ONE_REQUEST:
             raise KeyboardInterrupt

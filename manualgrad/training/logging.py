@@ -21,11 +21,12 @@ every checkpoint: what a full disk refuses is written when there is room again.
 """
 
 import math
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from manualgrad.meter import SHRUNK, add_picture, bars, saved_bytes
 
 from .checkpoint import CheckpointError
 from .processes import whole
+from .progress import warn
 from .settings import TrainingSettings
 
 Point = tuple[int, Callable[[SummaryWriter], object]]
@@ -62,7 +64,14 @@ class TrainingLog:
         self._newest: list[Point] = []  # of those handed on, the ones of the last step
         self._writer: SummaryWriter | None = None
         self._flushed = time.monotonic()
+        self._before = threading.excepthook
+        threading.excepthook = self._on_exception
         self.flush()
+
+    def _on_exception(self, args: Any) -> None:
+        """The writer has a thread, whose error `flush` is told: no need for a traceback."""
+        if not (isinstance(args.exc_value, OSError) and "event_file_writer" in type(args.thread).__module__):
+            self._before(args)
 
     def __enter__(self) -> "TrainingLog":
         return self
@@ -71,6 +80,7 @@ class TrainingLog:
         self.flush()
         if self._writer is not None:
             self._writer.close()
+        threading.excepthook = self._before
 
     def flush(self) -> None:
         """Hand every point to the operating system: no checkpoint may be ahead of the curves.
@@ -98,7 +108,7 @@ class TrainingLog:
             message = f"{self.folder}: curves cannot be written ({error.strerror or error})"
             if not self.go_on:
                 raise CheckpointError(f"{message}. Make room, or make the folder writable, and resume") from error
-            print(f"warning: {message}: they wait in memory", file=sys.stderr)
+            warn(f"{message}: they wait in memory")
         else:
             if self._waiting:
                 last = self._waiting[-1][0]

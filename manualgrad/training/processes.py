@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -57,11 +59,14 @@ class Processes:
         if started and not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # Names of its own for each restart by torchrun: those of the processes before are still in the store.
+            store, rank, size = next(rendezvous("env://"))
+            store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
             atexit.register(_leave)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.size = dist.get_world_size() if dist.is_initialized() else 1
-        self.network: nn.Module
 
     @property
     def first(self) -> bool:
@@ -112,6 +117,11 @@ class Processes:
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
+
+    def part_again(self, model: nn.Module) -> None:
+        """After an evaluation FSDP still has the outermost weights whole, for a backward that does not come."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
     # The data
 

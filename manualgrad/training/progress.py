@@ -1,11 +1,19 @@
 """How far training has come, and what it came to."""
 
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 Figures = dict[str, float]
 """The "loss" and each metric by name: means over examples."""
+
+
+def warn(message: str) -> None:
+    """One line on stderr; that it cannot be written to stops nothing."""
+    with suppress(OSError):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -45,9 +53,11 @@ class Progress:
     """Updates left out for their bad numbers."""
     left_out_before: int = 0
     """Of these, before the epoch under way."""
-    closing: Figures | None = None
-    """Where an epoch has been trained and is yet to be validated, the points of its last update: they are written
-    again with those of the epoch, which have the same step. None elsewhere."""
+    points: Figures | None = None
+    """Where training was asked to stop, the points of the last update: they are written again on resuming, with
+    those of the epoch, if it has ended there, which have the same step. None elsewhere."""
+    trained: bool = False
+    """It was asked to stop while the epoch, all of it trained, was validated."""
     running: Averages = field(default_factory=Averages)
     """The figures of the epoch under way."""
     train: Figures = field(default_factory=dict)

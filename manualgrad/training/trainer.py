@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ from .checks import check_last_batch, check_loss, check_parts, check_shapes, exp
 from .interruption import Interrupted, Signals
 from .logging import TrainingLog
 from .nonfinite import NonFiniteError, find_nonfinite
-from .processes import Part, Processes, parted_model, parted_optimizer, whole
-from .progress import Averages, Figures, FitResult, Progress
+from .processes import Part, Processes, as_parted, parted_model, parted_optimizer, whole
+from .progress import Averages, Figures, FitResult, Progress, warn
 from .randomness import (
     as_plain,
     random_states,
@@ -133,6 +133,7 @@ class Trainer:
         self._run = torch.compile(self._network) if self.settings.compile else self._network
 
         self.progress = Progress()
+        self._points: Figures = {}  # of the last update
         self.best_weights: dict[str, Any] = {}
         self._random_states: list[dict[str, Any]] | None = None  # to go on with, in the middle of an epoch
         self._fitted = False
@@ -163,7 +164,8 @@ class Trainer:
         if folder is not None:
             self._checkpoints = Checkpoints(folder, settings.keep_last, go_on)
             self._checkpoints.write_text("settings.json", self._recipe())
-        step = progress.step + (1 if progress.closing is None else 0)
+        # Purged are what a run has left that never saved, and the last step of one that was asked to stop.
+        step = progress.step + (progress != Progress() and progress.points is None)
         with (
             self._signals,
             TrainingLog(folder, step, go_on) as log,
@@ -173,16 +175,16 @@ class Trainer:
             try:
                 log.settings(settings, self.model, self.optimizer, self.device, step)
                 log.layout(["loss", *self.metrics], step)
-                log.points(progress.closing or {}, progress.step)
+                log.points(progress.points or {}, progress.step)
+                progress.points = None
                 if progress == Progress():
                     self._save(log)  # from here on there is something to resume
                 while progress.epoch < settings.epochs and not self._out_of_patience():
                     bar.set_description(f"epoch {progress.epoch + 1}/{settings.epochs}")
-                    points = progress.closing
-                    if points is None:
-                        points = self._train_epoch(log, bar, watch)
+                    if not progress.trained:
+                        self._train_epoch(log, bar, watch)
                     self._take_up_random_states()
-                    self._end_epoch(log, points, watch)
+                    self._end_epoch(log, watch)
                 return self._finish(log)
             finally:
                 if self._checkpoints is not None:
@@ -217,11 +219,11 @@ class Trainer:
                     if watch is not None and self._asked_to_stop():
                         raise _StoppedInValidation
         finally:
+            self.processes.part_again(self.model)
             self.model.train(training)
         return averages.means()
 
-    def _train_epoch(self, log: TrainingLog, bar: "tqdm[Any]", watch: Watch) -> Figures:
-        """The updates of an epoch; gives the points of the last one, if it has any."""
+    def _train_epoch(self, log: TrainingLog, bar: "tqdm[Any]", watch: Watch) -> None:
         settings, progress = self.settings, self.progress
         self.model.train()
         seed_epoch(self.train_loader, settings.seed, progress.epoch)
@@ -229,10 +231,11 @@ class Trainer:
         updates = groups(batches, settings.accumulate)
         self._skip_seen(updates)
 
-        clock, counted = time.perf_counter(), progress.running.examples
-        due, points = False, {}
+        clock, counted, due = time.perf_counter(), progress.running.examples, False
         while True:
-            states = random_states() if due or self._stop else None  # before the draw, which is made again then
+            if self._stop:  # and do not draw: the loader's workers may have been stopped too
+                self._save_and_stop(log)
+            states = random_states() if due else None  # before the draw, which a resumed run makes again
             try:
                 group = next(updates, None)
             except Exception:
@@ -240,17 +243,15 @@ class Trainer:
                     self._save(log)
                 raise
             if group is None:  # the end of an epoch has a checkpoint of its own
-                return points
-            if due or self._stop:
+                return
+            if due:
                 self._save(log, states)
-            if self._stop:
-                raise self._interrupted()
             if progress == Progress():
                 self._look_at_first(group[0].to(self.device), log)
             if progress.drawn == 0 and self.processes.size > 1:  # the order is drawn alike, the dropout is not
                 seed_all(settings.seed, progress.epoch, self.processes.rank)
             progress.drawn += 1
-            points = {}
+            self._points = {}
             try:
                 update = self._update(group)
             except NonFiniteError as error:
@@ -263,8 +264,8 @@ class Trainer:
             if progress.step % settings.log_every == 0:
                 seconds, examples = time.perf_counter() - clock, progress.running.examples - counted
                 clock, counted = time.perf_counter(), progress.running.examples
-                means = update.figures.means()
-                points = log.update(means, update.norm, self.optimizer, examples / seconds, progress.step)
+                means, step = update.figures.means(), progress.step
+                self._points = log.update(means, update.norm, self.optimizer, examples / seconds, step)
                 bar.set_postfix(self._postfix(means), refresh=False)
             if self.schedule is not None and not self._schedule_by_epoch() and not update.skipped:
                 self.schedule.step()
@@ -276,7 +277,7 @@ class Trainer:
         check_last_batch(self._bare(), self.whole_train_loader, part, self.processes.size)
         if self.settings.parallel == "ddp" or self.processes.size == 1:  # one process alone may run it then
             with explained(self.model, part, "train_loader"), self.autocast():
-                log.saved_bytes(self.model, part.input, self.progress.step + 1)
+                log.saved_bytes(self.model, part.input, self.progress.step)
 
     def _update(self, group: list[Part]) -> Update:
         """One step of the optimizer, whose gradient is that of one batch made of all those in the group."""
@@ -319,7 +320,7 @@ class Trainer:
         self.scaler.update()
         return Update(figures, norm, skipped=overflow)
 
-    def _end_epoch(self, log: TrainingLog, points: Figures, watch: Watch) -> None:
+    def _end_epoch(self, log: TrainingLog, watch: Watch) -> None:
         settings, progress = self.settings, self.progress
         states = random_states()
         validation: Figures = {}
@@ -327,14 +328,13 @@ class Trainer:
             try:
                 validation = self._evaluate(self.validation_loader, "validation_loader", watch)
             except _StoppedInValidation:
-                progress.closing = points
-                self._save(log, states)
-                raise self._interrupted() from None
+                progress.trained = True
+                self._save_and_stop(log, states)
 
         if progress.running.examples:
             progress.train = progress.running.means()
         progress.epoch, progress.drawn, progress.running = progress.epoch + 1, 0, Averages()
-        progress.left_out_before, progress.closing = progress.left_out, None
+        progress.left_out_before, progress.trained, self._points = progress.left_out, False, {}
         log.epoch("train", progress.train, progress.step)
         log.epoch("validation", validation, progress.step)
         if settings.histogram_every and progress.epoch % settings.histogram_every == 0:
@@ -466,7 +466,7 @@ class Trainer:
             self._save(log)  # from here on this is what there is to resume
             done = f"back to {path.name}"
         if self.first:
-            print(f"warning: {error}: {done}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
+            warn("; ".join([f"{error}: {done}", *getattr(error, "__notes__", ())]))
         return True
 
     def _asked_to_stop(self) -> bool:
@@ -474,21 +474,32 @@ class Trainer:
         self._stop = received > 0
         return self._stop
 
-    def _interrupted(self) -> Interrupted:
-        folder = self.settings.run_dir
+    def _save_and_stop(self, log: TrainingLog, states: tuple[Any, ...] | None = None) -> NoReturn:
+        """End as asked, with what the end of the epoch would need of the last update: its points and gradients."""
+        self.progress.points = self._points
+        self._save(log, states, stopped=True)
         if self._checkpoints is not None:
             self._checkpoints.wait()
+        folder = self.settings.run_dir
         saved = "; nothing was saved, as there is no run_dir" if folder is None else f"; to go on: resume {folder}"
-        return Interrupted(self._signals.received or signal.SIGTERM, self.progress.step, saved)
+        raise Interrupted(self._signals.received or signal.SIGTERM, self.progress.step, saved)
 
     # What a checkpoint holds, and how it is taken up again.
 
-    def _save(self, log: TrainingLog, states: tuple[Any, ...] | None = None, best: bool = False) -> None:
+    def _save(
+        self,
+        log: TrainingLog,
+        states: tuple[Any, ...] | None = None,
+        best: bool = False,
+        stopped: bool = False,
+    ) -> None:
         if self.settings.run_dir is None:
             return
         random = self.processes.gathered(as_plain(random_states() if states is None else states))
         payload = {"run": self._identity(), "progress": asdict(self.progress), "random": random}
         parts = {name: part.state_dict() for name, part in self._stateful().items()}
+        if stopped:
+            parts["gradients"] = {name: parameter.grad for name, parameter in self._bare().named_parameters()}
         payload |= self.processes.put_together(parts)
         if self._checkpoints is not None:
             log.flush()
@@ -511,8 +522,13 @@ class Trainer:
         checkpoint.check_same(path, "model", saved["model"], self._bare().state_dict())
         self._load(saved)
         self.progress = Progress.from_dict(saved["progress"])
-        if self.progress.drawn or self.progress.closing is not None:  # else the epoch to come is seeded anyway
+        if self.progress.drawn:  # else the epoch to come is seeded anyway
             self._random_states = saved["random"]
+        if self.progress.points is not None:
+            self._points = self.progress.points
+            for name, parameter in self._bare().named_parameters():
+                if (gradient := saved["gradients"][name]) is not None:
+                    parameter.grad = as_parted(gradient.to(parameter.device), parameter)
         if best is not None:
             self.best_weights = parted_model(best["model"], self._bare())
             if best["progress"]["best_epoch"] > self.progress.best_epoch:  # as the run, going on, will find again
@@ -532,7 +548,7 @@ class Trainer:
         try:
             return found, checkpoint.load(folder / BEST) if found[1]["progress"]["best_epoch"] else None
         except CheckpointError as error:
-            print(f"warning: {error}: the best epoch is looked for anew", file=sys.stderr)
+            warn(f"{error}: the best epoch is looked for anew")
             return found, None
 
     def _load(self, saved: Mapping[str, Any]) -> None:
