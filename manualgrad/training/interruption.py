@@ -52,6 +52,6 @@ class Signals:
             self.received, self._at = number, now
             # The workers of a loader may have been sent it too; torch would raise in the middle of the update.
             self._before.setdefault(signal.SIGCHLD, signal.getsignal(signal.SIGCHLD))
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, lambda *_: None)
         elif number == signal.SIGINT and now - self._at > _ONE_REQUEST:
             raise KeyboardInterrupt
