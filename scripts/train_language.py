@@ -55,9 +55,9 @@ class Settings(TaskSettings):
     """Blocks of attention and a hidden layer."""
     heads: PositiveInt = 4
     """Heads of each attention; they share the width."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """How much of each branch is left out at random."""
-    epochs: PositiveInt = 8
+    epochs: PositiveInt = 10
     """How many times to go through the training text."""
     batch_size: PositiveInt = 8
     """Windows of the context's length per batch."""
@@ -135,7 +135,7 @@ def _read(path: Path) -> bytes:
 def documentation() -> dict[str, bytes]:
     """The docstrings of each module of Python's library, and the topics of help(), by name.
 
-    A docstring that several modules share is in the first of them alone.
+    A paragraph that several have is in the first of them alone, so that none held out was seen in another.
 
     Raises:
         DataError: where this Python was stripped of them.
@@ -145,16 +145,19 @@ def documentation() -> dict[str, bytes]:
     except ImportError:
         raise DataError("this Python comes without its documentation: name a text with --data") from None
     library = Path(sysconfig.get_path("stdlib"))
-    documents: dict[str, bytes] = {}
+    modules = {path.relative_to(library): path for path in sorted(library.rglob("*.py"))}
+    documents = {
+        name.as_posix(): "\n\n".join(_docstrings(path))
+        for name, path in modules.items()
+        if NO_TEXT.isdisjoint(name.parts)
+    }
+    documents |= {f"help({name!r})": topic.strip() for name, topic in topics.items()}
     seen: set[str] = set()
-    for path in sorted(library.rglob("*.py")):
-        name = path.relative_to(library)
-        if NO_TEXT.isdisjoint(name.parts):
-            found = dict.fromkeys(docstring for docstring in _docstrings(path) if docstring not in seen)
-            seen.update(found)
-            if found:
-                documents[name.as_posix()] = "\n\n".join(found).encode()
-    return documents | {f"help({name!r})": text.strip().encode() for name, text in topics.items()}
+    for name, document in documents.items():
+        kept = [paragraph for paragraph in document.split("\n\n") if paragraph not in seen]
+        seen.update(kept)
+        documents[name] = "\n\n".join(kept)
+    return {name: document.encode() for name, document in documents.items() if document}
 
 
 def _docstrings(path: Path) -> Iterator[str]:

@@ -41,12 +41,17 @@ def call(call_script: Call) -> Call:
 
 def spoken(words: int, seed: int = 0) -> str:
     """Words drawn at random, each as likely as any other of the 16: 4 bits a word, and no less, tell which."""
-    return "".join(random.Random(seed).choice(SPOKEN) + " " for _ in range(words))
+    return "".join(f"{word} " for word in random.Random(seed).choices(SPOKEN, k=words))
 
 
 @pytest.fixture(scope="module")
-def text() -> Text:
-    return script.read_text(None)
+def documents() -> dict[str, bytes]:
+    return script.documentation()
+
+
+@pytest.fixture(scope="module")
+def text(documents: dict[str, bytes]) -> Text:
+    return script.split(documents)
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -60,8 +65,10 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
 
 
-def cards(folder: Path, name: str) -> list[str]:
-    return [event.tensor_proto.string_val[0].decode() for event in events(folder).Tensors(f"{name}/text_summary")]
+def written(folder: Path) -> dict[int, str]:
+    """What the run wrote, by step; what it wrote again when it was resumed, as it was then."""
+    found = events(folder).Tensors("writing/text_summary")
+    return {event.step: event.tensor_proto.string_val[0].decode() for event in found}
 
 
 @pytest.mark.parametrize("model", ["ours", "torch"])
@@ -90,9 +97,9 @@ def test_a_language_is_learned(model: str, call: Call, tmp_path: Path) -> None:
     # Both are of random words; windows that begin afresh cost a little more.
     assert curves["bits_per_byte/validation_epoch"][-1][1] == pytest.approx(ours, rel=0.1)
     assert {"gradient_flow", "saved_bytes"} <= set(events(folder).Tags()["images"])
-    written = cards(folder, "writing")
-    assert len(written) == 3
-    heard = written[-1].split()[:-1]  # the last word may be cut short
+    cards = written(folder)
+    assert list(cards) == [step for step, _ in curves["loss/validation_epoch"]]
+    heard = cards[max(cards)].split()[:-1]  # the last word may be cut short
     assert sum(word in SPOKEN for word in heard) > 0.8 * len(heard)
 
 
@@ -104,9 +111,8 @@ def test_writing_from_a_checkpoint(call: Call, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert load(tmp_path / "mine" / "best.pt")["progress"]["best_epoch"] == 2
     write = ["--run-dir", "mine", "--generate"]
-    shown = "".join(
-        line.removeprefix("    ") + "\n" for line in cards(tmp_path / "mine", "writing")[-1].splitlines()
-    )
+    cards = written(tmp_path / "mine")
+    shown = "".join(line.removeprefix("    ") + "\n" for line in cards[max(cards)].splitlines())
     assert call(*write, "", "--length", 12) == (0, shown, "")
     _, output, _ = call(*write, "alpha", "--length", 40)
     assert output.startswith("alpha")
@@ -129,7 +135,7 @@ def test_resumed_in_the_middle_of_an_epoch(call: Call, tmp_path: Path) -> None:
             path.unlink()
     assert call(*arguments, "--run-dir", "cut", "--resume")[0] == 0
     assert scalars(tmp_path / "cut") == scalars(tmp_path / "whole")
-    assert cards(tmp_path / "cut", "writing") == cards(tmp_path / "whole", "writing")
+    assert written(tmp_path / "cut") == written(tmp_path / "whole")
     ours, theirs = (load(all_in(tmp_path / name)[0])["model"] for name in ("cut", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -255,8 +261,12 @@ def test_what_cannot_write(call: Call, tmp_path: Path) -> None:
 # The text
 
 
-def test_the_documentation_of_python(text: Text) -> None:
-    """There are over a million bytes of it, it is English, and nothing held out was seen."""
+def test_the_documentation_of_python(
+    text: Text, documents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are over a million bytes of it, it is English, and no document is in two parts."""
+    monkeypatch.setattr(script, "documentation", lambda: documents)
+    assert script.read_text(None) == text
     size = sum(map(len, text))
     assert size > 1_500_000
     assert [round(len(part) / size, 2) for part in text] == [
@@ -266,16 +276,21 @@ def test_the_documentation_of_python(text: Text) -> None:
     ]
     the = len(re.findall(rb"\bthe\b", text.train)) / len(text.train.split())
     assert 0.02 < the < 0.1
-    documents = script.documentation()
     assert "json/__init__.py" in documents
     assert b"JSON" in documents["json/__init__.py"]
     assert "help('yield')" in documents
+    seen: set[bytes] = set()
     for name, document in documents.items():
-        assert sum(document + b"\n\n" in part for part in text) >= 1, name
-    docstrings = [list(script._docstrings(Path(module.__file__))) for module in (json, random) if module.__file__]
-    for found, name in zip(docstrings, ("json/__init__.py", "random.py"), strict=True):
-        assert found
-        assert all(docstring.encode() in documents[name] for docstring in found if len(docstring) > 200)
+        assert sum(document + b"\n\n" in part for part in text) == 1, name
+        paragraphs = set(document.split(b"\n\n"))
+        assert seen.isdisjoint(paragraphs), name
+        seen |= paragraphs
+    for module in (json, random):
+        assert module.__file__
+        docstrings = list(script._docstrings(Path(module.__file__)))
+        assert (module.__doc__ or "").split("\n")[0] in docstrings[0]
+        for docstring in docstrings:
+            assert seen.issuperset(docstring.encode().split(b"\n\n"))
 
 
 def test_documents_are_not_torn() -> None:
@@ -306,7 +321,7 @@ def test_what_the_compressors_add() -> None:
     noise = random.Random(0).randbytes(30_000)
     seen = script.compressors(Text(noise, b"", noise[:10_000]))
     unseen = script.compressors(Text(noise[:20_000], b"", noise[20_000:]))
-    assert seen["xz"] < 0.1
+    assert seen["xz"] < 0.5
     assert unseen["xz"] == pytest.approx(8, abs=0.1)
     assert unseen["bzip2"] == pytest.approx(8, abs=0.2)
 
@@ -320,8 +335,7 @@ def slowly_learned(text: bytes, size: int) -> list[tuple[int, int]]:
     merges: list[tuple[int, int]] = []
     while 256 + len(merges) < size:
         counts = Counter(pair for word in words for pair in pairwise(word))
-        # "aaa" has the pair (a, a) twice, of which one can be joined: counted as in the fast way
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        best = min(counts, key=lambda pair: (-counts[pair], pair), default=(0, 0))
         if counts[best] < 2:
             break
         words = [script._joined(word, best, 256 + len(merges)) for word in words]
@@ -349,7 +363,7 @@ def test_every_text_comes_back(text: Text) -> None:
     assert vocabulary.decode(vocabulary.encode(odd.encode())) == odd
     noise = random.Random(0).randbytes(5000)
     assert b"".join(vocabulary.bytes[token] for token in vocabulary.encode(noise)) == noise
-    assert len(vocabulary.encode(text.test)) < 0.5 * len(text.test)
+    assert len(vocabulary.encode(text.test)) < 0.55 * len(text.test)
     assert vocabulary.decode(vocabulary.encode(text.test)).encode() == text.test
     bare = Vocabulary.learn(text.train[:1000], 256)
     assert bare.encode(b"the") == list(b"the")
