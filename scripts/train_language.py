@@ -354,7 +354,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor, scores: bool = False) -> Tensor:
-        """What each token costs, seen from those before it, in nats: (batch, 1 + length) to (batch, length).
+        """What each token costs, seen from those before it, in nats: (batch, 1 + length) to (batch · length).
 
         With `scores`, those of every token to be the next: (batch, length) to (batch, vocabulary). They are
         products with the vectors that the tokens have on the way in.
@@ -366,7 +366,7 @@ class GPT(nn.Module):
         x, weight = self.norm(x), self.token.weight
         if scores:
             return self.functional.linear(x[:, -1], weight)
-        return _cross_entropy(self.functional, x.flatten(0, 1), weight, tokens[:, 1:].flatten()).view_as(seen)
+        return _cross_entropy(self.functional, x.flatten(0, 1), weight, tokens[:, 1:].flatten())
 
 
 def _cross_entropy(functional: Any, x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -418,10 +418,6 @@ class Shuffled(Sampler[int]):
         return (starts[i] for i in torch.randperm(len(self)).tolist())
 
 
-def loader(windows: Windows, order: Sampler[int] | range, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    return DataLoader(windows, batch_size, sampler=order)
-
-
 def mean_nats(nats: Tensor, _: Tensor) -> Tensor:
     """The loss: of each token that comes, what it costs."""
     return nats.mean()
@@ -442,7 +438,7 @@ def score(model: nn.Module, windows: Windows, device: torch.device) -> float:
     nats, done = 0.0, 0
     for batch in torch.tensor([*range(0, last, max(context // 4, 1)), last]).split(16):
         found = model(torch.stack([tokens[start : start + context + 1] for start in batch]).to(device))
-        for start, costs in zip(batch.tolist(), found.double().cpu(), strict=True):
+        for start, costs in zip(batch.tolist(), found.double().cpu().view(len(batch), -1), strict=True):
             nats += costs[done - start :].sum().item()
             done = start + len(costs)
     return nats / math.log(2) / windows.lengths[1:].sum().item()
@@ -473,13 +469,16 @@ def train(settings: Settings) -> None:
                 f"{settings.context}"
             )
     model = build(settings, vocabulary.merges)
-    train_loader = loader(parts["train"], Shuffled(parts["train"]), settings.batch_size)
+    train_loader, validation_loader = (
+        DataLoader(parts[name], settings.batch_size, sampler=order)
+        for name, order in (("train", Shuffled(parts["train"])), ("validation", parts["validation"].starts()))
+    )
     optimizer, schedule = settings.one_cycle(model, len(train_loader))
 
     def sample(log: TrainingLog, step: int) -> None:
         written = write(model, vocabulary, "", settings, trainer.device)
         card = "".join(f"    {line}\n" for line in written.split("\n"))  # as it stands, in Markdown
-        log.add(step, lambda writer: writer.add_text("writing", card, step))
+        log.add(step, lambda writer: writer.add_text("samples", card, step))
 
     def summary() -> dict[str, float]:
         figures = {"test": score(model, parts["test"], trainer.device), **compressors(text)}
@@ -490,7 +489,7 @@ def train(settings: Settings) -> None:
         mean_nats,
         optimizer,
         train_loader,
-        loader(parts["validation"], parts["validation"].starts(), settings.batch_size),
+        validation_loader,
         settings=settings,
         schedule=schedule,
         metrics={"bits_per_byte": bits_per_byte},
@@ -515,8 +514,9 @@ def write_on(settings: Settings) -> None:
         CheckpointError: where there is no such run, or its best weights are not whole.
         DataError: where it has learned something else.
     """
+    words = settings.generate
+    assert words is not None
     assert settings.run_dir is not None
-    assert settings.generate is not None
     path = settings.run_dir / BEST
     saved = load(path)
     if "merges" not in saved["model"]:
@@ -527,7 +527,7 @@ def write_on(settings: Settings) -> None:
     model = GPT(settings, merges)
     model.load_state_dict(saved["model"])
     device = settings.torch_device()
-    print(write(model.eval().to(device), Vocabulary(merges), settings.generate, settings, device))
+    print(write(model.eval().to(device), Vocabulary(merges), words, settings, device))
 
 
 if __name__ == "__main__":
