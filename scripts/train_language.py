@@ -430,8 +430,8 @@ def bits_per_byte(nats: Tensor, lengths: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(model: nn.Module, windows: Windows, device: torch.device) -> float:
-    """Bits per byte of a whole text, every token of it once, seen from half the context or more (but for
-    the first ones)."""
+    """Bits per byte of a whole text: every token once, and after the first ones each seen from at least three
+    quarters of the context."""
     model.eval()
     tokens, context = windows.tokens, windows.context
     last = max(len(tokens) - 1 - context, 0)
