@@ -1,0 +1,458 @@
+"""scripts/train_language.py, run as a user runs it, and its parts, each against a slow way that is plain."""
+
+import json
+import math
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import train_language as script
+from graph import foreign
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from train_language import GPT, WORDS, Settings, Text, Vocabulary, Windows
+
+from manualgrad.training import DataError
+from manualgrad.training.checkpoint import all_in, load, save
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "train_language.py"
+torch.set_num_threads(1)
+SHAPE = {"vocabulary": 300, "context": 16, "width": 32, "depth": 2, "heads": 2}
+SMALL = [word for name, value in SHAPE.items() for word in (f"--{name}", value)] + ["--learning-rate", 0.01]
+SPOKEN = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+SPOKEN += ["iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "pi"]
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(call_script: Call) -> Call:
+    return partial(call_script, SCRIPT)
+
+
+def spoken(words: int, seed: int = 0) -> str:
+    """Words drawn at random, each as likely as any other of the 16: 4 bits a word, and no less, tell which."""
+    return "".join(f"{word} " for word in random.Random(seed).choices(SPOKEN, k=words))
+
+
+@pytest.fixture(scope="module")
+def documents() -> dict[str, bytes]:
+    return script.documentation()
+
+
+@pytest.fixture(scope="module")
+def text(documents: dict[str, bytes]) -> Text:
+    return script.split(documents)
+
+
+def events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves in a run folder, but for the times."""
+    found = events(folder)
+    tags = [tag for tag in found.Tags()["scalars"] if not tag.startswith("speed/")]
+    return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
+
+
+def written(folder: Path) -> dict[int, str]:
+    """What the run wrote, by step; what it wrote again when it was resumed, as it was then."""
+    found = events(folder).Tensors("samples/text_summary")
+    return {event.step: event.tensor_proto.string_val[0].decode() for event in found}
+
+
+@pytest.mark.parametrize("model", ["ours", "torch"])
+def test_a_language_is_learned(model: str, call: Call, tmp_path: Path) -> None:
+    """As well as it can be, which nobody betters; both compressors are beaten, and all the pages are there."""
+    (tmp_path / "spoken.txt").write_text(spoken(6000))
+    arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 3, "--length", 20, "--model", model]
+    status, output, error = call(*arguments, "--histogram-every", 1)
+    assert (status, error) == (0, "")
+    held_out = spoken(6000)[-len(spoken(6000)) // 10 :]
+    least = 4 * held_out.count(" ") / len(held_out)
+    pattern = r"bits per byte of the ([\d,]+) bytes held out: ([\d.]+); xz ([\d.]+), bzip2 ([\d.]+)"
+    found = re.search(pattern, output)
+    assert found is not None
+    size, ours, *others = (float(figure.replace(",", "")) for figure in found.groups())
+    assert size == pytest.approx(len(held_out), abs=1)
+    assert 0.98 * least < ours < 1.1 * least
+    assert min(others) > 1.1 * ours
+
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith(f"language-{model}-seed0-")
+    curves = scalars(folder)
+    assert {"loss/train", "bits_per_byte/train_epoch", "bits_per_byte/validation_epoch"} <= curves.keys()
+    assert [value for _, value in curves["summary/test_bits_per_byte"]] == [pytest.approx(ours, abs=1e-4)]
+    assert [value for _, value in curves["summary/xz_bits_per_byte"]] == [pytest.approx(others[0], abs=1e-4)]
+    # Both are of random words; windows that begin afresh cost a little more.
+    assert curves["bits_per_byte/validation_epoch"][-1][1] == pytest.approx(ours, rel=0.1)
+    assert {"gradient_flow", "saved_bytes"} <= set(events(folder).Tags()["images"])
+    cards = written(folder)
+    assert list(cards) == [step for step, _ in curves["loss/validation_epoch"]]
+    heard = cards[max(cards)].split()[:-1]  # the last word may be cut short
+    assert sum(word in SPOKEN for word in heard) > 0.8 * len(heard)
+
+
+def test_writing_from_a_checkpoint(call: Call, tmp_path: Path) -> None:
+    """It is what the run has shown, goes on from any words, and knows temperature and length."""
+    (tmp_path / "spoken.txt").write_text(spoken(2000))
+    arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 2, "--length", 12, "--run-dir", "mine"]
+    assert call(*arguments)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert load(tmp_path / "mine" / "best.pt")["progress"]["best_epoch"] == 2
+    write = ["--run-dir", "mine", "--generate"]
+    cards = written(tmp_path / "mine")
+    shown = "".join(line.removeprefix("    ") + "\n" for line in cards[max(cards)].splitlines())
+    assert call(*write, "", "--length", 12) == (0, shown, "")
+    _, output, _ = call(*write, "alpha", "--length", 40)
+    assert output.startswith("alpha")
+    assert len(output) > len(shown)
+    cold = {call(*write, "alpha", "--temperature", 1e-6, "--seed", seed)[1] for seed in (1, 2)}
+    warm = {call(*write, "alpha", "--temperature", 5, "--seed", seed)[1] for seed in (1, 2)}
+    assert (len(cold), len(warm)) == (1, 2)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_resumed_in_the_middle_of_an_epoch(call: Call, tmp_path: Path) -> None:
+    """As if it had never stopped: the same curves, writing and weights."""
+    (tmp_path / "spoken.txt").write_text(spoken(1000))
+    arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 2, "--dropout", 0.1, "--length", 5]
+    arguments += ["--checkpoint-every", 7, "--keep-last", 99]
+    assert call(*arguments, "--run-dir", "whole")[0] == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for path in [*all_in(tmp_path / "cut"), tmp_path / "cut" / "best.pt"]:
+        if path.name == "best.pt" or path.name > "step-0000000007.pt":
+            path.unlink()
+    assert call(*arguments, "--run-dir", "cut", "--resume")[0] == 0
+    assert scalars(tmp_path / "cut") == scalars(tmp_path / "whole")
+    assert written(tmp_path / "cut") == written(tmp_path / "whole")
+    ours, theirs = (load(all_in(tmp_path / name)[0])["model"] for name in ("cut", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_same_network_in_torch(call: Call, tmp_path: Path) -> None:
+    """From one seed come the same weights and the same losses; in ours nobody's gradients but ours."""
+    merges = Vocabulary.learn(spoken(500).encode(), 300).merges
+    tokens = torch.randint(len(merges) + 256, (3, 17), generator=torch.Generator().manual_seed(0))
+    ours, torch_s = (
+        script.build(Settings.model_validate({**SHAPE, "model": model, "dropout": 0.1}), merges)
+        for model in ("ours", "torch")
+    )
+    for mine, other in zip(ours.parameters(), torch_s.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    losses = []
+    for model in (ours, torch_s):
+        torch.manual_seed(1)
+        losses.append(script.mean_nats(model(tokens), tokens))
+        losses[-1].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    for mine, other in zip(ours.parameters(), torch_s.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    assert foreign(losses[0]) == set()
+    assert foreign(losses[1]) != set()
+
+    # And so on, in the script itself.
+    (tmp_path / "spoken.txt").write_text(spoken(600))
+    arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 1, "--length", 5, "--log-every", 1]
+    for model in ("ours", "torch"):
+        assert call(*arguments, "--model", model, "--run-dir", model)[0] == 0
+    curves = [scalars(tmp_path / model)["loss/train"] for model in ("ours", "torch")]
+    assert len(curves[0]) > 5
+    for one, other in zip(*curves, strict=True):
+        assert one == (other[0], pytest.approx(other[1], rel=1e-3))
+
+
+def test_a_torch_without_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.13: the same from two functions."""
+    settings = Settings.model_validate({**SHAPE, "model": "torch", "dropout": 0})
+    model = script.build(settings, torch.zeros(0, 2, dtype=torch.int64))
+    tokens = torch.randint(256, (2, 17))
+    expected = model(tokens)
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    torch.testing.assert_close(model(tokens), expected)
+
+
+def test_settings_from_a_file(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "spoken.txt").write_text(spoken(600))
+    arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 1, "--length", 5, "--seed", 3]
+    assert call(*arguments, "--run-dir", "one")[0] == 0
+    assert call("--settings", "one/settings.json", "--run-dir", "two")[0] == 0
+    assert scalars(tmp_path / "one") == scalars(tmp_path / "two")
+    found = json.loads((tmp_path / "two" / "settings.json").read_text())["settings"]
+    assert {name: found[name] for name in SHAPE} == SHAPE
+
+
+def test_help_explains_every_option(call: Call) -> None:
+    status, output, _ = call("--help")
+    assert status == 0
+    assert "Learn to write like a text" in output
+    options, defaults = output.count("\n  --"), output.count("(default:")
+    assert options == defaults > 20
+
+
+@pytest.mark.parametrize(
+    ("line", "content", "arguments"),
+    [
+        ("book cannot be read: No such file or directory", None, []),
+        ("book has too little text, or in too few files: 0 bytes, 2000 needed", b"", []),
+        ("book has too little text, or in too few files: 1999 bytes, 2000 needed", b"a" * 1999, []),
+        ("book is not text in UTF-8: 'utf-8' codec can't decode byte 0xff", b"a" * 3000 + b"\xff", []),
+        ("book has too little text, or in too few files: 0 bytes, 2000 needed", {}, []),
+        ("book has too little text, or in too few files: 5002 bytes", {"one": b"a" * 5000}, []),
+        ("book/two is not text in UTF-8", {"one": b"a" * 5000, "two": b"\xfe"}, []),
+        (r"the validation part has \d+ tokens, less than the --context of 256", spoken(1000).encode(), []),
+        ("--vocabulary 255: the bytes alone are 256", None, ["--vocabulary", 255]),
+        ("--width 128 cannot be shared in pairs among --heads 3", None, ["--heads", 3]),
+        ("--dropout: Input should be less than 1", None, ["--dropout", 1]),
+        ("--temperature: Input should be greater than 0", None, ["--temperature", 0]),
+        ("--generate needs --run-dir", None, ["--generate", "The"]),
+        ("none/best.pt: there is no checkpoint", None, ["--generate", "The", "--run-dir", "none"]),
+        ("unrecognized arguments: --widht", None, ["--widht", 3]),
+    ],
+)
+def test_wrong_input_gives_one_line(
+    line: str, content: bytes | dict[str, bytes] | None, arguments: list[object], call: Call, tmp_path: Path
+) -> None:
+    """And status 2, and no file."""
+    if isinstance(content, bytes):
+        (tmp_path / "book").write_bytes(content)
+    elif content is not None:
+        (tmp_path / "book").mkdir()
+        for name, part in content.items():
+            (tmp_path / "book" / name).write_bytes(part)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    status, output, error = call("--data", "book", *arguments)
+    assert (status, output) == (2, "")
+    assert re.match(f"error: {line}", error)
+    assert error.count("\n") == 1
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_what_cannot_write(call: Call, tmp_path: Path) -> None:
+    """A damaged checkpoint, and one of something else."""
+    (tmp_path / "spoken.txt").write_text(spoken(600))
+    assert call("--data", "spoken.txt", *SMALL, "--epochs", 1, "--length", 5, "--run-dir", "mine")[0] == 0
+    path = tmp_path / "mine" / "best.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    status, output, error = call("--generate", "mu", "--run-dir", "mine")
+    assert (status, output, error.count("\n")) == (2, "", 1)
+    assert error.startswith("error: mine/best.pt is not a whole checkpoint")
+
+    path.write_bytes(whole)
+    saved = load(path)
+    del saved["model"]["merges"]
+    save(path, saved)
+    status, output, error = call("--generate", "mu", "--run-dir", "mine")
+    assert (status, output, error) == (2, "", "error: mine/best.pt is of a network that does not write\n")
+
+
+# The text
+
+
+def test_the_documentation_of_python(
+    text: Text, documents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are over a million bytes of it, it is English, and no document is in two parts."""
+    monkeypatch.setattr(script, "documentation", lambda: documents)
+    assert script.read_text(None) == text
+    size = sum(map(len, text))
+    assert size > 1_500_000
+    assert [round(len(part) / size, 2) for part in text] == [
+        pytest.approx(0.85, abs=0.03),
+        pytest.approx(0.05, abs=0.03),
+        pytest.approx(0.1, abs=0.03),
+    ]
+    the = len(re.findall(rb"\bthe\b", text.train)) / len(text.train.split())
+    assert 0.02 < the < 0.1
+    assert "json/__init__.py" in documents
+    assert b"JSON" in documents["json/__init__.py"]
+    assert "help('yield')" in documents
+    seen: set[bytes] = set()
+    for name, document in documents.items():
+        assert sum(document + b"\n\n" in part for part in text) == 1, name
+        paragraphs = set(document.split(b"\n\n"))
+        assert seen.isdisjoint(paragraphs), name
+        seen |= paragraphs
+    for module in (json, random):
+        assert module.__file__
+        docstrings = list(script._docstrings(Path(module.__file__)))
+        assert (module.__doc__ or "").split("\n")[0] in docstrings[0]
+        for docstring in docstrings:
+            assert seen.issuperset(docstring.encode().split(b"\n\n"))
+
+
+def test_documents_are_not_torn() -> None:
+    """Each is in one part as a whole, and where it goes depends on its name and no order."""
+    documents = {f"name {i}": f"<{i}>".encode() * 20 for i in range(200)}
+    parts = script.split(documents)
+    places = {name: [document in part for part in parts] for name, document in documents.items()}
+    assert all(sum(found) == 1 for found in places.values())
+    assert parts == script.split(dict(reversed(documents.items())))
+    counts = [sum(found[i] for found in places.values()) for i in range(3)]
+    assert counts == [pytest.approx(170, abs=3), pytest.approx(10, abs=3), pytest.approx(20, abs=3)]
+
+
+def test_a_folder_and_a_file(tmp_path: Path) -> None:
+    """Hidden files are none of the text; a file is cut by place, and nothing of it is lost."""
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "index").write_bytes(b"\xff")
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"{i}: {spoken(40, i)}")
+    found = script.read_text(tmp_path)
+    assert b"".join(found).count(b": ") == 30
+    (tmp_path / "one").write_text(spoken(1000) + "äöü")
+    assert b"".join(script.read_text(tmp_path / "one")).decode() == spoken(1000) + "äöü"
+
+
+def test_what_the_compressors_add() -> None:
+    """Of what was there already, hardly anything; of noise, all of it."""
+    noise = random.Random(0).randbytes(30_000)
+    seen = script.compressors(Text(noise, b"", noise[:10_000]))
+    unseen = script.compressors(Text(noise[:20_000], b"", noise[20_000:]))
+    assert seen["xz"] < 0.5
+    assert unseen["xz"] == pytest.approx(8, abs=0.1)
+    assert unseen["bzip2"] == pytest.approx(8, abs=0.2)
+
+
+# The vocabulary
+
+
+def slowly_learned(text: bytes, size: int) -> list[tuple[int, int]]:
+    """Byte-pair encoding by the book: count all pairs, join the most frequent one, and again."""
+    words = [list(word) for word in WORDS.findall(text)]
+    merges: list[tuple[int, int]] = []
+    while 256 + len(merges) < size:
+        counts = Counter(pair for word in words for pair in pairwise(word))
+        best = min(counts, key=lambda pair: (-counts[pair], pair), default=(0, 0))
+        if counts[best] < 2:
+            break
+        words = [script._joined(word, best, 256 + len(merges)) for word in words]
+        merges.append(best)
+    return merges
+
+
+@pytest.mark.parametrize("source", ["spoken", "documentation"])
+def test_the_vocabulary_is_the_one_of_the_slow_way(source: str, text: Text) -> None:
+    sample = spoken(300).encode() if source == "spoken" else text.train[:6000]
+    vocabulary = Vocabulary.learn(sample, 320)
+    assert [tuple(pair) for pair in vocabulary.merges.tolist()] == slowly_learned(sample, 320)
+    # In the order of the merges, so that a text is encoded as it was when they were learned.
+    words = [list(word) for word in WORDS.findall(sample)]
+    for i, pair in enumerate(slowly_learned(sample, 320)):
+        words = [script._joined(word, pair, 256 + i) for word in words]
+    assert vocabulary.encode(sample) == [token for word in words for token in word]
+
+
+def test_every_text_comes_back(text: Text) -> None:
+    """Also what was not learned on, in any alphabet, and bytes that are no text."""
+    vocabulary = Vocabulary.learn(text.train[:50_000], 600)
+    assert len(vocabulary.bytes) == 600
+    odd = "naïve — 日本語 🙂\r\n\t  x\n\n  y_z 12 \x00"
+    assert vocabulary.decode(vocabulary.encode(odd.encode())) == odd
+    noise = random.Random(0).randbytes(5000)
+    assert b"".join(vocabulary.bytes[token] for token in vocabulary.encode(noise)) == noise
+    assert len(vocabulary.encode(text.test)) < 0.55 * len(text.test)
+    assert vocabulary.decode(vocabulary.encode(text.test)).encode() == text.test
+    bare = Vocabulary.learn(text.train[:1000], 256)
+    assert bare.encode(b"the") == list(b"the")
+    assert len(Vocabulary.learn(b"ab", 300).merges) == 0  # nothing comes twice
+
+
+# The network and its figures
+
+
+def test_a_token_sees_what_is_before_it() -> None:
+    """And nothing after; the scores of the next one are those that its cost comes from."""
+    merges = torch.zeros(0, 2, dtype=torch.int64)
+    model = script.build(Settings.model_validate({**SHAPE, "dropout": 0}), merges).double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that everything has a say
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    tokens = torch.randint(256, (2, 17))
+    costs = model(tokens).view(2, 16)
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 256
+    again = model(changed).view(2, 16)
+    torch.testing.assert_close(costs[:, :8], again[:, :8], rtol=0, atol=1e-12)
+    assert (costs[:, 8:] != again[:, 8:]).all()
+    scores = model(tokens[:, :-1], scores=True)
+    expected = F.cross_entropy(scores, tokens[:, -1], reduction="none")
+    torch.testing.assert_close(costs[:, -1], expected)
+
+
+def test_places_are_told_by_their_distance() -> None:
+    """Products of turned vectors are those of the same vectors elsewhere; the turn keeps lengths."""
+    query, key = torch.randn(2, 8, dtype=torch.float64)
+    turned = [script.turned(x.expand(20, 8)) for x in (query, key)]
+    products = turned[0] @ turned[1].T
+    for distance in range(1, 19):
+        diagonal = products.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)
+    assert products[:, 0].unique().numel() == 20
+    torch.testing.assert_close(turned[0].norm(dim=-1), query.norm().expand(20))
+
+
+class Counting(nn.Module):
+    """A network for which each token costs its number, and which knows what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.seen.append(tokens.shape[1] - 1)
+        return tokens[:, 1:].flatten().float()
+
+
+@pytest.mark.parametrize("length", [3, 8, 9, 16, 17, 50, 401])
+def test_every_token_held_out_counts_once(length: int) -> None:
+    """Whatever the windows, and in bits per byte of the text, not per token."""
+    text = bytes(random.Random(0).choices(b"abc", k=length))
+    vocabulary = Vocabulary(torch.tensor([[97, 98], [99, 99]]))
+    tokens = vocabulary.encode(text)
+    model = Counting()
+    found = script.score(model, Windows(text, vocabulary, 8), torch.device("cpu"))
+    assert found == pytest.approx(sum(tokens) / math.log(2) / length)
+    assert max(model.seen) <= 8
+    shown = script.bits_per_byte(torch.tensor([1.0, 2.0]), torch.tensor([4, 2]))
+    assert shown.item() == pytest.approx(3 / math.log(2) / 6)
+
+
+def test_an_epoch_shows_nearly_all_of_the_text_once() -> None:
+    """Each epoch in windows cut elsewhere, none of which overlap."""
+    windows = Windows(bytes(range(32, 127)) * 4, Vocabulary(torch.zeros(0, 2, dtype=torch.int64)), 16)
+    order = script.Shuffled(windows)
+    epochs = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        starts = list(order)
+        assert len(starts) == len(order) == len(windows.starts()) - 1
+        assert [b - a for a, b in pairwise(sorted(starts))] == [16] * (len(starts) - 1)
+        assert starts != sorted(starts)
+        assert 0 <= min(starts) < 16
+        for start in starts:
+            tokens, lengths = windows[start]
+            assert (len(tokens), len(lengths)) == (17, 16)
+        epochs.append(min(starts))
+    assert len(set(epochs)) > 1
+    whole = [windows[start][0][1:] for start in windows.starts()]
+    assert torch.cat(whole).tolist() == windows.tokens[1 : 1 + 16 * len(whole)].tolist()
+
+
+def test_a_text_of_one_window_is_enough() -> None:
+    windows = Windows(b"a" * 16, Vocabulary(torch.zeros(0, 2, dtype=torch.int64)), 16)
+    assert list(script.Shuffled(windows)) == list(windows.starts()) == [0]
+    with pytest.raises(DataError):
+        script.read_text(Path("nowhere"))
+    assert isinstance(script.build(Settings.model_validate(SHAPE), torch.zeros(0, 2, dtype=torch.int64)), GPT)
