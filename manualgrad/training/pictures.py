@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-_BLACK, _BLUE, _RED = (32, 33, 36), (26, 115, 232), (217, 48, 37)
+_BLACK, _GREY, _BLUE, _RED = (32, 33, 36), (95, 99, 104), (26, 115, 232), (217, 48, 37)
 _SIZE, _MARGIN = 26, 16
 
 
@@ -34,8 +34,8 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Image.Image:
     picture = Image.new("RGB", (left + side + _MARGIN, top + side + _MARGIN), "white")
     draw = ImageDraw.Draw(picture)
 
-    draw.text((left + side / 2, _MARGIN), "predicted", _BLUE, font, "mt")
-    picture.paste(_upright("true", _BLUE, font, side), (_MARGIN, top))
+    draw.text((left + side / 2, _MARGIN), "predicted", _GREY, font, "mt")
+    picture.paste(_upright("true", _GREY, font, side), (_MARGIN, top))
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         middle = round((number + 0.5) * cell)
         draw.text((left - 10, top + middle), name, _BLACK, font, "rm")
@@ -67,11 +67,11 @@ def grid(images: Tensor, captions: Sequence[str]) -> Image.Image:
     font = ImageFont.load_default(_SIZE)
     words = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     boxes = [words.multiline_textbbox((0, 0), caption, font) for caption in captions]
+    widest, highest = (max((math.ceil(box[end]) for box in boxes), default=0) for end in (2, 3))
     height, width = images.shape[1:3]
-    scale = max(1, 140 // max(height, width, 1))
-    across = max([width * scale, *(math.ceil(box[2]) for box in boxes)]) + _MARGIN
-    down = height * scale + max((math.ceil(box[3]) for box in boxes), default=0) + 6 + _MARGIN
-    columns = max(1, math.ceil(math.sqrt(len(images) * down / across)))
+    scale = max(1, max(140, widest) // max(height, width, 1))
+    across, down = max(width * scale, widest) + _MARGIN, height * scale + highest + 6 + _MARGIN
+    columns = max(1, round(math.sqrt(len(images) * down / across)))
     lines = max(1, math.ceil(len(images) / columns))
     picture = Image.new("RGB", (_MARGIN + columns * across, _MARGIN + lines * down), "white")
     draw = ImageDraw.Draw(picture)
