@@ -180,6 +180,8 @@ def test_every_gradient_is_ours(tmp_path: Path) -> None:
     pictures = train_images.read_pictures(write(tmp_path / "bars"))
     images, labels = next(iter(train_images.loader(pictures, "train", 8, augmented=train_images.Settings())))
     assert images.shape == (8, 1, 9, 12)
+    hidden = train_images.build(train_images.Settings(), pictures).get_submodule("conv1")(images)
+    assert hidden.is_contiguous(memory_format=torch.channels_last)
     for settings in (train_images.Settings(width=4), train_images.Settings(width=4, model="torch")):
         loss = settings.layers.CrossEntropyLoss()(train_images.build(settings, pictures)(images), labels)
         assert bool(foreign(loss)) == (settings.model == "torch")
@@ -431,34 +433,33 @@ def test_a_run_is_repeated_from_its_settings(call: Call, tmp_path: Path) -> None
     assert scalars(tmp_path / "first") == scalars(tmp_path / "second")
 
 
-def test_several_processes_and_help(tmp_path: Path) -> None:
-    """As real processes: started by torchrun the first alone speaks; and every option is explained."""
-    write(tmp_path / "bars")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [
-        sys.executable,
-        *torchrun,
-        str(SCRIPT),
-        "--data",
-        "bars",
-        *SMALL,
-        "--epochs",
-        "2",
-        "--run-dir",
-        "run",
-    ]
+def process(folder: Path, *arguments: object, **environment: str) -> str:
+    """Run python in a process of its own in `folder`; it must succeed: to its output."""
     done = subprocess.run(
-        command, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONWARNINGS": ""}, capture_output=True, text=True
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert list(figures(done.stdout)) == ["accuracy", "loss"]
-    assert done.stdout.count("accuracy:") == 1
-    assert "confusion_matrix/test" in events(tmp_path / "run").Tags()["images"]
+    return done.stdout
 
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--help"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: train_images.py")
-    options, defaults = done.stdout.count("\n  --"), done.stdout.count("(default:")
+
+def test_several_processes(tmp_path: Path) -> None:
+    """Started by torchrun, each with a part of the model, the first alone speaks and shows."""
+    write(tmp_path / "bars")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, SCRIPT]
+    arguments = ["--data", "bars", *SMALL, "--epochs", 2, "--parallel", "fsdp", "--run-dir", "run"]
+    output = process(tmp_path, *torchrun, *arguments, PYTHONWARNINGS="")
+    assert list(figures(output)) == ["accuracy", "loss"]
+    assert output.count("accuracy:") == 1
+    assert {"confusion_matrix/test", "first_layer_filters"} <= set(events(tmp_path / "run").Tags()["images"])
+
+
+def test_help_explains_every_option(tmp_path: Path) -> None:
+    output = process(tmp_path, SCRIPT, "--help")
+    assert output.startswith("usage: train_images.py")
+    assert "Learn to tell pictures apart" in output
+    options, defaults = output.count("\n  --"), output.count("(default:")
     assert options == defaults > 20  # every option has an explanation, which ends with the default
