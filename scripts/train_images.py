@@ -15,12 +15,12 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Self
+from typing import Annotated, ClassVar, NamedTuple, Self
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
@@ -44,12 +44,14 @@ class Settings(TaskSettings):
 
     data: Path | None = None
     """A folder of idx files as of MNIST, .gz or not; where it holds several sets, FOLDER/START-OF-THEIR-NAMES."""
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """Pictures per batch; batch norm needs two."""
     width: PositiveInt = 32
     """Channels of the first convolution; each of the two others doubles them."""
     shift: NonNegativeInt = 2
     """Move each training picture at random by up to so many pixels."""
     flip: bool | None = None
-    """Mirror every second training picture; by default only clothes (where the path says fashion)."""
+    """Mirror half of the training pictures; by default only clothes (in a folder whose name says fashion)."""
     epochs: PositiveInt = 10
     """How many times to go through the training data."""
     task: ClassVar[str] = "images"
@@ -76,7 +78,7 @@ class Pictures(NamedTuple):
     """A set of pictures in three parts."""
 
     splits: dict[str, Split]
-    """ "train" and "validation" (a tenth) of the training files, and "test"."""
+    """By name: "train", "validation" (a tenth of the training files) and "test"."""
     names: list[str]
     """Of the classes."""
     mean: float
@@ -98,8 +100,7 @@ def read_pictures(data: Path) -> Pictures:
         DataError: for files that are missing, broken or do not fit together.
     """
     files = _find(data)
-    whole = {split: _read_split(files[split, "images"], files[split, "labels"]) for split in ("train", "test")}
-    train, test = whole["train"], whole["test"]
+    train, test = (_read_split(files[split, "images"], files[split, "labels"]) for split in ("train", "test"))
     rows, (height, width) = len(train.labels), train.images.shape[1:]
     if rows < FEWEST_IMAGES:
         raise DataError(f"{data} has too few images to train on: {rows}, where {FEWEST_IMAGES} are needed")
@@ -138,8 +139,8 @@ def read_pictures(data: Path) -> Pictures:
 
 
 def _of_clothes(data: Path) -> bool:
-    """Whether this is Fashion-MNIST, whose files are named as those of MNIST."""
-    return "fashion" in str(data.resolve()).lower()
+    """Whether the folder, or the one above it, is of Fashion-MNIST, whose files are named as those of MNIST."""
+    return any("fashion" in part.lower() for part in data.resolve().parts[-2:])
 
 
 _FILE = re.compile(r"(.*?)(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?")
@@ -163,13 +164,10 @@ def _find(data: Path) -> dict[tuple[str, str], Path]:
     if len(sets) > 1:
         which = ", ".join(str(folder / name.rstrip("-")) for name in sets)
         raise DataError(f"{data} has several sets of idx files: choose one of {which}")
-    ((name, files),) = sets.items()
-    for split in ("train", "test"):
-        for what in ("images", "labels"):
-            if (split, what) not in files:
-                raise DataError(
-                    f"{data} has no {what} to {split} with: the file of {name}{split}-{what} is missing"
-                )
+    (files,) = sets.values()
+    for split, what in product(("train", "test"), ("images", "labels")):
+        if (split, what) not in files:
+            raise DataError(f"{data} has no file of {split} {what}")
     return files
 
 
@@ -258,7 +256,8 @@ def loader(
 
     rows = TensorDataset(*pictures.splits[split])
     order = SequentialSampler(rows) if augmented is None else RandomSampler(rows)
-    batches = BatchSampler(order, batch_size, drop_last=False)
+    alone = augmented is not None and len(rows) % batch_size == 1  # one picture, which batch norm cannot take
+    batches = BatchSampler(order, batch_size, drop_last=alone)
     return DataLoader(rows, batch_size=None, sampler=batches, collate_fn=prepared)
 
 
@@ -361,10 +360,8 @@ def train(settings: Settings) -> None:
     wrong = confusions(scores["test"], pictures.splits["test"].labels).fill_diagonal_(0)
     true, predicted = divmod(int(wrong.argmax()), len(pictures.names))
     if wrong.any():
-        names = f"{pictures.names[true]} for {pictures.names[predicted]}"
-        print(
-            f"the most common mistake on the test images: {names}, {int(wrong.max())} times of {int(wrong.sum())}"
-        )
+        names = f"{pictures.names[true]} taken for {pictures.names[predicted]}"
+        print(f"most common mistake on the test images: {names}, {int(wrong.max())} of {int(wrong.sum())}")
     print(f"best epoch {result.best_epoch} of {result.epochs}, {time.perf_counter() - start:.0f} s in all")
     print(f"curves: tensorboard --logdir {settings.run_dir.parent if settings.run_dir else 'runs'}")
 
