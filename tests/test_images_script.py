@@ -1,0 +1,481 @@
+"""scripts/train_images.py, run as a user runs it: a process, its output, and the files it leaves."""
+
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import train_images
+from graph import foreign
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from manualgrad.training.checkpoint import all_in, load
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "train_images.py"
+# Two threads on images this small only wait for each other, and for the other tests.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+torch.set_num_threads(1)
+SMALL = ["--width", "4", "--batch-size", "32", "--log-every", "5", "--learning-rate", "0.02"]
+
+Call = Callable[..., tuple[int, str, str]]
+NAMES = {
+    (split, what): f"{split}-{what}-idx{axes}-ubyte"
+    for split in ("train", "t10k")
+    for what, axes in (("images", 3), ("labels", 1))
+}
+
+
+@pytest.fixture
+def call(call_script: Callable[..., tuple[int, str, str]]) -> Call:
+    return partial(call_script, SCRIPT)
+
+
+def idx(array: np.ndarray) -> bytes:
+    """As the format is described beside MNIST: the magic number, the sizes, the bytes."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes()
+
+
+def bars(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images of 9 x 12 pixels with a bar that lies (0), stands (1), or is not there (2), and noise."""
+    generator = np.random.default_rng(seed)
+    images, labels = generator.integers(0, 100, (count, 9, 12)), np.arange(count) % 3
+    for image, label in zip(images, labels, strict=True):
+        place = generator.integers(2, 7)
+        if label == 0:
+            image[place] = 250
+        elif label == 1:
+            image[:, place] = 250
+    return images, labels
+
+
+def write(folder: Path, changed: Mapping[str, bytes | None] | None = None) -> Path:
+    """A set of 300 and 60 images; some files may have another content, or not be there."""
+    folder.mkdir()
+    contents: dict[str, bytes | None] = {}
+    for seed, (split, count) in enumerate({"train": 300, "t10k": 60}.items()):
+        for what, array in zip(("images", "labels"), bars(count, seed), strict=True):
+            contents[NAMES[split, what]] = idx(array)
+    for name, content in {**contents, **(changed or {})}.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+    return folder
+
+
+def figures(output: str) -> dict[str, list[float]]:
+    """The train, validation and test figures."""
+    lines = re.findall(
+        r"^(accuracy|loss): train (\S+?)%?, validation (\S+?)%?, test (\S+?)%?$", output, re.MULTILINE
+    )
+    return {name: [float(value) for value in values] for name, *values in lines}
+
+
+def events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves in a run folder, but for the times."""
+    found = events(folder)
+    tags = [tag for tag in found.Tags()["scalars"] if not tag.startswith("speed/")]
+    return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
+
+
+@pytest.mark.parametrize("model", ["ours", "torch"])
+def test_any_set(model: str, call: Call, tmp_path: Path) -> None:
+    """It learns, and says how well in figures that its own curves confirm."""
+    write(tmp_path / "bars")
+    status, output, error = call("--data", "bars", *SMALL, "--epochs", 5, "--model", model)
+    assert (status, error) == (0, "")
+    shown = figures(output)
+    assert min(shown["accuracy"]) > 90
+    assert "curves: tensorboard --logdir runs\n" in output
+
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(rf"images-{model}-seed0-\d{{8}}-\d{{6}}", folder.name)
+    curves = scalars(folder)
+    # 270 images for training make 9 batches.
+    assert [step for step, _ in curves["loss/validation_epoch"]] == [9, 18, 27, 36, 45]
+    assert curves["summary/test_accuracy"] == [(46, pytest.approx(shown["accuracy"][2] / 100, abs=1e-4))]
+    assert curves["summary/test_loss"] == [(46, pytest.approx(shown["loss"][2], abs=1e-4))]
+    assert shown["loss"][1] == pytest.approx(min(value for _, value in curves["loss/validation_epoch"]), abs=1e-4)
+    best = load(folder / "best.pt")["progress"]["best_epoch"] - 1
+    assert shown["accuracy"][1] == pytest.approx(100 * curves["accuracy/validation_epoch"][best][1], abs=1e-2)
+
+
+def test_every_page_is_there(call: Call, tmp_path: Path) -> None:
+    """After each epoch of the validation images, at the end of the test images."""
+    write(tmp_path / "bars")
+    assert call("--data", "bars", *SMALL, "--epochs", 2, "--histogram-every", 1, "--run-dir", "run")[0] == 0
+    found = events(tmp_path / "run")
+    steps = {tag: [image.step for image in found.Images(tag)] for tag in found.Tags()["images"]}
+    validation = {
+        "confusion_matrix/validation",
+        "worst_mistakes/validation",
+        "first_layer_filters",
+        "gradient_flow",
+    }
+    assert steps == {tag: [9, 18] for tag in validation} | {
+        "confusion_matrix/test": [19],
+        "worst_mistakes/test": [19],
+        "saved_bytes": [1],
+    }
+    curves = {
+        tag: [point.step for point in found.Tensors(tag)] for tag in found.Tags()["tensors"] if "recall" in tag
+    }
+    assert curves == {f"precision_recall_validation/{name}": [9, 18] for name in "012"} | {
+        f"precision_recall_test/{name}": [19] for name in "012"
+    }
+    texts = {"settings/text_summary", "summary/text_summary", "saved_bytes/text_summary"}
+    assert texts <= set(found.Tags()["tensors"])
+
+
+def test_the_mistakes_that_are_shown_are_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of how little the truth was trusted; and the matrix counts them all."""
+    seen: list[Any] = []
+    monkeypatch.setattr(train_images, "grid", lambda images, captions: seen.append((images, captions)))
+    monkeypatch.setattr(train_images, "confusion_matrix", lambda counts, names: seen.append((counts, names)))
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1).expand(4, 2, 2)
+    labels = torch.tensor([0, 1, 1, 0])
+    scores = torch.tensor([[5.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.5]])
+    pictures = train_images.Pictures({"test": train_images.Split(images, labels)}, ["cat", "dog"], 0.0, 1.0)
+    with train_images.TrainingLog(None, 1) as log:
+        train_images.show_mistakes(log, 1, scores, pictures, "test")
+    (counts, names), (worst, captions) = seen
+    assert counts.tolist() == [[1, 1], [2, 0]]
+    assert names == ["cat", "dog"]
+    assert worst[:, 0, 0].tolist() == [2, 3, 1]
+    assert captions == [
+        "true: dog\npredicted: cat\nat 88.1%",
+        "true: cat\npredicted: dog\nat 81.8%",
+        "true: dog\npredicted: cat\nat 73.1%",
+    ]
+
+
+def test_ours_and_torch_s_make_the_same_curves(call: Call, tmp_path: Path) -> None:
+    write(tmp_path / "bars")
+    for model in ("ours", "torch"):
+        arguments = [*SMALL, "--epochs", 2, "--log-every", 1, "--learning-rate", 1e-3, "--model", model]
+        assert call("--data", "bars", *arguments, "--run-dir", model)[0] == 0
+    ours, torch_s = scalars(tmp_path / "ours"), scalars(tmp_path / "torch")
+    assert ours.keys() == torch_s.keys()
+    assert ours["loss/train"][0] == torch_s["loss/train"][0]  # from the same weights, on the same images
+    for tag in ("loss/train", "optimizer/gradient_norm", "loss/validation_epoch"):
+        steps, values = zip(*ours[tag], strict=True)
+        assert steps == tuple(step for step, _ in torch_s[tag])
+        assert values == pytest.approx([value for _, value in torch_s[tag]], rel=1e-3)
+
+
+def test_every_gradient_is_ours(tmp_path: Path) -> None:
+    pictures = train_images.read_pictures(write(tmp_path / "bars"))
+    images, labels = next(iter(train_images.loader(pictures, "train", 8, augmented=train_images.Settings())))
+    assert images.shape == (8, 1, 9, 12)
+    hidden = train_images.build(train_images.Settings(), pictures).get_submodule("conv1")(images)
+    assert hidden.is_contiguous(memory_format=torch.channels_last)
+    for settings in (train_images.Settings(width=4), train_images.Settings(width=4, model="torch")):
+        loss = settings.layers.CrossEntropyLoss()(train_images.build(settings, pictures)(images), labels)
+        assert bool(foreign(loss)) == (settings.model == "torch")
+
+
+def test_clothes_come_along(call: Call) -> None:
+    """One epoch of a narrow network is enough to see that they can be told apart."""
+    status, output, error = call("--epochs", 1, "--width", 8, "--batch-size", 64, "--learning-rate", 0.01)
+    assert (status, error) == (0, "")
+    assert figures(output)["accuracy"][2] > 60
+    assert re.search(r"most common mistake on the test images: [A-Z].* taken for [A-Z].*, \d+ of \d+\n", output)
+    pictures = train_images.read_pictures(train_images.CLOTHES)
+    assert pictures.names[0] == "T-shirt/top"
+    assert pictures.names[9] == "Ankle boot"
+    whole = torch.cat([pictures.splits[split].labels for split in ("train", "validation")])
+    assert whole.bincount().tolist() == [600] * 10
+    assert pictures.splits["test"].labels.bincount().tolist() == [100] * 10
+    inputs = pictures.inputs(pictures.splits["train"].images)
+    assert inputs.mean().item() == pytest.approx(0, abs=1e-3)
+    assert inputs.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_only_clothes_are_mirrored(tmp_path: Path) -> None:
+    """Unless that is asked for."""
+    assert train_images.Settings().resolved().flip is True
+    assert train_images.Settings(data=tmp_path / "Fashion-MNIST" / "raw").resolved().flip is True
+    assert train_images.Settings(data=tmp_path / "mnist").resolved().flip is False
+    assert train_images.Settings(data=tmp_path / "fashion" / "data" / "mnist").resolved().flip is False
+    assert train_images.Settings(data=tmp_path / "mnist", flip=True).resolved().flip is True
+    assert train_images.Settings(flip=False).resolved().flip is False
+
+
+def test_moved_images() -> None:
+    """Each is the old one up to two pixels away, zeros coming in, and with `flip` about half are mirrored."""
+    torch.manual_seed(0)
+    images = torch.randint(1, 256, (500, 5, 6), dtype=torch.uint8)
+    seen = set()
+    for image, moved in zip(images, train_images.moved(images, 2, True), strict=True):
+        padded = torch.nn.functional.pad(image, [2] * 4)
+        places = {
+            (down, across, mirrored): part.flip(1) if mirrored else part
+            for down in range(5)
+            for across in range(5)
+            for part in [padded[down : down + 5, across : across + 6]]
+            for mirrored in (False, True)
+        }
+        (place,) = [place for place, part in places.items() if torch.equal(part, moved)]
+        seen.add(place)
+    assert len(seen) == 50
+    assert torch.equal(train_images.moved(images, 0, False), images)
+
+
+def test_each_epoch_moves_the_images_anew_and_validation_never(tmp_path: Path) -> None:
+    pictures = train_images.read_pictures(write(tmp_path / "bars"))
+    settings = train_images.Settings()
+    training = train_images.loader(pictures, "train", 270, augmented=settings)
+    (once,), (again,) = list(training), list(training)
+    assert (
+        sorted(once[1].tolist()) == sorted(again[1].tolist()) == sorted(pictures.splits["train"].labels.tolist())
+    )
+    assert once[0].sum() != again[0].sum()
+    ((images, labels),) = train_images.loader(pictures, "validation", 1000)
+    assert torch.equal(images, pictures.inputs(pictures.splits["validation"].images))
+    assert torch.equal(labels, pictures.splits["validation"].labels)
+
+
+def test_a_last_picture_alone_is_left_out_of_an_epoch(call: Call, tmp_path: Path) -> None:
+    """Of 8 x 8 pixels the last batch norm has one value a channel; validation takes all."""
+    images, labels = bars(300, 0)
+    images = images[:, :8, :8]
+    files = {"train": (images, labels), "t10k": (images[:61], labels[:61])}
+    contents = {
+        NAMES[split, what]: idx(array)
+        for split, arrays in files.items()
+        for what, array in zip(("images", "labels"), arrays, strict=True)
+    }
+    write(tmp_path / "small", contents)
+    status, output, error = call("--data", "small", "--width", 4, "--batch-size", 269, "--epochs", 1)
+    assert (status, error) == (0, "")
+    assert list(figures(output)) == ["accuracy", "loss"]
+
+
+def test_training_and_validation_are_apart(tmp_path: Path) -> None:
+    """And each image keeps its label."""
+    images, labels = np.zeros((250, 8, 8)) + np.arange(250)[:, None, None], np.arange(250) % 7
+    folder = write(
+        tmp_path / "numbers",
+        {
+            NAMES["train", "images"]: idx(images),
+            NAMES["train", "labels"]: idx(labels),
+            NAMES["t10k", "images"]: idx(images[:9]),
+            NAMES["t10k", "labels"]: idx(labels[:9]),
+        },
+    )
+    splits = train_images.read_pictures(folder).splits
+    found = {name: split.images[:, 0, 0].tolist() for name, split in splits.items()}
+    assert len(found["validation"]) == 25
+    assert sorted(found["train"] + found["validation"]) == list(range(250))
+    assert found["test"] == list(range(9))
+    for name, split in splits.items():
+        assert split.labels.tolist() == [image % 7 for image in found[name]]
+
+
+def test_emnist(call: Call, tmp_path: Path) -> None:
+    """Several sets in a folder, images stored by columns, letters that begin with 1, compressed files."""
+    for name in ("letters", "digits"):
+        for split, seed in (("train", 0), ("test", 1)):
+            images, labels = bars(60, seed)
+            files = {"images-idx3": images.transpose(0, 2, 1), "labels-idx1": labels + (name == "letters")}
+            for what, array in files.items():
+                (tmp_path / f"emnist-{name}-{split}-{what}-ubyte.gz").write_bytes(gzip.compress(idx(array)))
+    pictures = train_images.read_pictures(tmp_path / "emnist-letters")
+    assert pictures.names == ["1", "2", "3"]
+    images, labels = bars(60, 1)
+    assert torch.equal(pictures.splits["test"].images, torch.tensor(images, dtype=torch.uint8))
+    assert pictures.splits["test"].labels.tolist() == labels.tolist()
+    assert train_images.read_pictures(tmp_path / "emnist-digits").names == ["0", "1", "2"]
+    line = "error: . has several sets of idx files: choose one of emnist-digits, emnist-letters\n"
+    assert call("--data", ".") == (2, "", line)
+
+
+def test_names_with_a_dot_and_files_that_are_compressed_under_any_name(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bars")
+    expected = train_images.read_pictures(folder)
+    for path in list(folder.iterdir()):
+        path.with_name(path.name.replace("-idx", ".idx")).write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    found = train_images.read_pictures(folder)
+    for split in ("train", "validation", "test"):
+        assert torch.equal(found.splits[split].images, expected.splits[split].images)
+
+
+IMAGES, LABELS = NAMES["train", "images"], NAMES["train", "labels"]
+TEST_IMAGES, TEST_LABELS = NAMES["t10k", "images"], NAMES["t10k", "labels"]
+WHOLE = idx(bars(300, 0)[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "changed", "arguments"),
+    [
+        ("nowhere cannot be read: No such file or directory", {}, ["--data", "nowhere/bars"]),
+        ("bars/mnist has no idx files, such as train-images-idx3-ubyte.gz", {}, ["--data", "bars/mnist"]),
+        ("bars has no idx files", dict.fromkeys(NAMES.values()), []),
+        ("bars has no file of train labels", {LABELS: None}, []),
+        ("bars has no file of test images", {TEST_IMAGES: None}, []),
+        (f"bars/{IMAGES} is no idx file of bytes along 3 axes: it begins with nothing", {IMAGES: b""}, []),
+        (
+            f"bars/{IMAGES} is no idx file of bytes along 3 axes: it begins with 89 50 4e 47",
+            {IMAGES: b"\x89PNG"},
+            [],
+        ),
+        (
+            f"bars/{IMAGES} is no idx file of bytes along 3 axes: it begins with 00 00 08 01",
+            {IMAGES: idx(np.ones(300))},
+            [],
+        ),
+        (f"bars/{IMAGES} is no idx file of bytes along 3 axes", {IMAGES: WHOLE[:10]}, []),
+        (
+            f"bars/{IMAGES} should have 300 x 9 x 12 bytes after the header, but has 984",
+            {IMAGES: WHOLE[:1000]},
+            [],
+        ),
+        (
+            f"bars/{IMAGES} should have 300 x 9 x 12 bytes after the header, but has 32401",
+            {IMAGES: WHOLE + b"x"},
+            [],
+        ),
+        (f"bars/{IMAGES} is a broken gzip file: Compressed file ended", {IMAGES: gzip.compress(WHOLE)[:-100]}, []),
+        (
+            f"bars/{IMAGES} is a broken gzip file: CRC",
+            {IMAGES: gzip.compress(WHOLE, mtime=0)[:-8] + b"12345678"},
+            [],
+        ),
+        (f"bars/{IMAGES} is a broken gzip file: Error -3", {IMAGES: gzip.compress(b"")[:10] + b"\xff" * 50}, []),
+        (f"bars/{IMAGES} is a broken gzip file", {IMAGES: b"\x1f\x8b"}, []),
+        (f"bars/{IMAGES} has 300 images and bars/{LABELS} 299 labels", {LABELS: idx(np.arange(299) % 3)}, []),
+        (
+            f"bars/{TEST_IMAGES} has no images",
+            {TEST_IMAGES: idx(np.ones((0, 9, 12))), TEST_LABELS: idx(np.ones(0))},
+            [],
+        ),
+        (
+            "bars has too few images to train on: 19, where 20",
+            {IMAGES: idx(bars(19, 0)[0]), LABELS: idx(bars(19, 0)[1])},
+            [],
+        ),
+        ("bars has images of 9x7 pixels, where 8x8 are needed", {IMAGES: idx(np.ones((300, 9, 7)))}, []),
+        (
+            "bars has training images of 9x12 and the test images of 8x12 pix",
+            {TEST_IMAGES: idx(np.ones((60, 8, 12)))},
+            [],
+        ),
+        (
+            "bars has the label 1 on all training images: there is nothing to learn",
+            {LABELS: idx(np.ones(300))},
+            [],
+        ),
+        ("bars has the label 7 on a test image, and on no training image", {TEST_LABELS: idx(np.full(60, 7))}, []),
+        ("bars has the same value in all pixels of the training images", {IMAGES: idx(np.ones((300, 9, 12)))}, []),
+        ("--shift: Input should be greater than or equal to 0 (got -1)", {}, ["--shift", "-1"]),
+        ("--width: Input should be greater than 0 (got 0)", {}, ["--width", "0"]),
+        ("--batch-size: Input should be greater than or equal to 2 (got 1)", {}, ["--batch-size", "1"]),
+        ("--model: Input should be 'ours' or 'torch' (got theirs)", {}, ["--model", "theirs"]),
+        ("--settings: mine.json cannot be read: No such file or directory", {}, ["--settings", "mine.json"]),
+        ("unrecognized arguments: --mirror", {}, ["--mirror"]),
+    ],
+)
+def test_wrong_input_gives_one_line(
+    line: str, changed: dict[str, bytes | None], arguments: list[str], call: Call, tmp_path: Path
+) -> None:
+    """And status 2, and no file."""
+    write(tmp_path / "bars", changed)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    status, output, error = call("--data", "bars", *arguments)
+    assert (status, output) == (2, "")
+    assert error.startswith(f"error: {line}")
+    assert error.count("\n") == 1
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_file_that_may_not_be_read(call: Call, tmp_path: Path) -> None:
+    folder = write(tmp_path / "bars", {IMAGES: None})
+    (folder / IMAGES).mkdir()
+    assert call("--data", "bars") == (2, "", f"error: bars/{IMAGES} cannot be read: Is a directory\n")
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch(call: Call, tmp_path: Path) -> None:
+    """With the same images, moved as they would have been: the curves, the figures and the pages of one never
+    stopped. And a run is not overwritten, nor taken up as another."""
+    write(tmp_path / "bars")
+    arguments = ["--data", "bars", *SMALL, "--epochs", 3, "--log-every", 1, "--checkpoint-every", 4]
+    status, whole, _ = call(*arguments, "--keep-last", 99, "--run-dir", "whole")
+    assert status == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for path in all_in(tmp_path / "stopped"):
+        if int(path.stem.removeprefix("step-")) > 12:  # 9 updates make an epoch
+            path.unlink()
+    message = "error: stopped holds a run already: resume it or take another folder\n"
+    assert call(*arguments, "--run-dir", "stopped") == (2, "", message)
+    status, _, error = call(*arguments, "--run-dir", "stopped", "--resume", "--shift", 1)
+    assert (status, error.count("is of a different run: shift is 2 in the checkpoint and 1 here\n")) == (2, 1)
+
+    status, resumed, error = call(*arguments, "--run-dir", "stopped", "--resume")
+    assert (status, error) == (0, "")
+    assert figures(resumed) == figures(whole)
+    assert scalars(tmp_path / "stopped") == scalars(tmp_path / "whole")
+    ours, other = events(tmp_path / "stopped"), events(tmp_path / "whole")
+    for tag in ("confusion_matrix/validation", "worst_mistakes/validation", "first_layer_filters"):
+        once, again = (
+            {image.step: image.encoded_image_string for image in log.Images(tag)} for log in (ours, other)
+        )
+        assert once == again
+
+
+def test_a_run_is_repeated_from_its_settings(call: Call, tmp_path: Path) -> None:
+    write(tmp_path / "bars")
+    assert call("--data", "bars", *SMALL, "--epochs", 1, "--seed", 3, "--flip", "--run-dir", "first")[0] == 0
+    assert call("--settings", "first/settings.json", "--run-dir", "second")[0] == 0
+    first, second = (
+        json.loads((tmp_path / name / "settings.json").read_text())["settings"] for name in ("first", "second")
+    )
+    differing = {name for name in first if first[name] != second[name]}
+    assert differing == {"run_dir", "settings"}
+    assert (second["flip"], second["width"]) == (True, 4)
+    assert scalars(tmp_path / "first") == scalars(tmp_path / "second")
+
+
+def process(folder: Path, *arguments: object, **environment: str) -> str:
+    """Run python in a process of its own in `folder`; it must succeed: to its output."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_several_processes(tmp_path: Path) -> None:
+    """Started by torchrun, each with a part of the model, the first alone speaks and shows."""
+    write(tmp_path / "bars")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, SCRIPT]
+    arguments = ["--data", "bars", *SMALL, "--epochs", 2, "--parallel", "fsdp", "--run-dir", "run"]
+    output = process(tmp_path, *torchrun, *arguments, PYTHONWARNINGS="")
+    assert list(figures(output)) == ["accuracy", "loss"]
+    assert output.count("accuracy:") == 1
+    assert {"confusion_matrix/test", "first_layer_filters"} <= set(events(tmp_path / "run").Tags()["images"])
+
+
+def test_help_explains_every_option(tmp_path: Path) -> None:
+    output = process(tmp_path, SCRIPT, "--help")
+    assert output.startswith("usage: train_images.py")
+    assert "Learn to tell pictures apart" in output
+    options, defaults = output.count("\n  --"), output.count("(default:")
+    assert options == defaults > 20  # every option has an explanation, which ends with the default
