@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import graph
+import numpy as np
 import pytest
 import torch
 import train_speech as speech
@@ -78,7 +79,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 @pytest.mark.parametrize("model", ["ours", "torch"])
 def test_words_are_told_apart(model: str, recordings: Path, call: Call, tmp_path: Path) -> None:
     """It learns, says how well in figures that its curves confirm, and leaves pages to look at and to listen to."""
-    arguments = ["--data", recordings, *SMALL, "--epochs", 15, "--model", model]
+    arguments = ["--data", recordings, *SMALL, "--epochs", 8, "--model", model]
     status, output, error = call(*arguments)
     assert (status, error) == (0, "")
     found = re.match(r"accuracy: test (\S+)% of 12 recordings\n", output)
@@ -88,7 +89,7 @@ def test_words_are_told_apart(model: str, recordings: Path, call: Call, tmp_path
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith(f"speech-{model}-seed0-")
     curves = scalars(folder)
-    steps = 15 * math.ceil(54 / 16)
+    steps = 8 * math.ceil(54 / 16)
     assert curves["summary/test_accuracy"] == [(steps + 1, pytest.approx(float(found[1]) / 100, abs=1e-4))]
     assert curves["accuracy/validation_epoch"][-1][1] > 0.9
     pages = {f"{part}/{page}" for part in ("validation", "test") for page in ("confusion", "worst_heard")}
@@ -101,7 +102,7 @@ def test_words_are_told_apart(model: str, recordings: Path, call: Call, tmp_path
 
 
 def test_strings_are_transcribed(recordings: Path, call: Call, tmp_path: Path) -> None:
-    settings = [*SMALL, "--depth", 1, "--epochs", 25]
+    settings = [*SMALL, "--epochs", 20]
     status, output, error = call("--data", recordings, "--ctc", *settings, "--run-dir", "mine")
     assert (status, error) == (0, "")
     found = re.match(r"word error rate: test (\S+)% of \d+ words\nwithout a mistake: (\S+)% of 12 strings\n", output)
@@ -117,12 +118,12 @@ def test_strings_are_transcribed(recordings: Path, call: Call, tmp_path: Path) -
 
 
 def test_the_digits_come_along(call: Call, tmp_path: Path) -> None:
-    """Two epochs are enough to see that they can be told apart."""
-    status, output, error = call("--epochs", 2, "--width", 32, "--depth", 2, "--run-dir", "mine")
+    """One epoch is enough to see that they can be told apart."""
+    status, output, error = call("--epochs", 1, "--width", 32, "--depth", 2, "--run-dir", "mine")
     assert (status, error) == (0, "")
     found = re.match(r"accuracy: test (\S+)% of 600 recordings\n", output)
     assert found is not None
-    assert float(found[1]) > 60
+    assert float(found[1]) > 30  # by chance, 10
     assert tags(tmp_path / "mine", "audio") == set()  # of these there are spectra alone
 
 
@@ -232,8 +233,6 @@ def test_words_by_folder(recordings: Path, tmp_path: Path) -> None:
 
 def test_the_bands_of_the_digits_have_their_coefficients() -> None:
     """Their cosine transform, the orthogonal one of 128 bands, gives them back."""
-    import numpy as np
-
     with np.load(speech.DIGITS) as data:
         coefficients = torch.from_numpy(data["mfcc"][:1000].astype(np.float64))
     orders = torch.arange(13)
@@ -358,21 +357,19 @@ def loss_of(chosen: speech.Settings, words: int) -> torch.nn.Module:
 
 @pytest.mark.parametrize("strings", [False, True])
 def test_every_gradient_is_ours(strings: bool) -> None:
+    """And the numbers are torch's."""
     input, target = batch(strings)
-    found = {}
+    found: dict[str, list[Tensor | None]] = {}
     for model in ("ours", "torch"):
         chosen = settings(model=model, ctc=strings)
-        network = speech.build(chosen, 5)
-        loss = loss_of(chosen, 5)(network(input), target)
-        found[model] = graph.foreign(loss)
+        network = speech.build(chosen, 5).double()
+        loss = loss_of(chosen, 5)(network(input.double()), target)
+        assert bool(graph.foreign(loss)) == (model == "torch")
         loss.backward()
-        found[f"{model} numbers"] = [loss, *(p.detach() for p in network.parameters())]
-        found[f"{model} gradients"] = [p.grad for p in network.parameters()]
-    assert found["ours"] == set()
-    assert found["torch"] != set()
-    for one, other in zip(found["ours numbers"], found["torch numbers"], strict=True):
-        assert torch.equal(one, other)
-    torch.testing.assert_close(found["ours gradients"], found["torch gradients"], rtol=1e-4, atol=1e-6)
+        weights = [weight.detach() for weight in network.parameters()]
+        found[model] = [loss, *weights, *(weight.grad for weight in network.parameters())]
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("strings", [False, True])
