@@ -13,7 +13,7 @@ import math
 import time
 import wave
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -37,6 +37,8 @@ BANDS = 40
 """Of frequency, in which a spectrum is seen."""
 WINDOW, HOP = 0.032, 0.016
 """Seconds: how much of a sound makes a frame, and from one frame to the next."""
+RANGE = 45
+"""Decibels from the loudest in a recording to what counts as silence."""
 LOWEST_RATE = 4000
 FEWEST_RECORDINGS = 10
 LONGEST_STRING = 6
@@ -62,7 +64,7 @@ class Settings(TaskSettings):
     """The share of outputs that each convolution leaves out in training."""
     batch_size: PositiveInt = 64
     """Recordings, or strings of them, per batch."""
-    epochs: PositiveInt = 40
+    epochs: PositiveInt = 30
     """How many times to go through the training data."""
     task: ClassVar[str] = "speech"
 
@@ -91,15 +93,25 @@ class Recordings(NamedTuple):
 
 
 def spoken_digits() -> Recordings:
-    """The recordings that come along, as mel-frequency cepstral coefficients: a cosine transform over the bands of
-    each frame, here turned back into (smooth) bands."""
+    """The recordings that come along."""
     with np.load(DIGITS) as data:
-        coefficients = torch.from_numpy(data["mfcc"].astype(np.float32))
+        bands = from_cepstrum(torch.from_numpy(data["mfcc"].astype(np.float32)))
         lengths, digits = data["frames"].tolist(), torch.from_numpy(data["digit"].astype(np.int64))
-    orders, bands = torch.arange(coefficients.shape[1]), torch.arange(BANDS)
-    cosines = torch.cos(math.pi * orders.unsqueeze(1) * (bands + 0.5) / BANDS) * math.sqrt(2 / 128)
-    cosines[0] /= math.sqrt(2)  # the transform of 128 bands was an orthogonal one
-    return Recordings(list((coefficients @ cosines).split(lengths)), digits, [*"0123456789"], [], [])
+    return Recordings([audible(frames) for frames in bands.split(lengths)], digits, [*"0123456789"], [], [])
+
+
+def from_cepstrum(coefficients: Tensor) -> Tensor:
+    """The bands, (frames, BANDS), that mel-frequency cepstral coefficients tell of: the first coefficients of an
+    orthogonal cosine transform over 128 bands. They come out smooth, as the others are missing."""
+    orders, middles = torch.arange(coefficients.shape[1]), (torch.arange(BANDS) + 0.5) / BANDS
+    cosines = torch.cos(math.pi * orders.unsqueeze(1) * middles) * math.sqrt(2 / 128)
+    cosines[0] /= math.sqrt(2)
+    return coefficients @ cosines
+
+
+def audible(decibels: Tensor) -> Tensor:
+    """Without what is far below the loudest: it tells the room and the microphone, not the word."""
+    return decibels.clamp(min=decibels.max() - RANGE)
 
 
 def read_folder(folder: Path) -> Recordings:
@@ -119,7 +131,7 @@ def read_folder(folder: Path) -> Recordings:
             raise DataError(f"{folder} has {few} of {word!r}, where {FEWEST_RECORDINGS} are needed")
     rates = [_checked(path) for _, _, path in found]
     highest = min(rates) / 2  # the frequency that they all have
-    frames = [spectrum(*read_sound(path), highest) for _, _, path in tqdm(found, "reading", disable=None)]
+    frames = [audible(spectrum(*read_sound(path), highest)) for _, _, path in tqdm(found, "reading", disable=None)]
     labels = torch.tensor([words.index(word) for word, _, _ in found])
     return Recordings(frames, labels, words, [speaker for _, speaker, _ in found], [path for *_, path in found])
 
@@ -127,7 +139,8 @@ def read_folder(folder: Path) -> Recordings:
 def _named_files(folder: Path) -> list[tuple[str, str, Path]]:
     """Word, speaker and path of every recording."""
     try:
-        entries = sorted(path for path in folder.iterdir() if path.name[0] not in "._")  # such as _background_noise_
+        # but for what is set apart, such as _background_noise_
+        entries = sorted(path for path in folder.iterdir() if path.name[0] not in "._")
         folders = [path for path in entries if path.is_dir()]
         inside = {path: sorted(path.glob("*.wav")) for path in folders}
     except OSError as error:
@@ -147,7 +160,7 @@ def _named_files(folder: Path) -> list[tuple[str, str, Path]]:
             raise DataError(f"{path} holds no WAV files: there is nothing to learn {path.name!r} from")
         found += [(path.name, file.stem.partition("_")[0], file) for file in files]
     if not found:
-        raise DataError(f"{folder} holds no WAV files, neither WORD_SPEAKER_NUMBER.wav nor in a folder for each word")
+        raise DataError(f"{folder} holds no WAV files, neither WORD_SPEAKER_NUMBER.wav nor in a folder for a word")
     return found
 
 
@@ -206,13 +219,12 @@ def spectrum(samples: Tensor, rate: int, highest: float) -> Tensor:
         highest: where the bands end, in hertz; at most half the rate.
 
     Returns:
-        (frames, BANDS). What is 80 dB below the loudest is silence.
+        (frames, BANDS)
     """
     size, hop = round(WINDOW * rate), round(HOP * rate)
     frames = samples.unfold(0, size, hop) * torch.hann_window(size)
     power = torch.fft.rfft(frames, 2 * size).abs().square() / size**2
-    decibels = 10 * (power @ mel_bands(rate, 2 * size, highest)).clamp(min=1e-10).log10()
-    return decibels.clamp(min=decibels.max() - 80)
+    return 10 * (power @ mel_bands(rate, 2 * size, highest)).clamp(min=1e-10).log10()
 
 
 def mel_bands(rate: int, size: int, highest: float) -> Tensor:
@@ -301,9 +313,9 @@ class Utterances(Dataset[tuple[Tensor, Tensor]]):
 
 def varied(frames: Tensor) -> Tensor:
     """Spoken at another speed, by a mouth of another size: time and frequency stretched at random."""
-    slower, higher = torch.rand(2).mul(2).sub(1).tolist()
-    length = max(2, round(len(frames) * math.exp(slower / 4)))
-    scale = math.exp(higher * 0.15)
+    slower, lower = torch.rand(2).mul(2).sub(1).tolist()
+    length = max(2, round(len(frames) * math.exp(0.35 * slower)))
+    scale = math.exp(0.2 * lower)
     places = affine_grid(torch.tensor([[[scale, 0, scale - 1], [0, 1, 0]]]), [1, 1, length, BANDS], False)
     return grid_sample(frames[None, None], places, padding_mode="border", align_corners=False)[0, 0]
 
@@ -311,8 +323,8 @@ def varied(frames: Tensor) -> Tensor:
 def together(utterances: Sequence[tuple[Tensor, Tensor]], strings: bool) -> tuple[Tensor, Tensor]:
     """A batch, padded: (utterances, frames, BANDS + 1), and the labels, (utterances,) or (utterances, labels)."""
     frames, labels = zip(*utterances, strict=True)
-    targets = pad_sequence(labels, batch_first=True, padding_value=NOTHING)
-    return pad_sequence(frames, batch_first=True), targets if strings else targets.squeeze(1)
+    targets = pad_sequence(list(labels), batch_first=True, padding_value=NOTHING)
+    return pad_sequence(list(frames), batch_first=True), targets if strings else targets.squeeze(1)
 
 
 # The network and its losses
@@ -358,8 +370,7 @@ class Network(torch.nn.Module):
             self.register_buffer("silence", torch.tensor([-1e4] * words + [0.0]), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        inside = output = input[..., -1:]
-        output = input
+        inside, output = input[..., -1:], input
         for convolution in self.convolutions:
             output = convolution(output, inside)
         if not self.ctc:
@@ -618,7 +629,8 @@ def train(settings: Settings) -> None:
     with TrainingLog(settings.run_dir, step, settings.on_disk_error == "go_on") as log:
         pages.heard(log, step, "test", said["test"], in_test, sounds=True)
 
-    by = "" if settings.held_out_speaker is None else f" by {settings.held_out_speaker}, who was never heard before"
+    held_out = settings.held_out_speaker
+    by = "" if held_out is None else f" by {held_out}, who was never heard before"
     if strings:
         unit = "character" if max(map(len, words)) == 1 else "word"
         count = sum(len(each.said) for each in in_test)
