@@ -141,13 +141,12 @@ def _named_files(folder: Path) -> list[tuple[str, str, Path]]:
     try:
         # but for what is set apart, such as _background_noise_
         entries = sorted(path for path in folder.iterdir() if path.name[0] not in "._")
-        folders = [path for path in entries if path.is_dir()]
-        inside = {path: sorted(path.glob("*.wav")) for path in folders}
+        inside = {path: sorted(filter(_is_sound, path.iterdir())) for path in entries if path.is_dir()}
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from None
     found: list[tuple[str, str, Path]] = []
     for path in entries:
-        if path.suffix == ".wav":
+        if _is_sound(path):
             match path.stem.split("_"):
                 case [word, speaker, _] if word and speaker:
                     found.append((word, speaker, path))
@@ -162,6 +161,10 @@ def _named_files(folder: Path) -> list[tuple[str, str, Path]]:
     if not found:
         raise DataError(f"{folder} holds no WAV files, neither WORD_SPEAKER_NUMBER.wav nor in a folder for a word")
     return found
+
+
+def _is_sound(path: Path) -> bool:
+    return path.suffix.lower() == ".wav"
 
 
 def _opened(path: Path) -> wave.Wave_read:
@@ -184,8 +187,9 @@ def _checked(path: Path) -> int:
         raise DataError(f"{path} has samples of {8 * width} bits: 8, 16, 24 and 32 can be read")
     if rate < LOWEST_RATE:
         raise DataError(f"{path} has {rate} samples a second, where {LOWEST_RATE} are needed")
-    if samples < round(WINDOW * rate):
-        raise DataError(f"{path} is too short: {samples} samples, where {round(WINDOW * rate)} make a frame")
+    needed = round(WINDOW * rate) + round(HOP * rate)  # two frames: by CTC, a word that is repeated needs as many
+    if samples < needed:
+        raise DataError(f"{path} is too short: {samples} samples, where {needed} are needed")
     return rate
 
 

@@ -223,7 +223,7 @@ def test_words_by_folder(recordings: Path, tmp_path: Path) -> None:
     for path in sorted(recordings.iterdir()):
         word, speaker, number = path.stem.split("_")
         (root / word).mkdir(parents=True, exist_ok=True)
-        path.rename(root / word / f"{speaker}_nohash_{number}.wav")
+        path.rename(root / word / f"{speaker}_nohash_{number}.WAV")
     (root / "_background_noise_").mkdir()
     (root / "_background_noise_" / "rain.wav").write_bytes(b"")
     (root / "LICENSE").write_text("free")
@@ -250,7 +250,7 @@ SPOIL = {
     "is empty or cut short": lambda content: b"",
     "is no WAV file of whole numbers": lambda content: b"not sound" * 20,
     "is cut short: 1,200 samples by its header, fewer in the file": lambda content: content[:-100],
-    "is too short: 100 samples, where 256 make a frame": None,
+    "is too short: 383 samples, where 384 are needed": None,
     "has 3000 samples a second, where 4000 are needed": None,
 }
 
@@ -262,7 +262,7 @@ def test_a_spoilt_recording_is_named(line: str, recordings: Path, call: Call, tm
     if (spoil := SPOIL[line]) is not None:
         path.write_bytes(spoil(path.read_bytes()))
     elif "short" in line:
-        write(path, tone(300, 300)[:100])
+        write(path, tone(300, 300)[:383])
     else:
         write(path, tone(300, 300), rate=3000)
     refused(call, tmp_path, f"recordings/up_bob_0.wav {line}", "--data", "recordings")
