@@ -122,20 +122,26 @@ class _Shown:
             for first, *others in cells
         )
 
-    def figure(self, length: int = 900) -> Image:
-        """The table as a picture: a bar for each layer, the longest of `length`; of many layers the smallest
-        together.
+    def figure(self, shrunk: bool = False) -> Image:
+        """The table as a picture: a bar for each layer; of many layers the smallest together.
+
+        With `shrunk` small enough, and the layers few enough, to be read where TensorBoard shows it.
 
         Drawn by pillow, which TensorBoard needs for any picture and brings along.
         """
         columns = self.columns()
         legend = [f"{name}: {readable(column.total)}" for name, column in columns.items()]
-        return bars([(str(layer), sizes) for layer, sizes in self.lines()], legend, length=length)
+        return bars(
+            [(str(layer), sizes) for layer, sizes in self.lines()],
+            legend,
+            length=SHRUNK if shrunk else 900,
+            most=FEW if shrunk else MOST_BARS,
+        )
 
     def log(self, writer: Writer, tag: str = "saved_bytes", step: int | None = None) -> None:
         """Give TensorBoard the table as a text card and the picture as an image."""
         writer.add_text(tag, str(self), step)
-        add_picture(writer, tag, self.figure(SHRUNK), step)
+        add_picture(writer, tag, self.figure(shrunk=True), step)
 
 
 @dataclass(frozen=True)
@@ -416,11 +422,9 @@ def readable(size: float) -> str:
 
 
 MOST_BARS = 50
+SHRUNK, FEW = 240, 16
+"""A length of bars, and how many, whose picture can be read where TensorBoard shows it, some 300 pixels wide."""
 _COLOURS = ("#1a73e8", "#b0b6bd")
-
-
-SHRUNK = 240
-"""A length of bars whose picture can be read where TensorBoard shows it, a few hundred pixels wide."""
 
 
 def add_picture(writer: Writer, tag: str, picture: Image, step: int | None = None) -> None:
@@ -434,15 +438,17 @@ def bars(
     legend: list[str],
     label: Callable[[float], str] = readable,
     length: int = 900,
+    most: int = MOST_BARS,
 ) -> Image:
-    """A bar for each part and column, to one scale, and its size as `label` says it; the longest has `length`."""
+    """A bar for each part and column, to one scale, and its size as `label` says it; the longest has `length`. Of
+    more than `most` parts the smallest are one."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
         raise ImportError("the picture needs pillow: pip install 'manualgrad[examples]'") from None
-    if len(parts) > MOST_BARS:
+    if len(parts) > most:
         order = sorted(range(len(parts)), key=lambda i: -sum(parts[i][1]))
-        large, small = sorted(order[: MOST_BARS - 1]), order[MOST_BARS - 1 :]
+        large, small = sorted(order[: most - 1]), order[most - 1 :]
         rest = [sum(column) for column in zip(*(parts[i][1] for i in small), strict=True)]
         parts = [*(parts[i] for i in large), (f"{len(small)} others", rest)]
     font, thick, gap = ImageFont.load_default(20), 22, 14

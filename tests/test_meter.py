@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import manualgrad.nn
 from manualgrad import saved_bytes
-from manualgrad.meter import MOST_BARS, SHRUNK, SavedBytes, _Kept
+from manualgrad.meter import FEW, MOST_BARS, SavedBytes, _Kept
 
 N = 4 * 8 * 16  # bytes of the tensors below
 
@@ -490,7 +490,7 @@ def test_in_tensorboard(tmp_path: Path) -> None:
         (image,) = events.Images(f"memory/{tag}")
         assert (text.step, image.step) == (step, step)
         assert text.tensor_proto.string_val[0].decode() == str(table)
-        assert (image.width, image.height) == table.figure(SHRUNK).size
+        assert (image.width, image.height) == table.figure(shrunk=True).size
 
 
 def test_the_picture() -> None:
@@ -499,5 +499,7 @@ def test_the_picture() -> None:
     many = saved_bytes(torch.nn.Sequential(*[torch.nn.Tanh() for _ in range(3 * MOST_BARS)]), x())
     none = saved_bytes(torch.nn.Tanh(), x().detach())
     assert none.figure().height < one.figure().height == many.figure().height
+    few = saved_bytes(torch.nn.Sequential(*[torch.nn.Tanh() for _ in range(FEW)]), x())
+    assert one.figure(shrunk=True).height == few.figure(shrunk=True).height == few.figure().height
     blue = sum(pixel == (0x1A, 0x73, 0xE8) for pixel in one.figure().get_flattened_data())
     assert blue > 50 * 900 * 20

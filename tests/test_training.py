@@ -35,6 +35,7 @@ from manualgrad.training import (
     parse_settings,
 )
 from manualgrad.training.checkpoint import all_in, load
+from manualgrad.training.logging import _by_layer
 from manualgrad.training.nonfinite import find_nonfinite
 
 torch.set_num_threads(1)
@@ -748,6 +749,16 @@ def test_what_tensorboard_gets(tmp_path: Path) -> None:
     assert {"custom_scalars__config__", "saved_bytes/text_summary", "summary/text_summary"} <= set(
         events.Tags()["tensors"]
     )
+
+
+def test_the_gradient_s_flow_is_by_modules_that_a_picture_can_show() -> None:
+    """Norms of parts put together are those of the whole."""
+    norms = {f"blocks.{block}.{layer}.weight": 3.0 for block in range(8) for layer in ("mix", "norm", "out")}
+    assert _by_layer(norms | {"head.bias": 4.0}) == pytest.approx(
+        {**{f"blocks.{i}": 27**0.5 for i in range(8)}, "head": 4.0}
+    )
+    assert _by_layer({"a.b.weight": 3.0, "a.b.bias": 4.0, "a.c.weight": 1.0}) == {"a.b": 5.0, "a.c": 1.0}
+    assert _by_layer({"weight": 3.0}) == {"weight": 3.0}
 
 
 def test_no_checkpoint_is_ahead_of_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from manualgrad.meter import SHRUNK, add_picture, bars, saved_bytes
+from manualgrad.meter import FEW, SHRUNK, add_picture, bars, saved_bytes
 
 from .checkpoint import CheckpointError
 from .processes import whole
@@ -191,10 +191,9 @@ class TrainingLog:
                         add = partial(_add_histogram, tag=tag, values=values.cpu().clone(), step=step)
                         self.add(step, add)
                         if tensor is parameter.grad:
-                            layer = name.rpartition(".")[0] or "model"
-                            norms[layer] = math.hypot(norms.get(layer, 0), values.norm().item())
+                            norms[name] = values.norm().item()
         if self.folder is not None and norms:
-            flow = [(layer, [norm]) for layer, norm in reversed(norms.items())]
+            flow = [(layer, [norm]) for layer, norm in reversed(_by_layer(norms).items())]
             picture = bars(flow, ["gradient's norm, loss to input"], "{:.2g}".format, SHRUNK)
             self.add(step, lambda writer: add_picture(writer, "gradient_flow", picture, step))
 
@@ -219,6 +218,20 @@ class TrainingLog:
         """Add something of one's own: what `write` does with a writer, some time later and perhaps again."""
         if self.folder is not None:
             self._waiting.append((step, write))
+
+
+def _by_layer(norms: Mapping[str, float]) -> dict[str, float]:
+    """The norms of the gradients of parameters as those of their layers, or of the modules around them where there
+    are more layers than a picture can show."""
+    found: dict[str, float] = {}
+    for depth in range(max(name.count(".") for name in norms), 0, -1):
+        found = {}
+        for name, norm in norms.items():
+            layer = ".".join(name.split(".")[:-1][:depth]) or "model"
+            found[layer] = math.hypot(found.get(layer, 0), norm)
+        if len(found) <= FEW:
+            break
+    return found or dict(norms)
 
 
 def _add_histogram(writer: SummaryWriter, tag: str, values: Tensor, step: int) -> None:
