@@ -490,8 +490,11 @@ def picture(frames: Tensor, below: Sequence[tuple[int, str]] = ()) -> Image.Imag
     pixels = (quiet * 255).to(torch.uint8).T.flip(0).repeat_interleave(4, 0).repeat_interleave(4, 1)
     strip = Image.new("L", (pixels.shape[1], pixels.shape[0] + 34 * bool(below)), "white")
     strip.paste(Image.fromarray(pixels.numpy()), (0, 0))
+    draw, font, end = ImageDraw.Draw(strip), ImageFont.load_default(26), 0.0
     for frame, word in below:
-        ImageDraw.Draw(strip).text((4 * frame, strip.height - 4), word, "black", ImageFont.load_default(26), "ls")
+        start = max(4 * frame, end)  # not upon the one before
+        draw.text((start, strip.height - 4), word, "black", font, "ls")
+        end = start + font.getlength(word) + 4
     return strip
 
 
@@ -530,7 +533,8 @@ class Pages:
         sounds: bool = False,
     ) -> None:
         """What was made of utterances: all in all, and the worst of it, with its sounds if so asked."""
-        worst = sorted(every, key=lambda each: -each.mistakes)[: 4 if self.strings else 16]
+        wrong = [each for each in every if each.mistakes] or every
+        worst = sorted(wrong, key=lambda each: -each.mistakes)[: 4 if self.strings else 16]
         captions = ["said {}\nheard {}".format(*self._told(each)) for each in worst]
         pictures = [self._picture(utterances, each) for each in worst]
         size = 1 if self.strings else len(worst)  # a string is as wide as a page

@@ -96,9 +96,8 @@ def test_words_are_told_apart(model: str, recordings: Path, call: Call, tmp_path
     assert tags(folder, "images") == pages | {"words", "saved_bytes", "gradient_flow"}
     sounds = tags(folder, "audio")
     assert {f"words/{word}" for word in WORDS} <= sounds
-    assert {tag[: len("test_worst_heard/1 said")] for tag in sounds if tag.startswith("test")} == {
-        f"test_worst_heard/{number} said" for number in range(1, 9)
-    }
+    wrong = round(12 * (1 - float(found[1]) / 100))
+    assert sum(tag.startswith("test_worst_heard/") for tag in sounds) == (wrong or 8)  # if none is wrong, any
 
 
 def test_strings_are_transcribed(recordings: Path, call: Call, tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_strings_are_transcribed(recordings: Path, call: Call, tmp_path: Path) -
     curves = scalars(tmp_path / "mine")
     assert curves["summary/test_error_rate"][0][1] == pytest.approx(float(found[1]) / 100, abs=1e-4)
     assert curves["summary/test_whole_strings"][0][1] == pytest.approx(float(found[2]) / 100, abs=1e-3)
-    pages = {f"{part}/worst_heard_{number}" for part in ("validation", "test") for number in range(1, 5)}
+    pages = {f"{part}/worst_heard_1" for part in ("validation", "test")}
     assert pages <= tags(tmp_path / "mine", "images")
     texts = {f"{part}/transcripts/text_summary" for part in ("validation", "test")}
     assert texts <= tags(tmp_path / "mine", "tensors")
