@@ -328,12 +328,13 @@ def train(settings: Settings) -> None:
         show_filters(log, step, whole(model.get_parameter("conv1.weight")))
         show_mistakes(log, step, predict(model, pictures, "validation", trainer.device), pictures, "validation")
 
-    def figures() -> dict[str, float]:
+    def figures(log: TrainingLog, step: int) -> dict[str, float]:
         found: dict[str, float] = {}
         for split, (_, labels) in pictures.splits.items():
             scores[split] = predict(model, pictures, split, trainer.device)
             found[f"{split}_loss"] = loss(scores[split], labels).item()
             found[f"{split}_accuracy"] = accuracy(scores[split], labels).item()
+        show_mistakes(log, step, scores["test"], pictures, "test")
         return found
 
     trainer = Trainer(
@@ -352,8 +353,6 @@ def train(settings: Settings) -> None:
     if not trainer.first:
         return
 
-    with TrainingLog(settings.run_dir, result.steps + 2) as log:
-        show_mistakes(log, result.steps + 1, scores["test"], pictures, "test")
     for name, style in (("accuracy", ".2%"), ("loss", ".4f")):
         parts = [f"{split} {result.summary[f'{split}_{name}']:{style}}" for split in pictures.splits]
         print(f"{name}: {', '.join(parts)}")

@@ -480,7 +480,7 @@ def train(settings: Settings) -> None:
         card = "".join(f"    {line}\n" for line in written.split("\n"))  # as it stands, in Markdown
         log.add(step, lambda writer: writer.add_text("samples", card, step))
 
-    def summary() -> dict[str, float]:
+    def summary(*_: object) -> dict[str, float]:
         figures = {"test": score(model, parts["test"], trainer.device), **compressors(text)}
         return {f"{name}_bits_per_byte": figure for name, figure in figures.items()}
 

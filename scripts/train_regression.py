@@ -245,7 +245,7 @@ def train(settings: Settings) -> None:
         loader(table, "validation", 4096, shuffle=False),
         settings=settings,
         schedule=schedule,
-        summary=lambda: score(model, table, logarithm, trainer.device),
+        summary=lambda *_: score(model, table, logarithm, trainer.device),
     )
     result = trainer.fit()
     if not trainer.first:

@@ -614,8 +614,9 @@ def train(settings: Settings) -> None:
 
     in_test: list[Transcript] = []
 
-    def summary() -> dict[str, float]:
+    def summary(log: TrainingLog, step: int) -> dict[str, float]:
         in_test[:] = listen(model, loaders["test"], trainer.device)
+        pages.heard(log, step, "test", said["test"], in_test, sounds=True)
         return score(in_test, strings)
 
     trainer = Trainer(
@@ -633,10 +634,6 @@ def train(settings: Settings) -> None:
     result = trainer.fit()
     if not trainer.first:
         return
-    step = result.steps + 2  # behind the summary, so that a resumed run writes it anew
-    with TrainingLog(settings.run_dir, step, settings.on_disk_error == "go_on") as log:
-        pages.heard(log, step, "test", said["test"], in_test, sounds=True)
-
     held_out = settings.held_out_speaker
     by = "" if held_out is None else f" by {held_out}, who was never heard before"
     if strings:

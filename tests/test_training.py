@@ -705,7 +705,7 @@ def test_what_tensorboard_gets(tmp_path: Path) -> None:
         optimizer=optimizer,
         schedule=LinearLR(optimizer, 1.0, 0.5, total_iters=10),
         metrics={"absolute_error": lambda p, t: (p - t).abs().mean()},
-        summary=lambda: {"test_loss": 0.25},
+        summary=lambda log, step: {"test_loss": 0.25},
         run_dir=tmp_path,
         epochs=3,
         log_every=2,

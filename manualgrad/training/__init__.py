@@ -3,7 +3,9 @@
 from importlib.util import find_spec
 
 # ruff: noqa: E402 (the check comes first, to speak before an import inside does)
-missing = [name for name in ("numpy", "pydantic_settings", "tensorboard", "tqdm") if find_spec(name) is None]
+missing = [
+    name for name in ("PIL", "numpy", "pydantic_settings", "tensorboard", "tqdm") if find_spec(name) is None
+]
 if missing:
     raise ImportError(f"manualgrad.training needs {', '.join(missing)}: pip install 'manualgrad[examples]'")
 

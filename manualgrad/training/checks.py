@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from .batches import Loader, size
 from .processes import Part
@@ -68,9 +68,10 @@ def check_last_batch(model: nn.Module, loader: Loader, part: Part, processes: in
     Raises:
         ValueError: saying what to do.
     """
-    if not isinstance(loader, DataLoader) or loader.batch_size is None or loader.drop_last or not size(loader):
+    batches = loader.batch_sampler or loader.sampler if isinstance(loader, DataLoader) else None
+    if not isinstance(batches, BatchSampler) or batches.drop_last or not size(loader):
         return
-    last = len(loader.sampler) % loader.batch_size or loader.batch_size  # pyright: ignore[reportArgumentType]
+    last = len(batches.sampler) % batches.batch_size or batches.batch_size  # pyright: ignore[reportArgumentType]
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if last // processes > 1 or not norms or isinstance(model, FSDPModule):
         return

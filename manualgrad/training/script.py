@@ -128,7 +128,9 @@ def run(settings: Settings, train: Callable[[Settings], object]) -> None:
         sys.exit(f"error: {error}; a lower --learning-rate may help{notes}")
     except KeyboardInterrupt as stop:
         folder = getattr(settings, "run_dir", None)
-        resume = [] if getattr(settings, "resume", True) else ["--resume", "--run-dir", str(folder)]
+        resume = [] if getattr(settings, "resume", True) else ["--resume"]
+        if not any(argument.startswith("--run-dir") for argument in sys.argv):
+            resume += ["--run-dir", str(folder)]
         if os.environ.get("RANK", "0") == "0":
             print("interrupted; to go on:", shlex.join(["python", *sys.argv, *resume]), file=sys.stderr)
         sys.exit(stop.status if isinstance(stop, Interrupted) else 130)

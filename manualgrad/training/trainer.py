@@ -70,8 +70,8 @@ class Trainer:
         schedule: from torch.optim.lr_scheduler, advanced every update or every epoch as the settings say;
             ReduceLROnPlateau after every epoch, with the validation loss.
         metrics: by name, callable(prediction, target) -> scalar, averaged over examples as the loss is.
-        summary: called without arguments at the very end, with the best weights in the model; the figures
-            it returns, such as those of a test set, join the final ones in TensorBoard.
+        summary: called at the very end, with the best weights in the model, with the log and the step as
+            `on_epoch` is; the figures it returns, such as those of a test set, join the final ones.
         on_epoch: called after each epoch's validation, in eval mode and without gradients, with the log and
             the step: what it gives to ``log.add(step, write)``, pictures, text or audio, is in TensorBoard.
 
@@ -103,7 +103,7 @@ class Trainer:
         settings: TrainingSettings | None = None,
         schedule: LRScheduler | None = None,
         metrics: Mapping[str, Measure] | None = None,
-        summary: Callable[[], Mapping[str, float]] | None = None,
+        summary: Callable[[TrainingLog, int], Mapping[str, float]] | None = None,
         on_epoch: Callable[[TrainingLog, int], object] | None = None,
     ) -> None:
         self.model, self.loss, self.optimizer, self.schedule = model, loss, optimizer, schedule
@@ -359,7 +359,8 @@ class Trainer:
         if self.best_weights:
             self._bare().load_state_dict(self.best_weights)
         self.model.eval()
-        summary = dict(self.summary()) if self.summary is not None else {}
+        with torch.no_grad():
+            summary = dict(self.summary(log, progress.step + 1)) if self.summary is not None else {}
         figures = {f"train_{name}": mean for name, mean in progress.train.items()}
         figures |= {f"validation_{name}": mean for name, mean in progress.best.items()}
         log.summary(self.settings, figures | summary, progress.step + 1)
