@@ -218,6 +218,8 @@ class Run:
             command += [f"--{switch}{flag}" if isinstance(value, bool) else f"--{flag}={value}"]
         self.started = time.time()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by nohup, and the job would ignore it too
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with self.output.open("wb") as output, self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=errors, start_new_session=True
@@ -419,7 +421,8 @@ def signals(row: Row, settings: Settings, place: Path) -> None:
     moments = random.Random(settings.seed)
     sparse: dict[str, Any] = {"checkpoint_every": None, "epochs": 12}
     quiet = quiet_run(place / "quiet", **sparse)
-    ways = [("SIGTERM", os.kill, 143), ("SIGTERM", os.killpg, 143), ("SIGINT", os.killpg, 130)]
+    ways = [("SIGTERM", os.killpg, 143), ("SIGINT", os.killpg, 130)]
+    ways += [] if settings.short else [("SIGTERM", os.kill, 143)]
     for number in range(settings.signals):
         run = Run(place / f"run{number}", pause=0.03, **sparse)
         for name, send, status in ways:  # a terminal and a cluster send it to the loader's workers too

@@ -14,7 +14,11 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a single core
 
 
-@pytest.mark.parametrize("promise", faults.PROMISES, ids=lambda promise: promise.__name__)
+ELSEWHERE = (faults.long, faults.models)  # time and memory are for the script; of models test_training has a word
+TRIED = [promise for promise in faults.PROMISES if promise not in ELSEWHERE]
+
+
+@pytest.mark.parametrize("promise", TRIED, ids=lambda promise: promise.__name__)
 def test_the_promise_is_kept(promise: Callable[..., None], tmp_path: Path) -> None:
     row = faults.try_out(promise, faults.Settings(short=True).resolved(), tmp_path)
     assert row.broken == []
