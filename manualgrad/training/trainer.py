@@ -240,6 +240,8 @@ class Trainer:
                 group = next(updates, None)
             except Exception:
                 if self.processes.size == 1:  # of several the others might not be here
+                    if self._signals.received:  # the loader's workers heeded it before the trainer could
+                        self._save_and_stop(log)
                     self._save(log)
                 raise
             if group is None:  # the end of an epoch has a checkpoint of its own
@@ -327,7 +329,10 @@ class Trainer:
         if self.validation_loader is not None:
             try:
                 validation = self._evaluate(self.validation_loader, "validation_loader", watch)
-            except _StoppedInValidation:
+            except Exception as error:
+                ended = self._signals.received and self.processes.size == 1  # the loader's workers, as above
+                if not (ended or isinstance(error, _StoppedInValidation)):
+                    raise
                 progress.trained = True
                 self._save_and_stop(log, states)
 
