@@ -11,7 +11,6 @@ The curves, the mistakes as pictures and the final figures go to a folder under 
 import gzip
 import math
 import re
-import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from manualgrad.meter import add_picture
-from manualgrad.training import DataError, TaskSettings, Trainer, TrainingLog, parse_settings, run
+from manualgrad.training import DataError, FitResult, TaskSettings, Trainer, TrainingLog, parse_settings, run
 from manualgrad.training.pictures import confusion_matrix, grid
 from manualgrad.training.processes import whole
 
@@ -314,9 +313,8 @@ def show_mistakes(log: TrainingLog, step: int, scores: Tensor, pictures: Picture
         log.add(step, lambda writer, curve=curve: writer.add_pr_curve(*curve))
 
 
-def train(settings: Settings) -> None:
+def train(settings: Settings) -> FitResult | None:
     """Read, train, and print the final figures."""
-    start = time.perf_counter()
     pictures = read_pictures(settings.data or CLOTHES)
     model = build(settings, pictures)
     train_loader = loader(pictures, "train", settings.batch_size, augmented=settings)
@@ -351,7 +349,7 @@ def train(settings: Settings) -> None:
     )
     result = trainer.fit()
     if not trainer.first:
-        return
+        return None
 
     for name, style in (("accuracy", ".2%"), ("loss", ".4f")):
         parts = [f"{split} {result.summary[f'{split}_{name}']:{style}}" for split in pictures.splits]
@@ -361,8 +359,7 @@ def train(settings: Settings) -> None:
     if wrong.any():
         names = f"{pictures.names[true]} taken for {pictures.names[predicted]}"
         print(f"most common mistake on the test images: {names}, {int(wrong.max())} of {int(wrong.sum())}")
-    print(f"best epoch {result.best_epoch} of {result.epochs}, {time.perf_counter() - start:.0f} s in all")
-    print(f"curves: tensorboard --logdir {settings.run_dir.parent if settings.run_dir else 'runs'}")
+    return result
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import lzma
 import math
 import re
 import sysconfig
-import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from manualgrad.training import DataError, TaskSettings, Trainer, TrainingLog, parse_settings, run
+from manualgrad.training import DataError, FitResult, TaskSettings, Trainer, TrainingLog, parse_settings, run
 from manualgrad.training.checkpoint import BEST, load
 
 NO_TEXT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "site-packages", "dist-packages"}
@@ -456,9 +455,8 @@ def write(model: nn.Module, vocabulary: Vocabulary, words: str, settings: Settin
     return vocabulary.decode(tokens[1:])
 
 
-def train(settings: Settings) -> None:
+def train(settings: Settings) -> FitResult | None:
     """Read, train, and print the final figures."""
-    start = time.perf_counter()
     text = read_text(settings.data)
     vocabulary = Vocabulary.learn(text.train, settings.vocabulary)
     parts = {name: Windows(part, vocabulary, settings.context) for name, part in text._asdict().items()}
@@ -498,13 +496,12 @@ def train(settings: Settings) -> None:
     )
     result = trainer.fit()
     if not trainer.first:
-        return
+        return None
 
     ours, *others = result.summary.items()
     beside = ", ".join(f"{name.partition('_')[0]} {figure:.4f}" for name, figure in others)
     print(f"bits per byte of the {len(text.test):,} bytes held out: {ours[1]:.4f}; {beside}")
-    print(f"best epoch {result.best_epoch} of {result.epochs}, {time.perf_counter() - start:.0f} s in all")
-    print(f"curves: tensorboard --logdir {settings.run_dir.parent if settings.run_dir else 'runs'}")
+    return result
 
 
 def write_on(settings: Settings) -> None:

@@ -7,7 +7,6 @@
 The curves, the weights and the final figures go to a folder under runs/:  tensorboard --logdir runs
 """
 
-import time
 from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-from manualgrad.training import DataError, TaskSettings, Trainer, parse_settings, run
+from manualgrad.training import DataError, FitResult, TaskSettings, Trainer, parse_settings, run
 
 DIAMONDS = Path(__file__).parent / "data" / "diamonds.csv.bz2"
 FEWEST_ROWS = 50
@@ -228,9 +227,8 @@ def score(model: torch.nn.Module, table: Table, logarithm: bool, device: torch.d
     return figures
 
 
-def train(settings: Settings) -> None:
+def train(settings: Settings) -> FitResult | None:
     """Read, train, and print the final figures."""
-    start = time.perf_counter()
     logarithm = bool(settings.log_target)
     dtype = getattr(torch, settings.dtype)
     table = read_table(settings.data or DIAMONDS, settings.target, logarithm, dtype)
@@ -249,7 +247,7 @@ def train(settings: Settings) -> None:
     )
     result = trainer.fit()
     if not trainer.first:
-        return
+        return None
 
     figures = result.summary
     for name, label, digits in (("mse", "MSE", ".4g"), ("r2", "R²", ".5f")):
@@ -258,8 +256,7 @@ def train(settings: Settings) -> None:
     error = figures["test_median_error"]
     within = f"{error:.1%}" if logarithm else f"{error:.4g}"
     print(f"half of the test rows are predicted within {within} of their {table.name.removeprefix('log ')}")
-    print(f"best epoch {result.best_epoch} of {result.epochs}, {time.perf_counter() - start:.0f} s in all")
-    print(f"curves: tensorboard --logdir {settings.run_dir.parent if settings.run_dir else 'runs'}")
+    return result
 
 
 if __name__ == "__main__":

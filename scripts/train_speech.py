@@ -10,7 +10,6 @@ The curves, spectrograms, sounds and final figures go to a folder under runs/:  
 """
 
 import math
-import time
 import wave
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from manualgrad.meter import add_picture
-from manualgrad.training import DataError, TaskSettings, Trainer, TrainingLog, parse_settings, run
+from manualgrad.training import DataError, FitResult, TaskSettings, Trainer, TrainingLog, parse_settings, run
 from manualgrad.training.pictures import confusion_matrix, grid
 
 DIGITS = Path(__file__).parent / "data" / "spoken_digits.npz"
@@ -586,9 +585,8 @@ def confusions(every: Sequence[Transcript], words: int) -> Tensor:
     return counts
 
 
-def train(settings: Settings) -> None:
+def train(settings: Settings) -> FitResult | None:
     """Read, train, and print the final figures."""
-    start = time.perf_counter()
     recordings = spoken_digits() if settings.data is None else read_folder(settings.data)
     strings, words = settings.ctc, recordings.words
     said = {
@@ -633,7 +631,7 @@ def train(settings: Settings) -> None:
     )
     result = trainer.fit()
     if not trainer.first:
-        return
+        return None
     held_out = settings.held_out_speaker
     by = "" if held_out is None else f" by {held_out}, who was never heard before"
     if strings:
@@ -646,8 +644,7 @@ def train(settings: Settings) -> None:
         wrong = Counter((each.said[0], each.heard[0][0]) for each in in_test if each.mistakes)
         for (true, taken), count in wrong.most_common(1):
             print(f"the most frequent mistake: {words[true]!r} taken for {words[taken]!r}, {count} of them")
-    print(f"best epoch {result.best_epoch} of {result.epochs}, {time.perf_counter() - start:.0f} s in all")
-    print(f"curves: tensorboard --logdir {settings.run_dir.parent if settings.run_dir else 'runs'}")
+    return result
 
 
 if __name__ == "__main__":

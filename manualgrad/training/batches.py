@@ -1,10 +1,9 @@
 """What the loop draws from a loader: checked (input, target) pairs, in groups; and whether it comes at all."""
 
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -77,7 +76,7 @@ class Watch:
 
         What a loader raises is told where it was raised, and raised again as it is.
         """
-        for number in range(1, sys.maxsize):
+        for number in count(1):
             self._where = f"{where}, batch {number}"
             self._since = time.monotonic()
             try:

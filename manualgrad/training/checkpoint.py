@@ -8,7 +8,7 @@ import hashlib
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         CheckpointError: where there are some, and none of them is whole.
     """
     broken: list[CheckpointError] = []
-    for path in _newest_first(folder):
+    for path in (*all_in(folder), *folder.glob(BEST)):
         try:
             payload = load(path)
         except CheckpointError as error:
@@ -203,12 +203,6 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     if broken:
         raise CheckpointError("; ".join(map(str, broken)))
     return None
-
-
-def _newest_first(folder: Path) -> Iterator[Path]:
-    yield from all_in(folder)
-    if (folder / BEST).exists():
-        yield folder / BEST
 
 
 def _copied(payload: Mapping[str, Any]) -> Any:

@@ -65,8 +65,6 @@ class TrainingLog:
         self._writer: SummaryWriter | None = None
         self._flushed = time.monotonic()
         self._before = threading.excepthook
-        threading.excepthook = self._on_exception
-        self.flush()
 
     def _on_exception(self, args: Any) -> None:
         """The writer has a thread, whose error `flush` is told: no need for a traceback."""
@@ -74,6 +72,8 @@ class TrainingLog:
             self._before(args)
 
     def __enter__(self) -> "TrainingLog":
+        threading.excepthook = self._on_exception
+        self.flush()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -188,7 +188,8 @@ class TrainingLog:
                 if tensor is not None and tensor.numel():
                     values = whole(tensor.detach()).to_dense().float()  # numpy has neither sparse nor bfloat16
                     if values.isfinite().all():  # which a gradient that overflowed float16 is not
-                        add = partial(_add_histogram, tag=tag, values=values.cpu().clone(), step=step)
+                        now = values.cpu().clone()
+                        add = partial(SummaryWriter.add_histogram, tag=tag, values=now, global_step=step)
                         self.add(step, add)
                         if tensor is parameter.grad:
                             norms[name] = values.norm().item()
@@ -232,10 +233,6 @@ def _by_layer(norms: Mapping[str, float]) -> dict[str, float]:
         if len(found) <= FEW:
             break
     return found or dict(norms)
-
-
-def _add_histogram(writer: SummaryWriter, tag: str, values: Tensor, step: int) -> None:
-    writer.add_histogram(tag, values, step)
 
 
 def _wait_for_a_later_name(folder: Path) -> None:

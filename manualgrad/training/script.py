@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import time
 import tomllib
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from pydantic_settings import (
 from .checkpoint import CheckpointError
 from .interruption import Interrupted
 from .nonfinite import NonFiniteError
+from .progress import FitResult
 
 
 class DataError(ValueError):
@@ -113,24 +115,28 @@ def _one_line(error: dict[str, object]) -> str:
     return f"--{str(location[0]).replace('_', '-')}: {message} (got {error['input']})"
 
 
-def run(settings: Settings, train: Callable[[Settings], object]) -> None:
-    """Train, and end the program as its user and a scheduler expect.
+def run(settings: Settings, train: Callable[[Settings], FitResult | None]) -> None:
+    """Train, and end the program as its user and a scheduler expect: with what `train` came to, if it says so.
 
     Wrong data or a wrong checkpoint ends it with one line and status 2, bad numbers with one line and status 1,
     Ctrl-C and SIGTERM with the command that goes on, and status 130 and 143. A second Ctrl-C: 130, at once.
     """
+    start, folder = time.perf_counter(), getattr(settings, "run_dir", None)
     try:
-        train(settings)
+        result = train(settings)
     except (DataError, CheckpointError) as error:
         fail(str(error))
     except NonFiniteError as error:
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         sys.exit(f"error: {error}; a lower --learning-rate may help{notes}")
     except KeyboardInterrupt as stop:
-        folder = getattr(settings, "run_dir", None)
         resume = [] if getattr(settings, "resume", True) else ["--resume"]
         if not any(argument.startswith("--run-dir") for argument in sys.argv):
             resume += ["--run-dir", str(folder)]
         if os.environ.get("RANK", "0") == "0":
             print("interrupted; to go on:", shlex.join(["python", *sys.argv, *resume]), file=sys.stderr)
         sys.exit(stop.status if isinstance(stop, Interrupted) else 130)
+    if result is not None:
+        seconds = time.perf_counter() - start
+        print(f"best epoch {result.best_epoch} of {result.epochs}, {seconds:.0f} s in all")
+        print(f"curves: tensorboard --logdir {folder.parent if folder else 'runs'}")

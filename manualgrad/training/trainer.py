@@ -181,9 +181,10 @@ class Trainer:
                     self._save(log)  # from here on there is something to resume
                 while progress.epoch < settings.epochs and not self._out_of_patience():
                     bar.set_description(f"epoch {progress.epoch + 1}/{settings.epochs}")
-                    if not progress.trained:
+                    if progress.trained:
+                        self._take_up_random_states()
+                    else:
                         self._train_epoch(log, bar, watch)
-                    self._take_up_random_states()
                     self._end_epoch(log, watch)
                 return self._finish(log)
             finally:
@@ -212,11 +213,11 @@ class Trainer:
                         means = _floats(self._forward(self.model, part))
                     mine = Averages()
                     mine.add(means, part.examples)
-                    every = mine.merged(self.processes.sum)
+                    every = self._of_all(mine)
                     if not math.isfinite(every.totals["loss"]):
                         raise self._nonfinite([part], self.progress.step, "evaluation")
                     averages.add(every.means(), every.examples)
-                    if watch is not None and self._asked_to_stop():
+                    if watch is not None and self._stop:
                         raise _StoppedInValidation
         finally:
             self.processes.part_again(self.model)
@@ -302,9 +303,7 @@ class Trainer:
         mine = Averages()  # only now are numbers asked for, which waits for the device
         for means, count in forwards:
             mine.add(_floats(means), count)
-        mine.totals["stop"] = float(self._signals.received)  # one message tells all there is to tell
-        figures = mine.merged(self.processes.sum)
-        self._stop = figures.totals.pop("stop") > 0
+        figures = self._of_all(mine)
         overflow = not math.isfinite(norm)
         curable = self.scaler.get_scale() > 1  # by a smaller scale, as float16 is meant to find it
         if not math.isfinite(figures.totals["loss"]) or (overflow and not curable):
@@ -342,7 +341,8 @@ class Trainer:
         progress.left_out_before, progress.trained, self._points = progress.left_out, False, {}
         log.epoch("train", progress.train, progress.step)
         log.epoch("validation", validation, progress.step)
-        if settings.histogram_every and progress.epoch % settings.histogram_every == 0:
+        every = settings.histogram_every if settings.run_dir is not None else None
+        if every and progress.epoch % every == 0:
             log.histograms(self.model, progress.step)
         if self.on_epoch is not None:
             self.model.eval()
@@ -475,10 +475,12 @@ class Trainer:
             warn("; ".join([f"{error}: {done}", *getattr(error, "__notes__", ())]))
         return True
 
-    def _asked_to_stop(self) -> bool:
-        (received,) = self.processes.sum([float(self._signals.received)])
-        self._stop = received > 0
-        return self._stop
+    def _of_all(self, mine: Averages) -> Averages:
+        """The figures of all processes together; and whether one was asked to stop is told in the same message."""
+        mine.totals["stop"] = float(self._signals.received)
+        figures = mine.merged(self.processes.sum)
+        self._stop = figures.totals.pop("stop") > 0
+        return figures
 
     def _save_and_stop(self, log: TrainingLog, states: tuple[Any, ...] | None = None) -> NoReturn:
         """End as asked, with what the end of the epoch would need of the last update: its points and gradients."""
