@@ -51,7 +51,7 @@ class Settings(TaskSettings):
     """Move each training picture at random by up to so many pixels."""
     flip: bool | None = None
     """Mirror half of the training pictures; by default only clothes (in a folder whose name says fashion)."""
-    epochs: PositiveInt = 10
+    epochs: PositiveInt = 15
     """How many times to go through the training data."""
     task: ClassVar[str] = "images"
 

@@ -539,17 +539,17 @@ class Pages:
         size = 1 if self.strings else len(worst)  # a string is as wide as a page
         for start in range(0, len(worst), size):
             page = side_by_side(pictures[start : start + size], captions[start : start + size])
-            tag = f"{name}/worst_heard" + f"_{start + 1}" * self.strings
+            tag = f"worst_heard/{name}" + f"_{start + 1}" * self.strings
             log.add(step, partial(add_picture, tag=tag, picture=page, step=step))
         if self.strings:
             rows = [f"| {' | '.join(self._told(each))} | {each.mistakes or ''} |" for each in every[:40]]
             card = "\n".join(["| said | heard | mistakes |", "|---|---|---:|", *rows])
-            log.add(step, lambda writer: writer.add_text(f"{name}/transcripts", card, step))
+            log.add(step, lambda writer: writer.add_text(f"transcripts/{name}", card, step))
         else:
             matrix = confusion_matrix(confusions(every, len(self.recordings.words)), self.recordings.words)
-            log.add(step, lambda writer: add_picture(writer, f"{name}/confusion", matrix, step))
+            log.add(step, lambda writer: add_picture(writer, f"confusion_matrix/{name}", matrix, step))
         for number, each in enumerate(worst[:8] if sounds else [], start=1):
-            tag = "{}_worst_heard/{} said {}, heard {}".format(name, number, *self._told(each))
+            tag = "worst_heard_{}/{} said {}, heard {}".format(name, number, *self._told(each))
             self._sound(log, step, tag, utterances.numbers(each.index))
 
     def _spelled(self, labels: Sequence[int]) -> str:

@@ -92,12 +92,12 @@ def test_words_are_told_apart(model: str, recordings: Path, call: Call, tmp_path
     steps = 8 * math.ceil(54 / 16)
     assert curves["summary/test_accuracy"] == [(steps + 1, pytest.approx(float(found[1]) / 100, abs=1e-4))]
     assert curves["accuracy/validation_epoch"][-1][1] > 0.9
-    pages = {f"{part}/{page}" for part in ("validation", "test") for page in ("confusion", "worst_heard")}
+    pages = {f"{page}/{part}" for page in ("confusion_matrix", "worst_heard") for part in ("validation", "test")}
     assert tags(folder, "images") == pages | {"words", "saved_bytes", "gradient_flow"}
     sounds = tags(folder, "audio")
     assert {f"words/{word}" for word in WORDS} <= sounds
     wrong = round(12 * (1 - float(found[1]) / 100))
-    assert sum(tag.startswith("test_worst_heard/") for tag in sounds) == (wrong or 8)  # if none is wrong, any
+    assert sum(tag.startswith("worst_heard_test/") for tag in sounds) == (wrong or 8)  # if none is wrong, any
 
 
 def test_strings_are_transcribed(recordings: Path, call: Call, tmp_path: Path) -> None:
@@ -111,11 +111,11 @@ def test_strings_are_transcribed(recordings: Path, call: Call, tmp_path: Path) -
     curves = scalars(tmp_path / "mine")
     assert curves["summary/test_error_rate"][0][1] == pytest.approx(float(found[1]) / 100, abs=1e-4)
     assert curves["summary/test_whole_strings"][0][1] == pytest.approx(float(found[2]) / 100, abs=1e-3)
-    pages = {f"{part}/worst_heard_1" for part in ("validation", "test")}
+    pages = {f"worst_heard/{part}_1" for part in ("validation", "test")}
     assert pages <= tags(tmp_path / "mine", "images")
-    texts = {f"{part}/transcripts/text_summary" for part in ("validation", "test")}
+    texts = {f"transcripts/{part}/text_summary" for part in ("validation", "test")}
     assert texts <= tags(tmp_path / "mine", "tensors")
-    assert any(tag.startswith("test_worst_heard/1 said") for tag in tags(tmp_path / "mine", "audio"))
+    assert any(tag.startswith("worst_heard_test/1 said") for tag in tags(tmp_path / "mine", "audio"))
 
 
 def test_the_digits_come_along(call: Call, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_an_unfinished_run_goes_on(recordings: Path, call: Call, tmp_path: Path)
     assert output.splitlines()[:2] == whole.splitlines()[:2]
     assert scalars(tmp_path / "mine") == scalars(tmp_path / "whole")
     events = EventAccumulator(str(tmp_path / "mine")).Reload()
-    for tag, times in (("words", 1), ("validation/worst_heard_1", 4), ("test/worst_heard_1", 1)):
+    for tag, times in (("words", 1), ("worst_heard/validation_1", 4), ("worst_heard/test_1", 1)):
         assert len(events.Images(tag)) == times
 
 
