@@ -36,6 +36,8 @@ BANDS = 40
 """Of frequency, in which a spectrum is seen."""
 WINDOW, HOP = 0.032, 0.016
 """Seconds: how much of a sound makes a frame, and from one frame to the next."""
+HIDDEN_BANDS, HIDDEN_TIME = 6, 0.25
+"""In training at most so many bands of a recording, and so much of its time, are hidden."""
 RANGE = 45
 """Decibels from the loudest in a recording to what counts as silence."""
 LOWEST_RATE = 4000
@@ -315,12 +317,20 @@ class Utterances(Dataset[tuple[Tensor, Tensor]]):
 
 
 def varied(frames: Tensor) -> Tensor:
-    """Spoken at another speed, by a mouth of another size: time and frequency stretched at random."""
+    """Spoken at another speed, by a mouth of another size: time and frequency stretched at random.
+
+    A stretch of each is hidden, so that no part of a word is relied upon alone (SpecAugment: Park et al., 2019).
+    """
     slower, lower = torch.rand(2).mul(2).sub(1).tolist()
     length = max(2, round(len(frames) * math.exp(0.35 * slower)))
     scale = math.exp(0.2 * lower)
     places = affine_grid(torch.tensor([[[scale, 0, scale - 1], [0, 1, 0]]]), [1, 1, length, BANDS], False)
-    return grid_sample(frames[None, None], places, padding_mode="border", align_corners=False)[0, 0]
+    frames = grid_sample(frames[None, None], places, padding_mode="border", align_corners=False)[0, 0]
+    for axis, most in enumerate((int(HIDDEN_TIME * length), HIDDEN_BANDS)):
+        width = int(torch.randint(most + 1, ()))
+        start = int(torch.randint(frames.shape[axis] - width + 1, ()))
+        frames.narrow(axis, start, width).zero_()  # the mean of the recording
+    return frames
 
 
 def together(utterances: Sequence[tuple[Tensor, Tensor]], strings: bool) -> tuple[Tensor, Tensor]:

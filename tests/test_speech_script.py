@@ -412,6 +412,21 @@ def test_mistakes_are_counted(said: list[int], heard: list[int], count: int) -> 
     assert speech.mistakes(said, heard) == count
 
 
+def test_a_stretch_of_time_and_one_of_frequency_are_hidden() -> None:
+    torch.manual_seed(0)
+    most = [0, 0]
+    for _ in range(100):
+        heard = speech.varied(torch.ones(40, speech.BANDS)) != 0
+        times, bands = heard.any(1), heard.any(0)
+        assert torch.equal(heard, times.unsqueeze(1) & bands)
+        for axis, kept in enumerate((times, bands)):
+            hidden = (~kept).nonzero().squeeze(1)
+            assert len(hidden) == 0 or hidden[-1] - hidden[0] == len(hidden) - 1
+            most[axis] = max(most[axis], round(100 * len(hidden) / len(kept)))
+    assert 20 < most[0] <= 25
+    assert most[1] == 15
+
+
 def test_strings_are_drawn_anew_for_training_alone() -> None:
     digits = speech.spoken_digits()
     rows = torch.arange(100, 140)
