@@ -12,6 +12,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ def _modules(space: ModuleType) -> dict[str, type[torch.nn.Module]]:
     return {name: value for name, value in found.items() if issubclass(value, torch.nn.Module)}
 
 
+@cache
 def _called(module: type[torch.nn.Module]) -> set[str]:
     """Names of the functions that a module's methods call, by themselves or through a namespace."""
     names: set[str] = set()

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from manualgrad.meter import saved_bytes
 from manualgrad.registry import Call, Maker, Op
+from manualgrad.verification.subject import set_seed
 
 SEED = 7
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -38,7 +39,7 @@ def seeded(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, drawing the same random numbers in every call."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        torch.manual_seed(SEED)
+        set_seed(SEED)
         return function(*args, **kwargs)
 
     return run

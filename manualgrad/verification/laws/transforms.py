@@ -19,6 +19,7 @@ from manualgrad.verification.subject import (
     Subject,
     copies,
     gradients,
+    set_seed,
     upstream,
     with_upstream,
 )
@@ -274,7 +275,7 @@ def compile(subject: Subject) -> None:
     results = []
     for function in (run, compiled):
         tensors = own.tensors()
-        torch.manual_seed(own.seed)
+        set_seed(own.seed)
         try:
             outputs = function(*tensors)
             chosen, upstreams = with_upstream(own.differentiable(outputs))
