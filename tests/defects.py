@@ -1379,6 +1379,13 @@ def _(ctx: Any, grad: Tensor) -> Any:
     return x * grad if torch.compiler.is_compiling() else 2 * x * grad
 
 
+@forward("divmod of a size", "compile_dynamic", require=("compile_dynamic",))
+def _(ctx: Any, x: Tensor) -> Any:
+    ctx.save_for_backward(x)
+    halves, _ = divmod(x.shape[0], 2)
+    return torch.cat([x[:halves], x[halves:]]).square()
+
+
 @backward("reads saved_tensors twice", "checkpoint", TWO, KeepAll)
 def _(ctx: Any, grad: Tensor) -> Any:
     grad_x = grad * ctx.saved_tensors[1] if ctx.needs_input_grad[0] else None

@@ -178,11 +178,12 @@ def _conv(n: int) -> Callable[..., Tensor]:
         elif isinstance(padding, str):
             raise RuntimeError(f"padding must be a number, 'same' or 'valid', but is {padding!r}")
         padding = each(padding, n)
-        steps = [
-            divmod(size + 2 * p - d * (k - 1) - 1, s)
-            for size, k, s, p, d in zip(input.shape[2:], kernel, stride, padding, dilation, strict=True)
+        spare = [  # behind the first window; by // and %, as torch.compile has no divmod of a size that varies
+            size + 2 * p - d * (k - 1) - 1
+            for size, k, p, d in zip(input.shape[2:], kernel, padding, dilation, strict=True)
         ]
-        windows, rest = tuple(step + 1 for step, _ in steps), tuple(rest for _, rest in steps)
+        windows = tuple(n // s + 1 for n, s in zip(spare, stride, strict=True))
+        rest = tuple(n % s for n, s in zip(spare, stride, strict=True))
         geometry = Geometry(kernel, windows, stride, padding, dilation, rest, groups)
         return ConvolutionFunction.apply(input, weight, bias, geometry)
 

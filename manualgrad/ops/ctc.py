@@ -155,7 +155,10 @@ register(
     ),
     special=False,  # log-probabilities have no infinity but -∞
     lacks={
-        "compile": "the shapes that torch's forward computes with depend on the lengths",
+        **dict.fromkeys(
+            ("compile", "compile_dynamic"),
+            "the shapes that torch's forward computes with depend on the lengths",
+        ),
         "large_values": "torch's gradient has e^x in it, which overflows where x is no log-probability",
     },
 )

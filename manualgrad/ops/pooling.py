@@ -45,11 +45,13 @@ class Along(NamedTuple):
     p: int
     counts_padding: bool
 
-    def counts(self, n: int, o: int) -> list[int]:
-        """How many places each of o windows counts, of n."""
+    def counts(self, n: int, o: int, device: torch.device) -> Tensor | int:
+        """How many places each of o windows counts, of n; a number where that is the same for all."""
         beyond = self.p if self.counts_padding else 0
-        starts = [self.s * i - self.p for i in range(o)]
-        return [min(start + self.k, n + beyond) - max(start, -beyond) for start in starts]
+        if self.p <= beyond and self.s * (o - 1) - self.p + self.k <= n + beyond:
+            return self.k
+        starts = self.s * torch.arange(o, device=device) - self.p
+        return (starts + self.k).clamp(max=n + beyond) - starts.clamp(min=-beyond)
 
 
 @dataclass(frozen=True)
@@ -276,8 +278,8 @@ class AvgPoolFunction(Rule):
                 pool.windows[place] if pool.windows else Along(n // o, n // o, 0, False) if n % o == 0 else None
             )
             if not pool.divisor:
-                counts = along.counts(n, o) if along else [b - a for a, b in _adaptive_windows(n, o)]
-                total = _divided(total, axis, counts)
+                of = along.counts if along else _adaptive_counts
+                total = _divided(total, axis, of(n, o, total.device))
             total = _collected(total, axis, n, along) if along else _collected_adaptively(total, axis, n)
         total = total.contiguous()
         return total.movedim(-1, 1) if form else total
@@ -289,11 +291,10 @@ class Float32AvgPoolFunction(AvgPoolFunction):
     autocast = {"cpu": "float32"}
 
 
-def _divided(tensor: Tensor, axis: int, counts: list[int]) -> Tensor:
-    if len(set(counts)) == 1:
-        return tensor / counts[0] if counts[0] != 1 else tensor
-    divisor = torch.tensor(counts, dtype=tensor.dtype, device=tensor.device)
-    return tensor / divisor.reshape(-1, *[1] * (tensor.dim() - 1 - axis))
+def _divided(tensor: Tensor, axis: int, counts: Tensor | int) -> Tensor:
+    if isinstance(counts, Tensor):
+        return tensor / counts.to(tensor.dtype).reshape(-1, *[1] * (tensor.dim() - 1 - axis))
+    return tensor if counts == 1 else tensor / counts
 
 
 def _collected(sent: Tensor, axis: int, n: int, along: Along) -> Tensor:
@@ -327,9 +328,14 @@ def _adaptive_windows(n: int, o: int) -> list[tuple[int, int]]:
     return [(i * n // o, -(-(i + 1) * n // o)) for i in range(o)]
 
 
+def _adaptive_counts(n: int, o: int, device: torch.device) -> Tensor:
+    """How many places each of o windows counts, of n."""
+    return torch.tensor([end - start for start, end in _adaptive_windows(int(n), int(o))], device=device)
+
+
 def _collected_adaptively(sent: Tensor, axis: int, n: int) -> Tensor:
     """The same for adaptive windows: between two edges all places lie in the same ones."""
-    o, pieces = sent.shape[axis], []
+    n, o, pieces = int(n), int(sent.shape[axis]), []  # torch.compile fixes what it counts
     edges = sorted({edge for window in _adaptive_windows(n, o) for edge in window})
     for start, end in itertools.pairwise(edges):
         first, last = start * o // n, ((start + 1) * o - 1) // n
@@ -483,6 +489,7 @@ def _register(n: int) -> None:
             Call(t(2, *sizes), _places(t, n, 2, *sizes), 2, 2, 0, [2 * side + 1 for side in sizes]),
         ],
         big=lambda t: Call(*(big := _big(n)(t)).args, _places(t, n, *big[0].shape), 2),
+        lacks={"compile_dynamic-0": "torch.compile does not trace torch's check of the output size"},
     )
     register(
         (avg_pool1d, avg_pool2d, avg_pool3d)[n - 1],

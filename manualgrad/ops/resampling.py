@@ -53,7 +53,7 @@ class InterpolateFunction(Rule):
         layout = suggest_memory_format(grad) if nothing_looks_on(grad) else None
         for axis, n in zip(range(-k, 0), shape, strict=True):
             before, after = grad.shape[:axis], grad.shape[grad.dim() + axis + 1 :]
-            repeats, rest = divmod(grad.shape[axis], n)
+            repeats, rest = grad.shape[axis] // n, grad.shape[axis] % n
             exact = rest == 0 and repeats in (1, 2, 4, 8, 16) and (scale is None or scale[axis] == repeats)
             if mode.startswith("nearest") and exact:  # a power of 2, which rounding does not touch
                 grad = functools.reduce(torch.add, grad.reshape(*before, n, repeats, *after).unbind(axis))
@@ -147,7 +147,10 @@ for _name, _mode in (("upsample", {"mode": "bilinear"}), ("upsample_bilinear", {
         _name,
         samples=lambda t, mode=_mode: [Call(t(1, 2, 3, 2), scale_factor=2, **mode)],
         big=lambda t, mode=_mode: Call(t(4, 32, 64, 64), scale_factor=2, **mode),
-        lacks={"compile": "it warns that its name is deprecated, which torch.compile does not trace"},
+        lacks=dict.fromkeys(
+            ("compile", "compile_dynamic"),
+            "it warns that its name is deprecated, which torch.compile does not trace",
+        ),
     )
 
 

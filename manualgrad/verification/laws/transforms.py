@@ -265,13 +265,27 @@ def saved_tensor_hooks(subject: Subject) -> None:
 @law("a branch on data, a print, numpy or Python state inside: Dynamo breaks the graph or fixes what it saw", True)
 def compile(subject: Subject) -> None:
     """torch.compile(fullgraph=True) makes one graph with the same outputs and gradients."""
+    _compiled(subject, dynamic=False)
+
+
+@law(
+    "Python that needs a size as a plain int (divmod, a list of that length, f-strings): write // and tensors",
+    True,
+)
+def compile_dynamic(subject: Subject) -> None:
+    """With sizes that may vary (dynamic=True), too, torch.compile makes one graph with the same results."""
+    with torch._dynamo.config.patch(specialize_int=True, specialize_float=True):  # settings stay what they are
+        _compiled(subject, dynamic=True)
+
+
+def _compiled(subject: Subject, dynamic: bool) -> None:
     torch._dynamo.reset()
     own = subject.exact
 
     def run(*tensors: Tensor) -> Any:
         return own.call(own.function, tensors)
 
-    compiled = torch.compile(_without_seed(own), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(_without_seed(own), fullgraph=True, dynamic=dynamic, backend="aot_eager")
     results = []
     for function in (run, compiled):
         tensors = own.tensors()
