@@ -507,9 +507,9 @@ def picture(frames: Tensor, below: Sequence[tuple[int, str]] = ()) -> Image.Imag
     return strip
 
 
-def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """Pictures of different sizes in one."""
-    width, height = max(each.width for each in pictures), max(each.height for each in pictures)
+def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str], width: int = 0) -> Image.Image:
+    """Pictures of different sizes in one, each given so much width or that of the widest."""
+    width, height = max(width, *(each.width for each in pictures)), max(each.height for each in pictures)
     canvas = torch.full((len(pictures), height, width), 255, dtype=torch.uint8)
     for place, each in zip(canvas, pictures, strict=True):
         place[: each.height, : each.width] = torch.from_numpy(np.array(each))
@@ -547,8 +547,9 @@ class Pages:
         captions = ["said {}\nheard {}".format(*self._told(each)) for each in worst]
         pictures = [self._picture(utterances, each) for each in worst]
         size = 1 if self.strings else len(worst)  # a string is as wide as a page
+        widest = max(each.width for each in pictures)  # one scale for all pages: TensorBoard stretches each
         for start in range(0, len(worst), size):
-            page = side_by_side(pictures[start : start + size], captions[start : start + size])
+            page = side_by_side(pictures[start : start + size], captions[start : start + size], widest)
             tag = f"worst_heard/{name}" + f"_{start + 1}" * self.strings
             log.add(step, partial(add_picture, tag=tag, picture=page, step=step))
         if self.strings:
