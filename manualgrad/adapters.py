@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from manualgrad.nn import functional
 from manualgrad.ops.elementary import REFUSALS, product
+from manualgrad.ops.linear_cross_entropy import linear_cross_entropy_in_float32
 
 Forward = TypeVar("Forward", bound=Callable[[Any, Tensor], Tensor])
 
@@ -172,7 +173,7 @@ class Fusion:
         targets: Any = shift_labels
         if targets is None:
             targets = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        loss = functional.linear_cross_entropy(
+        loss = linear_cross_entropy_in_float32(
             logits.flatten(0, -2),
             self.head.weight,
             targets.flatten().to(logits.device),
@@ -180,7 +181,6 @@ class Fusion:
             ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",
         )
-        loss = loss if loss.dtype == torch.float64 else loss.float()
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
