@@ -147,12 +147,14 @@ def gated_mlp(module: Any, input: Tensor) -> Tensor:
 
 
 class Fusion:
-    """One forward of a model in which its head gives on what it is given, and the loss is that of both at once."""
+    """One forward of a model. Its head is called twice: by the model, and returns its input; then by the loss, and
+    returns the loss, computed from that input without logits."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.head = model.get_output_embeddings()
         self.hidden: Any = None
+        self.of_head: Callable[[Any], Tensor] | None = None
 
     def loss(
         self,
@@ -173,14 +175,15 @@ class Fusion:
         targets: Any = shift_labels
         if targets is None:
             targets = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        loss = linear_cross_entropy_in_float32(
-            logits.flatten(0, -2),
+        self.of_head = lambda hidden: linear_cross_entropy_in_float32(
+            hidden.flatten(0, -2),
             self.head.weight,
-            targets.flatten().to(logits.device),
+            targets.flatten().to(hidden.device),
             linear_bias=self.head.bias,
             ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",
         )
+        loss = self.head(self.hidden)  # FSDP gathers the weights of a module when it is called
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
@@ -232,6 +235,8 @@ def fused_head(kind: type[nn.Module]) -> dict[str, Any]:
         fusion = _fusion.get()
         if fusion is None or fusion.head is not self:
             return kind.forward(self, input)
+        if fusion.of_head is not None:
+            return fusion.of_head(input)
         fusion.hidden = input
         return input
 

@@ -201,7 +201,7 @@ def _wide_product(slope: Tensor, weight: Tensor) -> Tensor:
     """
     if slope.dtype == weight.dtype:
         return slope @ weight
-    if not nothing_looks_on(slope, weight):
+    if not nothing_looks_on(slope):
         return (slope.to(weight.dtype) @ weight).to(slope.dtype)
     if not slope.is_cpu:
         return torch.mm(slope.to(weight.dtype), weight, out_dtype=slope.dtype)
@@ -213,7 +213,7 @@ def _wide_product(slope: Tensor, weight: Tensor) -> Tensor:
 
 def _plus_product(total: Tensor | None, slope: Tensor, x: Tensor) -> Tensor:
     """total + Dᵀ x in the precision of D likewise, written over the total where nothing looks on."""
-    if total is None or not nothing_looks_on(total, slope, x):
+    if total is None or not nothing_looks_on(total, slope):
         product = _wide_product(slope, x)
         return product if total is None else total + product
     if slope.is_cpu or slope.dtype == x.dtype:
