@@ -4,7 +4,7 @@ An adapter says by which names of classes such a module may go and what is then 
 
     @register_adapter(r"\\w*QuickGELU\\w*")
     def quick_gelu(module, input):
-        return functional.silu(1.702 * input) / 1.702
+        return SwishFunction.apply(input, 1.702)
 
 A name proves nothing, and packages change. So a module is only taken for what an adapter says if on a trial input
 it computes the same. The table below is for `transformers`, which is never imported here.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from manualgrad.nn import functional
+from manualgrad.ops.activation import SwishFunction
 from manualgrad.ops.elementary import REFUSALS, product
 from manualgrad.ops.linear_cross_entropy import linear_cross_entropy_in_float32
 
@@ -46,8 +47,9 @@ def register_adapter(
     """Enter the function that follows, ``forward(module, input)``, as what `convert` computes for some modules.
 
     Those are the modules of one input whose class's name matches `classes`, a regular expression, as a whole, and
-    that on a trial input of shape (2, 3, ``features(module)``) give what the function gives. Later entries come
-    first. For converted models to be pickled, the function must stand in a module.
+    that give what the function gives, value and dtype, on trial inputs of shape (2, 3, ``features(module)``). The
+    trials are small and large numbers in the dtype of the parameters and, where that is float32, in bfloat16. Later
+    entries come first. For converted models to be pickled, the function must stand in a module.
     """
 
     def enter(forward: Forward) -> Forward:
@@ -63,18 +65,45 @@ def adapted(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     return next((x.forward for x in _adapters if x.classes.fullmatch(name) and _agrees(module, x)), None)
 
 
+_SCALES = torch.tensor([[[0.1], [1.0], [16.0]]], dtype=torch.float64)
+"""Of the rows of a trial: an activation that clips, say, differs in large numbers only."""
+
+
 def _agrees(module: nn.Module, adapter: Adapter) -> bool:
-    """Both compute the same, to the precision that the module has (transformers' norms: float32 at best)."""
+    """Both compute the same, to the precision that the module has (transformers' norms: float32 at best).
+
+    Under autocast a module in float32 is given bfloat16, and modules differ in what they return then.
+    """
     parameter = next(module.parameters(), torch.empty(0, dtype=torch.float64))
+    if parameter.is_meta:
+        return False
     generator = torch.Generator().manual_seed(0)
     try:
-        trial = torch.randn(2, 3, adapter.features(module), generator=generator, dtype=torch.float64).to(parameter)
-        with torch.no_grad(), torch.random.fork_rng([trial.device] if trial.is_cuda else []):
-            expected, found = type(module).forward(module, trial), adapter.forward(module, trial)
-        tolerance = max(1e-5, 4 * torch.finfo(trial.dtype).eps)
-        return found.dtype == expected.dtype and torch.allclose(found, expected, tolerance, tolerance)
-    except REFUSALS:  # it has not the attributes, the inputs or the device (meta) that the adapter is for
+        trial = torch.randn(2, 3, adapter.features(module), generator=generator, dtype=torch.float64)
+        trials = [(trial * _SCALES).to(parameter)]
+    except REFUSALS:  # it has not the attributes that the adapter is for
         return False
+    if parameter.dtype == torch.float32:
+        trials.append(trials[0].bfloat16())
+    for trial in trials:
+        expected, found = (_result(forward, module, trial) for forward in (type(module).forward, adapter.forward))
+        if expected is None and trial is not trials[0]:  # the module takes no bfloat16
+            continue
+        tolerance = max(1e-5, 4 * torch.finfo(trial.dtype).eps)
+        if expected is None or found is None or found.dtype != expected.dtype:
+            return False
+        if not torch.allclose(found, expected, tolerance, tolerance, equal_nan=True):
+            return False
+    return True
+
+
+def _result(forward: Callable[[Any, Tensor], Tensor], module: nn.Module, trial: Tensor) -> Tensor | None:
+    """What a forward gives for a trial; None: it refuses it."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng([trial.device] if trial.is_cuda else []):
+            return forward(module, trial)
+    except REFUSALS:
+        return None
 
 
 # --- transformers ---
@@ -95,7 +124,7 @@ def gelu_tanh(module: Any, input: Tensor) -> Tensor:
 @register_adapter(_ACTIVATIONS)
 def quick_gelu(module: Any, input: Tensor) -> Tensor:
     """x σ(1.702 x)"""
-    return functional.silu(1.702 * input) / 1.702
+    return SwishFunction.apply(input, 1.702)
 
 
 @register_adapter(_ACTIVATIONS)
@@ -121,9 +150,23 @@ def _epsilon(module: Any) -> float:
 _NORMS = r"\w*(RMSNorm|T5LayerNorm)"
 
 
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
+
+
+@register_adapter(_NORMS, features=lambda module: module.weight.numel())
+def rms_norm_rounded_last(module: Any, input: Tensor) -> Tensor:
+    """w x / √(E x² + ε), in float32 at least, rounded to the dtype of x."""
+    x, weight = _widened(input, module.weight)
+    return functional.rms_norm(x, tuple(weight.shape), weight, _epsilon(module)).type_as(input)
+
+
 @register_adapter(_NORMS, features=lambda module: module.weight.numel())
 def rms_norm(module: Any, input: Tensor) -> Tensor:
-    """w x / √(E x² + ε), in float32 at least, rounded once (transformers: in float32 at most, and twice)."""
+    """w x / √(E x² + ε), in float32 at least, rounded once (transformers: in float32 at most, and twice).
+
+    With a weight in float32 and an input in bfloat16, x / √(E x² + ε) is rounded, and the product with w is not.
+    """
     weight, shape = module.weight, tuple(module.weight.shape)
     if weight.dtype == input.dtype:
         return functional.rms_norm(input, shape, weight, _epsilon(module))
@@ -133,8 +176,15 @@ def rms_norm(module: Any, input: Tensor) -> Tensor:
 @register_adapter(_NORMS, features=lambda module: module.weight.numel())
 def rms_norm_from_one(module: Any, input: Tensor) -> Tensor:
     """Gemma's: (1 + w) x / √(E x² + ε)"""
-    weight, x = (x if x.dtype == torch.float64 else x.float() for x in (module.weight, input))
+    x, weight = _widened(input, module.weight)
     return functional.rms_norm(x, tuple(weight.shape), 1 + weight, _epsilon(module)).type_as(input)
+
+
+@register_adapter(r"\w*T5LayerNorm", features=lambda module: module.weight.numel())
+def rms_norm_in_float32(module: Any, input: Tensor) -> Tensor:
+    """T5's, which rounds nothing with a weight in float32."""
+    weight = module.weight
+    return functional.rms_norm(input.to(weight.dtype), tuple(weight.shape), weight, _epsilon(module))
 
 
 @register_adapter(r"\w*MLP", features=lambda module: module.gate_proj.in_features)

@@ -165,6 +165,39 @@ def test_activations(name: str) -> None:
     assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+NORMS = {"llama": "LlamaRMSNorm", "gemma": "GemmaRMSNorm", "t5": "T5LayerNorm", "gpt_oss": "GptOssRMSNorm"}
+ACTIVATIONS = ("gelu_new", "gelu_python", "quick_gelu", "gelu_10", "silu")
+
+
+@pytest.mark.parametrize(("of_weight", "of_input"), [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16")])
+@pytest.mark.parametrize("name", [*NORMS, *ACTIVATIONS])
+def test_nothing_is_rounded_that_was_not(name: str, of_weight: str, of_input: str) -> None:
+    """In low precision, value and gradients are no farther from those in float64 than the module's own are."""
+    torch.manual_seed(0)
+    if name in NORMS:
+        area = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        module = getattr(area, NORMS[name])(64)
+    else:
+        module = copy.deepcopy(transformers.activations.ACT2FN[name])
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    module = module.to(getattr(torch, of_weight))
+    x = (4 * torch.randn(64, 64)).to(getattr(torch, of_input))
+    upstream = torch.randn(64, 64).bfloat16()
+
+    def results(module: nn.Module, x: Tensor) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), *module.parameters()]
+        y = module(leaves[0])
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    with InFloat64():
+        exact = results(copy.deepcopy(module).double(), x.double())
+    expected, found = results(copy.deepcopy(module), x), results(convert(module, functional=True), x)
+    for a, b, truth in zip(found, expected, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - truth).norm() <= 1.02 * (b - truth).norm()
+
+
 class OtherRMSNorm(nn.Module):
     """Goes by the name, and does something else."""
 
@@ -215,18 +248,6 @@ def test_an_adapter_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(revert(module)) is TwiceActivation
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_norms_are_at_least_as_near(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(64).to(dtype)
-    nn.init.normal_(norm.weight)
-    x = torch.randn(32, 64).to(dtype)
-    exact = torch.nn.functional.rms_norm(x.double(), (64,), norm.weight.double(), 1e-6)
-    theirs, ours = (norm(x).double() - exact).norm(), (convert(norm)(x).double() - exact).norm()
-    assert type(norm) is not transformers.models.llama.modeling_llama.LlamaRMSNorm
-    assert ours <= 1.01 * theirs
-
-
 # --- the loss without logits ---
 
 
@@ -253,6 +274,24 @@ def test_fused_loss(name: str, more: dict[str, Any]) -> None:
     revert(model)
     assert [type(module) for module in model.modules()] == before
     assert_close(step(model.train(), given), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("more", [{}, {"num_items_in_batch": 11}])
+def test_fused_loss_in_low_precision(dtype: torch.dtype, more: dict[str, Any]) -> None:
+    """The loss is in float32, and the gradients are as near to those in float64 as the model's own."""
+    model = LANGUAGE["llama"]().to(dtype)
+    given = TEXT | more
+    with InFloat64():
+        loss, exact = step(copy.deepcopy(model).double(), given)
+    errors = []
+    for each in (model, convert(copy.deepcopy(model), functional=True, fused_loss=True)):
+        found, gradients = step(each, given)
+        assert found.dtype == torch.float32
+        assert found != found.to(dtype)
+        assert abs(found - loss) <= torch.finfo(dtype).eps * loss / 16
+        errors.append(sum((a - b).norm() ** 2 for a, b in zip(gradients, exact, strict=True)))  # type: ignore[operator]
+    assert errors[1] <= 1.04 * errors[0]
 
 
 @pytest.mark.parametrize("fused_loss", [False, True])

@@ -136,6 +136,20 @@ class SiLUFunction(Pointwise):
         return (1 - s).mul_(input).add_(1).mul_(s)
 
 
+class SwishFunction(Pointwise):
+    r"""y = x s,  s = σ(βx)      ds = β s (1 - s) dx,  so  y′ = s (1 + βx (1 - s))
+
+    Ramachandran, Zoph and Le, "Searching for Activation Functions", 2017. (`SiLUFunction` is β = 1.)
+    """
+
+    def forward(input: Tensor, beta: float) -> Tensor:
+        return input * torch.sigmoid(beta * input)
+
+    def derivative(input: Tensor, beta: float) -> Tensor:
+        s = torch.sigmoid(beta * input)
+        return s * (1 + beta * input * (1 - s))
+
+
 class MishFunction(Pointwise):
     r"""y = x t,  t = tanh log(1 + eˣ)
 

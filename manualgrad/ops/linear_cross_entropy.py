@@ -193,11 +193,10 @@ def _products(slopes: Iterable[tuple[Tensor, Tensor]], weight: Tensor, needed: N
 
 
 def _wide_product(slope: Tensor, weight: Tensor) -> Tensor:
-    """D W in the precision of D, float32 at least, for a W that may have a lower one: a gradient is rounded once, at
-    its end.
+    """D W in the precision of D, float32 at least, for a W that may have a lower one.
 
-    On the CPU the product itself is in float32, some classes of W at a time. In bfloat16 it takes up to 100 times as
-    long there (256 x 8192 times 8192 x 512, one thread, no instructions for bfloat16: 7.2 s and 0.07 s).
+    On the CPU the product itself is in float32, some classes of W at a time. In bfloat16 it takes up to 100 times
+    as long there (256 x 8192 times 8192 x 512, one thread, no instructions for bfloat16: 7.2 s and 0.07 s).
     """
     if slope.dtype == weight.dtype:
         return slope @ weight
@@ -484,9 +483,9 @@ def linear_cross_entropy_in_float32(
     label_smoothing: float = 0.0,
     options: LinearCrossEntropyOptions | None = None,
 ) -> Tensor:
-    """The loss of `linear_cross_entropy` as it is computed: in float32 for bfloat16 and float16, not rounded to them.
+    """The loss of `linear_cross_entropy`, in float32 for bfloat16 and float16 too.
 
-    A model whose logits are widened before the loss has such a loss.
+    A model that converts its logits to float32 before the loss has such a loss.
     """
     how = REDUCTIONS.index(reduction)
     _check_shapes(input, linear_weight, linear_bias, target, ignore_index)
