@@ -48,7 +48,7 @@ def register_adapter(
 
     Those are the modules of one input whose class's name matches `classes`, a regular expression, as a whole, and
     that give what the function gives, value and dtype, on trial inputs of shape (2, 3, ``features(module)``). The
-    trials are small and large numbers in the dtype of the parameters and, where that is float32, in bfloat16. Later
+    trials are small and large numbers in the dtype of the parameters, and in bfloat16 where that is float32. Later
     entries come first. For converted models to be pickled, the function must stand in a module.
     """
 
