@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import choose, drop_in, times, written
+from manualgrad.ops.elementary import choose, drop_in, times
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -33,6 +33,10 @@ class DropoutFunction(Rule):
         output, mask = torch.native_dropout(input, p, True)
         return output, mask.bool()  # vmap returns it in the input's dtype
 
+    def forward_(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        output, mask = DropoutFunction.forward(input, p)
+        return input.copy_(output), mask
+
     def grad_input(grad: Tensor, mask: Tensor, p: float) -> Tensor:
         return times(choose(mask, grad), kept_scale(p))
 
@@ -53,7 +57,7 @@ def _dropped(rule: type[Rule], input: Tensor, p: float, training: bool, inplace:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if input.numel() == 0 or p == 0 or not training:
         return input
-    return written(input, rule.apply(input, p, *settings), inplace)
+    return (rule.apply_ if inplace else rule.apply)(input, p, *settings)
 
 
 @drop_in
@@ -108,6 +112,10 @@ class NoiseFunction(Rule):
         shift = (mask - 1).mul_(_SELU_FLOOR * scale).add_(_SELU_FLOOR * scale * p)
         slope = mask.mul_(scale)
         return input * slope + shift, slope
+
+    def forward_(input: Tensor, p: float, leading: int, alpha: bool) -> tuple[Tensor, Tensor]:
+        output, slope = NoiseFunction.forward(input, p, leading, alpha)
+        return input.copy_(output), slope
 
     def grad_input(grad: Tensor, slope: Tensor) -> Tensor:
         return grad * slope
