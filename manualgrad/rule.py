@@ -395,6 +395,8 @@ def _check(
     for name, parameter in parameters.items():
         if parameter.annotation is inspect.Parameter.empty:
             raise TypeError(f"{rule.__name__}.forward: annotate {name!r} (a Tensor, or the type of a setting)")
+    if hasattr(rule, "forward_") and _definer(rule, "forward_") is not _definer(rule, "forward"):
+        raise TypeError(f"{rule.__name__}: define forward_ where forward is defined, so that both compute the same")
     for target, _, names in methods.values():
         if target.startswith("grad_") and target.removeprefix("grad_") not in parameters:
             raise TypeError(f"{rule.__name__}.{target}: forward has no input {target.removeprefix('grad_')!r}")
@@ -402,6 +404,10 @@ def _check(
             raise TypeError(
                 f"{rule.__name__}.{target} asks for {name!r}, which is no input, output, statistic or method"
             )
+
+
+def _definer(rule: type[Rule], name: str) -> type:
+    return next(cls for cls in rule.__mro__ if name in vars(cls))
 
 
 def _taking(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

@@ -41,9 +41,8 @@ def _applied(
     """
     if not inplace:
         return rule.apply(input, *settings)
-    if from_output is not None and not (large(input) and usable_recipe_of(input)):
-        return from_output.apply_(input, *settings)
-    return rule.apply_(input, *settings)
+    remade = not torch.compiler.is_compiling() and large(input) and usable_recipe_of(input) is not None
+    return (rule if remade or from_output is None else from_output).apply_(input, *settings)
 
 
 def _activation(name: str, rule: type[Rule]) -> Callable[[Tensor], Tensor]:
