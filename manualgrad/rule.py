@@ -264,7 +264,13 @@ def _complete(rule: type[Rule]) -> None:
         return chosen.early(*(_in_float32(known) if dtypes else known))
 
     def keep(
-        ctx: Any, chosen: Plan, every: tuple[Any, ...], early: Any, dtypes: Any, leaves_recipe: bool, writes: int = 0
+        ctx: Any,
+        chosen: Plan,
+        every: tuple[Any, ...],
+        early: Any,
+        dtypes: Any,
+        leaves_recipe: bool,
+        writes: int = 0,
     ) -> None:
         pantry = saving.Pantry((*chosen.tensors(every), *early))
         if leaves_recipe and recompute is not None and "output" not in chosen.names:
@@ -365,12 +371,6 @@ def _complete(rule: type[Rule]) -> None:
         return (tangent, *[None] * len(rule.statistics)) if has_statistics else tangent
 
     def forward(*args: Any) -> Any:
-        output = rule.forward(*args)
-        if has_statistics:
-            return (_owned(output[0], args), *output[1:])
-        return _owned(output, args)
-
-    def forward(*args: Any) -> Any:
         result = rule.forward(*args)
         return (_owned(result[0], args), *result[1:]) if has_statistics else _owned(result, args)
 
@@ -396,7 +396,9 @@ def _check(
         if parameter.annotation is inspect.Parameter.empty:
             raise TypeError(f"{rule.__name__}.forward: annotate {name!r} (a Tensor, or the type of a setting)")
     if hasattr(rule, "forward_") and _definer(rule, "forward_") is not _definer(rule, "forward"):
-        raise TypeError(f"{rule.__name__}: define forward_ where forward is defined, so that both compute the same")
+        raise TypeError(
+            f"{rule.__name__}: define forward_ where forward is defined, so that both compute the same"
+        )
     for target, _, names in methods.values():
         if target.startswith("grad_") and target.removeprefix("grad_") not in parameters:
             raise TypeError(f"{rule.__name__}.{target}: forward has no input {target.removeprefix('grad_')!r}")

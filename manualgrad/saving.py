@@ -15,6 +15,12 @@ dropout(gelu(z)) z is kept, and the mask.
     in the backward   the tensor itself is taken if it still lives unchanged, so that whoever holds it can
                       differentiate by it; else it is made again, by rules, so that this can be differentiated too
 
+An activation in place writes over its input, and keeps no more than torch does there:
+
+    the input has a recipe        that is kept, and followed for the activation's gradient and for its output
+    the output tells the gradient (ReLU, leaky ReLU, ELU) it is kept, as by torch; the next layer keeps the same memory
+    neither (SiLU)                a copy of the input is kept, as by torch, and the output is made again from it
+
 A mask of booleans is kept as bits, which is a recipe as well. (What is written through ``.data`` has no version:
 torch does not see it in what it keeps, nor does a recipe.)
 

@@ -36,8 +36,8 @@ def _applied(
 ) -> Tensor:
     """The rule's output, or with `inplace` the input that it was written into.
 
-    Written over an input that can be made again, the rule keeps what it does anyway. Else its gradient is told from
-    the output, if there is a rule for that: the output is there, and the next layer keeps it too.
+    Where the input can be made again, the rule keeps what it keeps in any case. Else the gradient comes from the
+    output, if there is a rule for that: torch keeps the output too, and so does the next layer.
     """
     if not inplace:
         return rule.apply(input, *settings)
@@ -255,7 +255,7 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 class ELUFunction(Pointwise):
     r"""y = s x where x > 0, else s α (e^(κx) - 1)      y′ = s where x > 0, else c e^(κx),  c = s α κ
 
-    So y′ = c e^min(κx, 0) + (s - c) [x > 0]: the branch not taken stays finite, and so do its derivatives.
+    So y′ = c e^(κ min(x, 0)) + (s - c) [x > 0]: the branch not taken stays finite, and so do its derivatives.
     ELU has s = κ = 1, CELU s = α κ = 1, SELU the α and s that keep mean 0 and variance 1.
 
     Clevert, Unterthiner and Hochreiter, "Fast and Accurate Deep Network Learning by ELUs", 2016. Barron,
@@ -271,7 +271,7 @@ class ELUFunction(Pointwise):
 
     def derivative(input: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
         c = scale * alpha * input_scale
-        falling = (input * (input_scale * LOG2_E)).clamp_(max=0).exp2_()
+        falling = input.clamp(max=0).mul_(input_scale * LOG2_E).exp2_()
         if c == scale:
             return scaled(falling, c)
         return indicator(torch.gt, input, 0).mul_(scale - c).add_(falling, alpha=c)
