@@ -299,7 +299,7 @@ def _complete(rule: type[Rule]) -> None:
             ctx.kept = chosen, None, chosen.settings(every), dtypes
         return written
 
-    def backward_in_place(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward_in_place(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         return (None, None, *backward(ctx, *grads))
 
     def prepared(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Any, ...]:

@@ -17,9 +17,9 @@ dropout(gelu(z)) z is kept, and the mask.
 
 An activation in place writes over its input, and keeps no more than torch does there:
 
-    the input has a recipe        that is kept, and followed for the activation's gradient and for its output
-    the output tells the gradient (ReLU, leaky ReLU, ELU) it is kept, as by torch; the next layer keeps the same memory
-    neither (SiLU)                a copy of the input is kept, as by torch, and the output is made again from it
+    the input has a recipe      this is kept, and serves the activation's gradient and its output
+    the output is enough        for the gradient of ReLU, leaky ReLU and ELU: kept, as in the next layer
+    else                        a copy of the input is kept, as torch keeps one; the output is made again from that
 
 A mask of booleans is kept as bits, which is a recipe as well. (What is written through ``.data`` has no version:
 torch does not see it in what it keeps, nor does a recipe.)

@@ -395,15 +395,19 @@ class RReLUFunction(Rule):
     statistics = ("slope",)
 
     def forward(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
-        slope = torch.zeros_like(input, memory_format=torch.contiguous_format)  # the kernel takes no other
-        return torch.ops.aten.rrelu_with_noise_functional(input, slope, lower, upper, True)
+        return _with_slopes(input, lower, upper)
 
     def forward_(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
-        output, slope = RReLUFunction.forward(input, lower, upper)
+        output, slope = _with_slopes(input, lower, upper)
         return input.copy_(output), slope
 
     def grad_input(grad: Tensor, slope: Tensor) -> Tensor:
         return grad * slope
+
+
+def _with_slopes(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
+    slope = torch.zeros_like(input, memory_format=torch.contiguous_format)  # the kernel takes no other
+    return torch.ops.aten.rrelu_with_noise_functional(input, slope, lower, upper, True)
 
 
 @drop_in
