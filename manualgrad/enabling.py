@@ -176,7 +176,12 @@ def _by_schema(name: str, ours: Callable[..., Any], in_order: bool) -> Callable[
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
     """That of `forward`, if it is a rule's entry."""
-    forwards = {rule.apply: rule.forward for rule in _below(Rule) if hasattr(rule, "forward")}
+    forwards = {
+        entry: rule.forward
+        for rule in _below(Rule)
+        for entry in (getattr(rule, "apply", None), getattr(rule, "apply_", None))
+        if entry is not None
+    }
     return inspect.signature(forwards.get(inspect.unwrap(function), function))
 
 

@@ -22,6 +22,7 @@ Where nothing looks on less is kept, and the results are the same (see saving.py
     keeps            methods that are computed in the forward already, and kept in place of what they name
     cheap            the output may be made again, by the rule, for others that are to keep it;
     ``recompute``    a method that does so from what is kept anyway (dropout's: from its input and its mask)
+    ``forward_``     the output may be written over the input: `apply_` does it, and keeps no more than torch
 
 A method ``independent`` tells how many leading axes of ``grad`` number rows that do not know of each other, so
 that the gradients may be computed for some of them at a time (see fuse.py). It names ``grad`` and settings alone.
@@ -113,8 +114,13 @@ class Rule:
     by this rule. Where that would not do, its method ``recompute`` does it, and `cheap` is not said."""
 
     forward: ClassVar[Callable[..., Any]]
+    forward_: ClassVar[Callable[..., Any]]
+    """The same, written over the first input, the only one that has a gradient. With it the rule has `apply_`."""
+
     function: ClassVar[type[Function]]
     apply: ClassVar[Callable[..., Any]]
+    apply_: ClassVar[Callable[..., Any]]
+    """`apply`, written over the input (see `_entry_in_place`)."""
 
     def __init_subclass__(cls) -> None:
         for name, method in list(vars(cls).items()):
@@ -181,6 +187,8 @@ def _complete(rule: type[Rule]) -> None:
             visit(target)
         return list(order.values())
 
+    keeps_of_output = any("output" in formula.names for formula in in_order(rule.keeps, given))
+
     @cache
     def plan(needed: tuple[bool, ...], forward_mode: bool, thrifty: bool = False) -> Plan:
         wanted = [name for name, need in zip(gradients, needed, strict=True) if need]
@@ -232,7 +240,7 @@ def _complete(rule: type[Rule]) -> None:
         chosen = plan(ctx.needs_input_grad, forward_mode)
         tensors = chosen.tensors(every)
         ctx.save_for_backward(*tensors)
-        ctx.kept = chosen, None, chosen.settings(every), low_precision(inputs, every)
+        ctx.kept = chosen, None, chosen.settings(every), low_precision(inputs, every[n])
         if forward_mode:
             ctx.save_for_forward(*tensors)  # the same: else grad(vmap) goes wrong
             ctx.set_materialize_grads(False)
@@ -244,33 +252,73 @@ def _complete(rule: type[Rule]) -> None:
             return setup_context(ctx, inputs, output)
         every = prepared(ctx, inputs, output)
         chosen = plan(ctx.needs_input_grad, False, thrifty=True)
-        tensors, dtypes = chosen.tensors(every), low_precision(inputs, every)
-        if chosen.early is not None:
-            known = chosen.early_from(every)
-            tensors += chosen.early(*(_in_float32(known) if dtypes else known))
-        pantry = saving.Pantry(tensors)
-        if large and recompute is not None and "output" not in chosen.names:
+        dtypes = low_precision(inputs, every[n])
+        keep(ctx, chosen, every, early_values(chosen, every, dtypes), dtypes, leaves_recipe=large)
+        return None
+
+    def early_values(chosen: Plan, values: tuple[Any, ...], dtypes: Any) -> tuple[Any, ...]:
+        """What the rule keeps in place of inputs and outputs."""
+        if chosen.early is None:
+            return ()
+        known = chosen.early_from(values)
+        return chosen.early(*(_in_float32(known) if dtypes else known))
+
+    def keep(
+        ctx: Any,
+        chosen: Plan,
+        every: tuple[Any, ...],
+        early: Any,
+        dtypes: Any,
+        leaves_recipe: bool,
+        writes: int = 0,
+    ) -> None:
+        pantry = saving.Pantry((*chosen.tensors(every), *early))
+        if leaves_recipe and recompute is not None and "output" not in chosen.names:
             parts = dict(zip(chosen.names, pantry.parts, strict=False))
             asked = [(every[place], parts.get(name)) for name, place in remade_from]
-            ctx.recipe = pantry.recipe(recompute.function, asked, every[n], output is inputs[0])
+            ctx.recipe = pantry.recipe(recompute.function, asked, every[n], writes)
         ctx.save_for_backward(*pantry.tensors)
         ctx.kept = chosen, pantry.again(), chosen.settings(every), dtypes
-        return None
+
+    def forward_in_place(ctx: Any, chosen: Plan, before: Any, *inputs: Any) -> Any:
+        """`forward_`, and keep what the plan names. For the input itself stands what it was before: its recipe, or
+        a copy (in a tuple, so that it is no input), or None where nothing that is kept names it."""
+        refuse_complex(inputs[0])
+        large, dtypes = saving.large(inputs[0]), low_precision(inputs, inputs[0])
+        early = () if keeps_of_output else early_values(chosen, inputs, dtypes)
+        written = rule.forward_(*inputs)
+        ctx.mark_dirty(inputs[0])
+        every = (before[0] if type(before) is tuple else before, *inputs[1:])
+        every = (*every, *tell_of_statistics(ctx, written)) if has_statistics else (*every, written)
+        if keeps_of_output:
+            early = early_values(chosen, every, dtypes)
+        if large:
+            keep(ctx, chosen, every, early, dtypes, leaves_recipe=before is not None, writes=1)
+        else:
+            ctx.save_for_backward(*chosen.tensors(every))
+            ctx.kept = chosen, None, chosen.settings(every), dtypes
+        return written
+
+    def backward_in_place(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return (None, None, *backward(ctx, *grads))
 
     def prepared(ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
         """All values; what autograd is to know of the output is said."""
-        if refuses_complex and inputs[0].is_complex():
-            raise RuntimeError(f"{rule.__name__} does not support automatic differentiation for complex numbers")
-        if has_statistics:
-            ctx.mark_non_differentiable(*output[1:])
-            ctx.set_materialize_grads(False)  # or backward is given zeros for the statistics
-        elif output is inputs[0]:
-            ctx.mark_dirty(output)
-        return inputs + output if has_statistics else (*inputs, output)
+        refuse_complex(inputs[0])
+        return (*inputs, *tell_of_statistics(ctx, output)) if has_statistics else (*inputs, output)
 
-    def low_precision(inputs: tuple[Any, ...], every: tuple[Any, ...]) -> list[torch.dtype | None] | None:
+    def refuse_complex(input: Tensor) -> None:
+        if refuses_complex and input.is_complex():
+            raise RuntimeError(f"{rule.__name__} does not support automatic differentiation for complex numbers")
+
+    def tell_of_statistics(ctx: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # or backward is given zeros for the statistics
+        return output
+
+    def low_precision(inputs: tuple[Any, ...], output: Tensor) -> list[torch.dtype | None] | None:
         """To which dtypes the gradients are rounded, if they are computed in float32."""
-        if not in_float32 or every[n].dtype not in _LOW:
+        if not in_float32 or output.dtype not in _LOW:
             return None
         return [x.dtype if isinstance(x, Tensor) else None for x in inputs]
 
@@ -322,14 +370,19 @@ def _complete(rule: type[Rule]) -> None:
                 tangent = tangent.contiguous()
         return (tangent, *[None] * len(rule.statistics)) if has_statistics else tangent
 
+    def forward(*args: Any) -> Any:
+        result = rule.forward(*args)
+        return (_owned(result[0], args), *result[1:]) if has_statistics else _owned(result, args)
+
     def function(setup_context: Callable[..., None], **more: Any) -> Any:
-        parts = {"forward": rule.forward, "setup_context": setup_context, "backward": backward, **more}
-        methods = {name: staticmethod(part) if callable(part) else part for name, part in parts.items()}
-        return type(rule.__name__, (Function,), methods)
+        return _function(rule, forward=forward, setup_context=setup_context, backward=backward, **more)
 
     rule.function = function(setup_context, jvp=jvp, generate_vmap_rule=True)
-    thrifty = function(setup_thriftily, jvp=jvp)
-    rule.apply = staticmethod(_entry(rule, thrifty, function(setup_context)))
+    rule.apply = staticmethod(_entry(rule, function(setup_thriftily, jvp=jvp), function(setup_context)))
+    if hasattr(rule, "forward_"):
+        in_place = _function(rule, forward=forward_in_place, backward=backward_in_place)
+        first_alone = (True, *[False] * (n - 1))
+        rule.apply_ = staticmethod(_entry_in_place(rule, in_place, lambda large: plan(first_alone, False, large)))
 
 
 def _check(
@@ -342,6 +395,10 @@ def _check(
     for name, parameter in parameters.items():
         if parameter.annotation is inspect.Parameter.empty:
             raise TypeError(f"{rule.__name__}.forward: annotate {name!r} (a Tensor, or the type of a setting)")
+    if hasattr(rule, "forward_") and _definer(rule, "forward_") is not _definer(rule, "forward"):
+        raise TypeError(
+            f"{rule.__name__}: define forward_ where forward is defined, so that both compute the same"
+        )
     for target, _, names in methods.values():
         if target.startswith("grad_") and target.removeprefix("grad_") not in parameters:
             raise TypeError(f"{rule.__name__}.{target}: forward has no input {target.removeprefix('grad_')!r}")
@@ -349,6 +406,10 @@ def _check(
             raise TypeError(
                 f"{rule.__name__}.{target} asks for {name!r}, which is no input, output, statistic or method"
             )
+
+
+def _definer(rule: type[Rule], name: str) -> type:
+    return next(cls for cls in rule.__mro__ if name in vars(cls))
 
 
 def _taking(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -416,6 +477,49 @@ def _entry(rule: type[Rule], thrifty: Any, twin: Any) -> Callable[..., Any]:
     # Dynamo keeps what it compiled with the code object, and two rules may not share it.
     apply.__code__ = apply.__code__.replace(co_name=f"{rule.__name__}.apply")
     return apply
+
+
+def _entry_in_place(rule: type[Rule], in_place: Any, plan: Callable[[bool], Plan]) -> Callable[..., Any]:
+    """`apply`, written over the input, which keeps no more than torch does when it writes there.
+
+    If what is kept names the input, and that has no recipe, a copy is kept, as torch keeps one: whoever is to keep
+    the output keeps the copy instead. A rule that names the output and not the input keeps what is there anyway.
+    """
+    parent: Any = super(Function, in_place)
+    direct = parent.apply
+    has_statistics = bool(rule.statistics)
+    first = next(iter(inspect.signature(rule.forward).parameters))
+
+    def apply_(input: Tensor, *settings: Any) -> Tensor:
+        if rule.autocast or not _may_be_overwritten(input, as_view=not has_statistics):
+            return input.copy_(rule.apply(input.clone(), *settings))
+        if not (input.requires_grad and torch.is_grad_enabled()):
+            result = rule.forward_(input, *settings)
+        else:
+            large = saving.large(input)
+            chosen = plan(large)
+            before: Any = saving.usable_recipe_of(input) if large else None
+            if before is None and first in chosen.names:
+                before = (input.clone(),)
+            result = direct(chosen, before, input, *settings)
+        return result[0] if has_statistics else result
+
+    return apply_
+
+
+def _function(rule: type[Rule], **parts: Any) -> Any:
+    methods = {name: staticmethod(part) if callable(part) else part for name, part in parts.items()}
+    return type(rule.__name__, (Function,), methods)
+
+
+def _owned(output: Any, args: tuple[Any, ...]) -> Any:
+    """`output`, no view of what `forward` has made: torch lets nobody write over such a one."""
+    if not isinstance(output, Tensor) or not output._is_view():
+        return output
+    base = output._base
+    if any(isinstance(x, Tensor) and (x is base or x._base is base) for x in args):
+        return output
+    return torch.ops.aten._unsafe_view(output, output.shape)
 
 
 class _Whole(tuple[Any, ...]):
@@ -520,11 +624,16 @@ def _among_distributed(compute: Callable[..., Any]) -> Callable[..., Any]:
     return distributed
 
 
-def may_be_overwritten(tensor: Tensor) -> bool:
-    """A rule may write its output over this input: in reverse mode alone, and over no leaf and no view, of which
-    torch asks more."""
-    plain = type(tensor) is Tensor and not beyond_reverse_mode() and not torch.compiler.is_compiling()
-    return plain and not tensor._is_view() and not (tensor.is_leaf and tensor.requires_grad)
+def _may_be_overwritten(tensor: Tensor, as_view: bool) -> bool:
+    """A rule may write its output over this input: in reverse mode alone. Of a leaf that requires a gradient, and
+    of some views, torch refuses it: its own functions say so before they write."""
+    if type(tensor) is not Tensor or beyond_reverse_mode() or torch.compiler.is_compiling():
+        return False
+    if not tensor._is_view():
+        return not (tensor.is_leaf and tensor.requires_grad)
+    base: Any = tensor._base
+    usual = autograd._get_creation_meta(tensor) == autograd.CreationMeta.DEFAULT
+    return as_view and usual and not (base.is_leaf and base.requires_grad)
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -15,6 +15,12 @@ dropout(gelu(z)) z is kept, and the mask.
     in the backward   the tensor itself is taken if it still lives unchanged, so that whoever holds it can
                       differentiate by it; else it is made again, by rules, so that this can be differentiated too
 
+An activation in place writes over its input, and keeps no more than torch does there:
+
+    the input has a recipe      this is kept, and serves the activation's gradient and its output
+    the output is enough        for the gradient of ReLU, leaky ReLU and ELU: kept, as in the next layer
+    else                        a copy of the input is kept, as torch keeps one; the output is made again from that
+
 A mask of booleans is kept as bits, which is a recipe as well. (What is written through ``.data`` has no version:
 torch does not see it in what it keeps, nor does a recipe.)
 
@@ -80,8 +86,8 @@ def large(value: Any) -> bool:
     return isinstance(value, Tensor) and value.numel() >= SMALL and type(value) in (Tensor, Parameter)
 
 
-def recipe_of(tensor: Tensor, writes: int = 0) -> Recipe | None:
-    """How the tensor is made again, if the rule that made it says so and it was written to just so often since.
+def recipe_of(tensor: Tensor) -> Recipe | None:
+    """How the tensor is made again, if the rule that made it says so and it was not written to since.
 
     FSDP frees the weights of a module between its forward and its backward, which it sees begin by a hook on the
     module's output. A layer behind has its backward earlier, and must not make this output again: with a hook, a
@@ -89,11 +95,23 @@ def recipe_of(tensor: Tensor, writes: int = 0) -> Recipe | None:
     must be what was kept at first: there no tensor has one.
     """
     recipe = getattr(tensor.grad_fn, "recipe", None)
-    if recipe is None or recipe.made.version + writes != tensor._version or tensor._backward_hooks:
+    if recipe is None or recipe.made.version != tensor._version or tensor._backward_hooks:
         return None
     if keeping_is_seen() and _fully_sharded():
         return None
     return recipe
+
+
+def usable_recipe_of(tensor: Tensor) -> Recipe | None:
+    """The same, if all that it names still lives unchanged. (It does then as long as the tensor's node.)"""
+
+    def lives(part: Any) -> bool:
+        if isinstance(part, Recipe):
+            return all(map(lives, part.parts))
+        return not isinstance(part, Kept) or part.tensor() is not None
+
+    recipe = recipe_of(tensor)
+    return recipe if recipe is not None and lives(recipe) else None
 
 
 def keeping_is_seen() -> bool:
@@ -110,7 +128,7 @@ def _fully_sharded() -> bool:
 class Pantry:
     """The tensors that a node is going to keep, and how to have from them what its backward names."""
 
-    def __init__(self, tensors: Iterable[Tensor | None]) -> None:
+    def __init__(self, tensors: Iterable[Tensor | Recipe | None]) -> None:
         self.tensors: list[Tensor | None] = []
         self._thrifty = False
         self.parts = [self._keep(tensor) for tensor in tensors]
@@ -119,8 +137,13 @@ class Pantry:
         self.tensors.append(tensor)
         return Slot(len(self.tensors) - 1)
 
-    def _keep(self, tensor: Tensor | None) -> Slot | Recipe:
-        """Keep a tensor, or what it is made from."""
+    def _keep(self, tensor: Tensor | Recipe | None) -> Slot | Recipe:
+        """Keep a tensor, or what it is made from (of one that has been written over, that alone is there)."""
+        if isinstance(tensor, Recipe):
+            found = self._followed(tensor)
+            assert found is not None
+            self._thrifty = True
+            return found
         if tensor is None or tensor.numel() < SMALL:
             return self._put(tensor)
         before = len(self.tensors)
@@ -167,9 +190,10 @@ class Pantry:
         make: Callable[..., Tensor],
         asked: Iterable[tuple[Any, Slot | Recipe | None]],
         made: Tensor,
-        in_place: bool,
+        writes: int,
     ) -> Recipe | None:
-        """How `made` is made, of values that are either kept here (as the part), or by others; else None."""
+        """How `made` is made, of values that are either kept here (as the part), or by others; else None. It will
+        count so many writes more than it does now."""
         parts: list[Any] = []
         for value, part in asked:
             if part is not None:
@@ -178,14 +202,13 @@ class Pantry:
                 part = value
             elif value.is_leaf:
                 part = kept(value)
-            elif (part := recipe_of(value, in_place)) is None:
+            elif (part := recipe_of(value)) is None:
                 return None
             parts.append(part)
         depth = 1 + max((part.depth for part in parts if isinstance(part, Recipe)), default=0)
         if depth > _DEEPEST:
             return None
-        version = made._version + in_place  # mark_dirty will count one more
-        return Recipe(make, tuple(parts), Kept(ref(made), version), depth)
+        return Recipe(make, tuple(parts), Kept(ref(made), made._version + writes), depth)
 
     def _left_behind(self, part: Any) -> Any:
         """A part for others to follow: with weak references for the places."""

@@ -14,10 +14,10 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import manualgrad.nn.functional as F
-from manualgrad import enabled, nn, saved_bytes, saving
+from manualgrad import convert, enabled, nn, saved_bytes, saving
 from manualgrad.ops.elementary import product
 from manualgrad.ops.linear import LinearFunction
-from manualgrad.registry import Op
+from manualgrad.registry import Maker, Op
 from manualgrad.rule import kept_by
 
 Model = Callable[[Tensor], Tensor]
@@ -446,3 +446,183 @@ def test_bits_lie_as_the_mask_does() -> None:
 def test_laws_where_nothing_is_small(law: str, op: Op, number: int, device: str) -> None:
     """What the samples are too small for: bits, offsets, recipes."""
     verified(op, number, device, law).raise_if_failed()
+
+
+# --- in place ---
+
+SIDE = 16
+ACTIVATIONS: dict[str, Callable[[bool], torch.nn.Module]] = {
+    "relu": lambda inplace: torch.nn.ReLU(inplace),
+    "leaky relu": lambda inplace: torch.nn.LeakyReLU(0.1, inplace),
+    "elu": lambda inplace: torch.nn.ELU(0.7, inplace),
+    "celu": lambda inplace: torch.nn.CELU(0.7, inplace),
+    "selu": lambda inplace: torch.nn.SELU(inplace),
+    "relu6": lambda inplace: torch.nn.ReLU6(inplace),
+    "hardtanh": lambda inplace: torch.nn.Hardtanh(-0.5, 0.7, inplace),
+    "threshold": lambda inplace: torch.nn.Threshold(0.1, 7.0, inplace),
+    "rrelu": lambda inplace: torch.nn.RReLU(inplace=inplace),
+    "rrelu after training": lambda inplace: torch.nn.RReLU(inplace=inplace).eval(),
+    "silu": lambda inplace: torch.nn.SiLU(inplace),
+    "mish": lambda inplace: torch.nn.Mish(inplace),
+    "hardswish": lambda inplace: torch.nn.Hardswish(inplace),
+    "hardsigmoid": lambda inplace: torch.nn.Hardsigmoid(inplace),
+    "dropout": lambda inplace: torch.nn.Dropout(0.3, inplace),
+    "dropout2d": lambda inplace: torch.nn.Dropout2d(0.3, inplace),
+    "alpha dropout": lambda inplace: torch.nn.AlphaDropout(0.3, inplace),
+    "feature alpha dropout": lambda inplace: torch.nn.FeatureAlphaDropout(0.3, inplace),
+}
+
+
+class Doubled(torch.nn.Module):
+    """A residual connection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.detach()
+
+
+BEFORE: dict[str, Callable[[], torch.nn.Module]] = {
+    "nothing": torch.nn.Identity,
+    "batch norm": lambda: torch.nn.BatchNorm2d(4),
+    "batch norm after training": lambda: torch.nn.BatchNorm2d(4).eval(),
+    "group norm": lambda: torch.nn.GroupNorm(2, 4),
+    "instance norm": lambda: torch.nn.InstanceNorm2d(4, affine=True),
+    "layer norm": lambda: torch.nn.LayerNorm(SIDE),
+    "sum": lambda: torch.nn.Sequential(torch.nn.BatchNorm2d(4), Doubled()),
+    "gelu": torch.nn.GELU,
+}
+AFTER = {"convolution": lambda: torch.nn.Conv2d(4, 2, 1), "linear": lambda: torch.nn.Linear(SIDE, 2)}
+
+
+def network(before: str, activation: str, after: str, inplace: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(2, 4, 1), BEFORE[before](), ACTIVATIONS[activation](inplace), AFTER[after]()]
+    return torch.nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_in_place_keeps_no_more(activation: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Than torch in place, nor than ours not in place; and the gradients are torch's."""
+    monkeypatch.setattr(saving, "SMALL", 2**40 if small else 0)
+    x = torch.randn(2, 2, SIDE, SIDE)
+    for before in BEFORE:
+        for after in AFTER:
+            theirs = network(before, activation, after, inplace=True)
+            ours = convert(copy.deepcopy(theirs))
+            kept = kept_bytes(ours, x)
+            assert kept <= kept_bytes(theirs, x), (before, after)
+            assert kept <= kept_bytes(convert(network(before, activation, after, inplace=False)), x), (
+                before,
+                after,
+            )
+            if after == "linear":
+                continue
+            found, expected = [
+                torch.autograd.grad(run(model, x).sin().sum(), list(model.parameters()))
+                for model in (ours, theirs)
+            ]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_in_place_in_halves_and_channels_last() -> None:
+    x = torch.randn(2, 2, SIDE, SIDE).bfloat16().contiguous(memory_format=torch.channels_last)
+    for activation in ACTIVATIONS:
+        theirs = network("batch norm", activation, "convolution", inplace=True).bfloat16()
+        assert kept_bytes(convert(copy.deepcopy(theirs)), x) <= kept_bytes(theirs, x), activation
+
+
+@pytest.mark.parametrize("name", ["sigmoid_", "tanh_", "relu_"])
+def test_methods_that_write_keep_their_output_alone(name: str) -> None:
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    with enabled():
+        assert kept_bytes(lambda: getattr(x * 2, name)().square()) == x.nbytes  # shared by both
+        (found,) = torch.autograd.grad(getattr(x * 2, name)().sin().sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(getattr(x * 2, name)().sin().sum(), x)[0])
+
+
+def written_into(torchs: bool, activation: str, part: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    """The activation, in place, of a part of something; first and second derivative, or torch's error."""
+    whole = x * 1
+    try:
+        torch.manual_seed(0)
+        module = ACTIVATIONS[activation](True)
+        at = part(x if part is itself else whole)
+        output = module(at) if torchs else convert(module)(at)
+        (first,) = torch.autograd.grad(whole.sin().sum() + output.cos().sum(), x, create_graph=True)
+        return output is at, output.detach().clone(), first, *torch.autograd.grad(first.square().sum(), x)
+    except RuntimeError as error:
+        return str(error)
+
+
+def itself(x: Tensor) -> Tensor:
+    return x
+
+
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "all of it": lambda x: x.view_as(x),
+    "some rows": lambda x: x[1:3],
+    "flat": lambda x: x.flatten(1).unflatten(1, x.shape[1:]),
+    "transposed": lambda x: x.transpose(1, 2),
+    "one of several": lambda x: x.chunk(2)[0],
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "made without a graph": torch.no_grad()(lambda x: x[1:3]),
+    "a leaf": itself,
+}
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("part", PARTS)
+def test_in_place_on_a_part(part: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest sees what was written; what torch refuses is refused with its words, and nothing is written."""
+    monkeypatch.setattr(saving, "SMALL", 2**40 if small else 0)
+    x = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    unchanged = x.detach().clone()
+    for activation in ACTIVATIONS:
+        if activation == "hardsigmoid":  # torch has no second derivative
+            continue
+        found, expected = (written_into(torchs, activation, PARTS[part], x) for torchs in (False, True))
+        if isinstance(expected, str):
+            assert found == expected, activation
+        else:
+            torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(x.detach(), unchanged, rtol=0, atol=0)
+
+
+def test_what_is_written_afterwards_is_refused_as_by_torch() -> None:
+    """Whose gradient is told from the output cannot have that changed; whose gradient is not, can."""
+    for activation, make in ACTIVATIONS.items():
+        found = []
+        for model in (make(True), convert(make(True))):
+            x = torch.randn(4, 2, 3, 3, requires_grad=True)
+            output = model(x * 1).add_(1)
+            try:
+                output.sum().backward()
+                found.append("computed")
+            except RuntimeError as error:
+                found.append("refused" if "modified by an inplace operation" in str(error) else str(error))
+        if not activation.startswith("rrelu"):  # keeps its slopes alone while training
+            assert found[0] == found[1], activation
+
+
+def test_slopes_for_which_the_output_does_not_tell_the_input() -> None:
+    x = torch.randn(ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
+    calls: list[Callable[..., Tensor]] = [
+        lambda functional, x, inplace: functional.leaky_relu(x, -0.5, inplace),
+        lambda functional, x, inplace: functional.elu(x, -0.5, inplace),
+        lambda functional, x, inplace: functional.celu(x, -0.5, inplace),
+        lambda functional, x, inplace: functional.threshold(x, 0.1, 7.0, inplace),
+    ]
+    for call in calls:  # some of which torch does not differentiate in place
+        (expected,) = torch.autograd.grad(call(torch.nn.functional, x * 1, False).sin().sum(), x)
+        for inplace in (False, True):
+            (found,) = torch.autograd.grad(call(F, x * 1, inplace).sin().sum(), x)
+            torch.testing.assert_close(found, expected)
+
+
+def test_every_output_may_be_written_over(op: Op, number: int) -> None:
+    """A view that a custom Function has made may not: no rule returns one."""
+    args, kwargs = list(op.samples(Maker()))[number].marked()
+    output = op.function(*args, **kwargs)
+    for tensor in output if isinstance(output, tuple) else (output,):
+        if isinstance(tensor, Tensor) and not tensor.is_leaf:
+            tensor.mul_(2)

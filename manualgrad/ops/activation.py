@@ -18,21 +18,31 @@ from manualgrad.ops.elementary import (
     scaled,
     stands_for,
     times,
-    written,
 )
 from manualgrad.registry import Call, register
-from manualgrad.rule import LOWER, Rule, may_be_overwritten, nothing_looks_on
+from manualgrad.rule import LOWER, Rule, nothing_looks_on
+from manualgrad.saving import large, usable_recipe_of
 
 _elu = torch._C._nn.elu  # F.elu with its two scales  # pyright: ignore[reportAttributeAccessIssue]
+_elu_ = torch._C._nn.elu_  # pyright: ignore[reportAttributeAccessIssue]
 LOG2_E = math.log2(math.e)
 """eˣ = 2^(x log₂ e), and on the CPU exp2 takes a third of exp's time."""
 
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  # α and scale
 
 
-def _applied(rule: type[Rule], input: Tensor, *settings: float, inplace: bool) -> Tensor:
-    """The rule's output, or with `inplace` the input that it was written into. The rule then keeps a copy."""
-    return written(input, rule.apply(input.clone() if inplace else input, *settings), inplace)
+def _applied(
+    rule: type[Rule], input: Tensor, *settings: float, inplace: bool, from_output: type[Rule] | None = None
+) -> Tensor:
+    """The rule's output, or with `inplace` the input that it was written into.
+
+    Where the input can be made again, the rule keeps what it keeps in any case. Else the gradient comes from the
+    output, if there is a rule for that: torch keeps the output too, and so does the next layer.
+    """
+    if not inplace:
+        return rule.apply(input, *settings)
+    remade = not torch.compiler.is_compiling() and large(input) and usable_recipe_of(input) is not None
+    return (rule if remade or from_output is None else from_output).apply_(input, *settings)
 
 
 def _activation(name: str, rule: type[Rule]) -> Callable[[Tensor], Tensor]:
@@ -68,6 +78,9 @@ class SigmoidFunction(Pointwise):
     def forward(input: Tensor) -> Tensor:
         return input.sigmoid()
 
+    def forward_(input: Tensor) -> Tensor:
+        return input.sigmoid_()
+
     def derivative(output: Tensor) -> Tensor:
         return (1 - output).mul_(output)
 
@@ -79,6 +92,9 @@ class TanhFunction(Pointwise):
 
     def forward(input: Tensor) -> Tensor:
         return input.tanh()
+
+    def forward_(input: Tensor) -> Tensor:
+        return input.tanh_()
 
     def derivative(output: Tensor) -> Tensor:
         return 1 - output * output
@@ -131,6 +147,9 @@ class SiLUFunction(Pointwise):
     def forward(input: Tensor) -> Tensor:
         return F.silu(input)
 
+    def forward_(input: Tensor) -> Tensor:
+        return F.silu(input, inplace=True)
+
     def derivative(input: Tensor) -> Tensor:
         s = torch.sigmoid(input)
         return (1 - s).mul_(input).add_(1).mul_(s)
@@ -161,6 +180,9 @@ class MishFunction(Pointwise):
 
     def forward(input: Tensor) -> Tensor:
         return F.mish(input)
+
+    def forward_(input: Tensor) -> Tensor:
+        return F.mish(input, inplace=True)
 
     def derivative(input: Tensor) -> Tensor:
         s = torch.sigmoid(input)
@@ -247,7 +269,7 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 class ELUFunction(Pointwise):
     r"""y = s x where x > 0, else s α (e^(κx) - 1)      y′ = s where x > 0, else c e^(κx),  c = s α κ
 
-    So y′ = c e^min(κx, 0) + (s - c) [x > 0]: the branch not taken stays finite, and so do its derivatives.
+    So y′ = c e^(κ min(x, 0)) + (s - c) [x > 0]: the branch not taken stays finite, and so do its derivatives.
     ELU has s = κ = 1, CELU s = α κ = 1, SELU the α and s that keep mean 0 and variance 1.
 
     Clevert, Unterthiner and Hochreiter, "Fast and Accurate Deep Network Learning by ELUs", 2016. Barron,
@@ -258,18 +280,38 @@ class ELUFunction(Pointwise):
     def forward(input: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
         return _elu(input, alpha, scale, input_scale)
 
+    def forward_(input: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
+        return _elu_(input, alpha, scale, input_scale)
+
     def derivative(input: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
         c = scale * alpha * input_scale
-        falling = (input * (input_scale * LOG2_E)).clamp_(max=0).exp2_()
+        falling = input.clamp(max=0).mul_(input_scale * LOG2_E).exp2_()
         if c == scale:
             return scaled(falling, c)
         return indicator(torch.gt, input, 0).mul_(scale - c).add_(falling, alpha=c)
 
 
+class ELUFromOutputFunction(ELUFunction):
+    r"""The same from y, for α κ ≥ 0: y > 0 where x > 0, and s α e^(κx) = y + s α elsewhere
+
+    y′ = s where y > 0, else κ y + c      or  κ min(y, 0) + c + (s - c) [y > 0]
+    """
+
+    def derivative(output: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
+        c = scale * alpha * input_scale
+        falling = output.clamp(max=0).mul_(input_scale).add_(c)
+        return falling if c == scale else falling.add_(indicator(torch.gt, output, 0), alpha=scale - c)
+
+
+def _elu_applied(input: Tensor, alpha: float, scale: float, input_scale: float, inplace: bool) -> Tensor:
+    told = ELUFromOutputFunction if alpha * input_scale >= 0 else None
+    return _applied(ELUFunction, input, alpha, scale, input_scale, inplace=inplace, from_output=told)
+
+
 @drop_in
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """x where x > 0, else α (eˣ - 1), as `torch.nn.functional.elu`. Any shape."""
-    return _applied(ELUFunction, input, alpha, 1.0, 1.0, inplace=inplace)
+    return _elu_applied(input, alpha, 1.0, 1.0, inplace)
 
 
 @drop_in
@@ -281,13 +323,13 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """
     if alpha == 0:
         raise RuntimeError("ZeroDivisionError: alpha cannot be 0 for CELU")
-    return _applied(ELUFunction, input, alpha, 1.0, 1 / alpha, inplace=inplace)
+    return _elu_applied(input, alpha, 1.0, 1 / alpha, inplace)
 
 
 @drop_in
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """ELU with the α and the scale that keep mean 0 and variance 1, as `torch.nn.functional.selu`. Any shape."""
-    return _applied(ELUFunction, input, *_SELU, 1.0, inplace=inplace)
+    return _elu_applied(input, *_SELU, 1.0, inplace)
 
 
 class LeakyReLUFunction(Rule):
@@ -299,6 +341,9 @@ class LeakyReLUFunction(Rule):
     def forward(input: Tensor, negative_slope: float) -> Tensor:
         return F.leaky_relu(input, negative_slope)
 
+    def forward_(input: Tensor, negative_slope: float) -> Tensor:
+        return F.leaky_relu(input, negative_slope, inplace=True)
+
     def positive(input: Tensor) -> Tensor:
         return indicator(torch.gt, input, 0).bool()
 
@@ -306,10 +351,20 @@ class LeakyReLUFunction(Rule):
         return choose(positive, grad, grad * negative_slope)
 
 
+class LeakyReLUFromOutputFunction(LeakyReLUFunction):
+    r"""The same from y, for s ≥ 0: y > 0 where x > 0"""
+
+    keeps = ()
+
+    def positive(output: Tensor) -> Tensor:
+        return indicator(torch.gt, output, 0).bool()
+
+
 @drop_in
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """x where x > 0, else s x, as `torch.nn.functional.leaky_relu`. Any shape."""
-    return _applied(LeakyReLUFunction, input, negative_slope, inplace=inplace)
+    told = LeakyReLUFromOutputFunction if negative_slope >= 0 else None
+    return _applied(LeakyReLUFunction, input, negative_slope, inplace=inplace, from_output=told)
 
 
 class PReLUFunction(Rule):
@@ -354,11 +409,19 @@ class RReLUFunction(Rule):
     statistics = ("slope",)
 
     def forward(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
-        slope = torch.zeros_like(input, memory_format=torch.contiguous_format)  # the kernel takes no other
-        return torch.ops.aten.rrelu_with_noise_functional(input, slope, lower, upper, True)
+        return _with_slopes(input, lower, upper)
+
+    def forward_(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
+        output, slope = _with_slopes(input, lower, upper)
+        return input.copy_(output), slope
 
     def grad_input(grad: Tensor, slope: Tensor) -> Tensor:
         return grad * slope
+
+
+def _with_slopes(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
+    slope = torch.zeros_like(input, memory_format=torch.contiguous_format)  # the kernel takes no other
+    return torch.ops.aten.rrelu_with_noise_functional(input, slope, lower, upper, True)
 
 
 @drop_in
@@ -405,6 +468,9 @@ class ReLUFunction(Rule):
     def forward(input: Tensor) -> Tensor:
         return F.relu(input)
 
+    def forward_(input: Tensor) -> Tensor:
+        return F.relu(input, inplace=True)
+
     def passes(output: Tensor) -> Tensor:
         return output.bool()
 
@@ -412,11 +478,20 @@ class ReLUFunction(Rule):
         return choose(passes, grad)
 
 
+class ReLUFromOutputFunction(ReLUFunction):
+    """The same, keeping y itself, which is there anyway."""
+
+    keeps = ()
+
+
 class ThresholdFunction(Gate):
     r"""y = x where x > threshold, else a constant"""
 
     def forward(input: Tensor, threshold: float, value: float) -> Tensor:
         return torch.threshold(input, threshold, value)
+
+    def forward_(input: Tensor, threshold: float, value: float) -> Tensor:
+        return torch.threshold_(input, threshold, value)
 
     def stops(input: Tensor, threshold: float) -> Tensor:
         return indicator(torch.le, input, threshold).bool()
@@ -427,6 +502,9 @@ class HardtanhFunction(Gate):
 
     def forward(input: Tensor, low: float, high: float) -> Tensor:
         return F.hardtanh(input, low, high)
+
+    def forward_(input: Tensor, low: float, high: float) -> Tensor:
+        return F.hardtanh(input, low, high, inplace=True)
 
     def stops(input: Tensor, low: float, high: float) -> Tensor:
         return indicator(torch.le, input, low).add_(indicator(torch.ge, input, high)).bool()
@@ -449,22 +527,8 @@ class SoftshrinkFunction(HardshrinkFunction):
         return F.softshrink(input, lambd)
 
 
-class ReLUInPlaceFunction(ReLUFunction):
-    """The same, written over x, of which nothing is kept."""
-
-    cheap = False  # not by itself: it writes
-
-    def forward(input: Tensor) -> Tensor:
-        return torch.relu_(input)
-
-    def recompute(input: Tensor) -> Tensor:
-        return ReLUFunction.apply(input)
-
-
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    if inplace and may_be_overwritten(input):
-        return ReLUInPlaceFunction.apply(input)
-    return _applied(ReLUFunction, input, inplace=inplace)
+    return _applied(ReLUFunction, input, inplace=inplace, from_output=ReLUFromOutputFunction)
 
 
 relu = _named(_relu, "relu", ReLUFunction)
@@ -519,6 +583,9 @@ class HardsigmoidFunction(Elementwise):
     def forward(input: Tensor) -> Tensor:
         return F.hardsigmoid(input)
 
+    def forward_(input: Tensor) -> Tensor:
+        return F.hardsigmoid(input, inplace=True)
+
     def rising(input: Tensor) -> Tensor:
         return input.abs().lt_(3).bool()
 
@@ -531,6 +598,9 @@ class HardswishFunction(Elementwise):
 
     def forward(input: Tensor) -> Tensor:
         return F.hardswish(input)
+
+    def forward_(input: Tensor) -> Tensor:
+        return F.hardswish(input, inplace=True)
 
     def grad_input(grad: Tensor, input: Tensor) -> Tensor:
         between = times((input / 3).add_(0.5), grad)
@@ -596,6 +666,9 @@ for _function, _variants in (
         samples=lambda t, variants=_variants: [Call(t(2, 3), **variant) for variant in variants],
         big=lambda t, variants=_variants: Call(t(1024, 1024), **variants[0]),
     )
+
+stands_for(torch.sigmoid_)(SigmoidFunction.apply_)
+stands_for(torch.tanh_)(TanhFunction.apply_)
 
 for _function, _called in ((sigmoid, torch.sigmoid), (tanh, torch.tanh)):
     stands_for(_called)(_function)

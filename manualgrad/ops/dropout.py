@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import choose, drop_in, times, written
+from manualgrad.ops.elementary import choose, drop_in, times
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -28,16 +28,24 @@ class DropoutFunction(Rule):
     complex = True
 
     def forward(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        if p == 1:  # torch draws nothing then
-            return input * torch.zeros_like(input), torch.zeros_like(input, dtype=torch.bool)
-        output, mask = torch.native_dropout(input, p, True)
-        return output, mask.bool()  # vmap returns it in the input's dtype
+        return _with_mask(input, p)
+
+    def forward_(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        output, mask = _with_mask(input, p)
+        return input.copy_(output), mask
 
     def grad_input(grad: Tensor, mask: Tensor, p: float) -> Tensor:
         return times(choose(mask, grad), kept_scale(p))
 
     def recompute(input: Tensor, mask: Tensor, p: float) -> Tensor:
         return times(choose(mask, input), kept_scale(p))
+
+
+def _with_mask(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    if p == 1:  # torch draws nothing then
+        return input * torch.zeros_like(input), torch.zeros_like(input, dtype=torch.bool)
+    output, mask = torch.native_dropout(input, p, True)
+    return output, mask.bool()  # vmap returns it in the input's dtype
 
 
 def kept_scale(p: float) -> float:
@@ -53,7 +61,7 @@ def _dropped(rule: type[Rule], input: Tensor, p: float, training: bool, inplace:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if input.numel() == 0 or p == 0 or not training:
         return input
-    return written(input, rule.apply(input, p, *settings), inplace)
+    return (rule.apply_ if inplace else rule.apply)(input, p, *settings)
 
 
 @drop_in
@@ -96,21 +104,29 @@ class NoiseFunction(Rule):
     complex = True
 
     def forward(input: Tensor, p: float, leading: int, alpha: bool) -> tuple[Tensor, Tensor]:
-        shape = [*input.shape[:leading], *[1] * (input.dim() - leading)]
-        if p == 1:  # torch draws nothing then
-            return input * torch.zeros_like(input), input.new_zeros(shape)
-        mask = torch.empty_like(input) if leading == input.dim() else input.new_empty(shape)
-        mask.bernoulli_(1 - p)
-        if not alpha:
-            slope = mask.div_(1 - p)
-            return input * slope, slope
-        scale = 1 / math.sqrt((_SELU_FLOOR**2 * p + 1) * (1 - p))
-        shift = (mask - 1).mul_(_SELU_FLOOR * scale).add_(_SELU_FLOOR * scale * p)
-        slope = mask.mul_(scale)
-        return input * slope + shift, slope
+        return _with_slope(input, p, leading, alpha)
+
+    def forward_(input: Tensor, p: float, leading: int, alpha: bool) -> tuple[Tensor, Tensor]:
+        output, slope = _with_slope(input, p, leading, alpha)
+        return input.copy_(output), slope
 
     def grad_input(grad: Tensor, slope: Tensor) -> Tensor:
         return grad * slope
+
+
+def _with_slope(input: Tensor, p: float, leading: int, alpha: bool) -> tuple[Tensor, Tensor]:
+    shape = [*input.shape[:leading], *[1] * (input.dim() - leading)]
+    if p == 1:  # torch draws nothing then
+        return input * torch.zeros_like(input), input.new_zeros(shape)
+    mask = torch.empty_like(input) if leading == input.dim() else input.new_empty(shape)
+    mask.bernoulli_(1 - p)
+    if not alpha:
+        slope = mask.div_(1 - p)
+        return input * slope, slope
+    scale = 1 / math.sqrt((_SELU_FLOOR**2 * p + 1) * (1 - p))
+    shift = (mask - 1).mul_(_SELU_FLOOR * scale).add_(_SELU_FLOOR * scale * p)
+    slope = mask.mul_(scale)
+    return input * slope + shift, slope
 
 
 def _warn_of_axes(name: str, input: Tensor, expected: tuple[int, int]) -> None:

@@ -67,11 +67,6 @@ def of_dimensions(make: Callable[[int], Wrapped], dimensions: Iterable[int] = (1
     return found
 
 
-def written(input: Tensor, output: Tensor, inplace: bool) -> Tensor:
-    """`output`, or with ``inplace`` the input that it was written into."""
-    return input.copy_(output) if inplace else output
-
-
 Numbers = int | Sequence[int]
 
 
