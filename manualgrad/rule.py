@@ -322,14 +322,19 @@ def _complete(rule: type[Rule]) -> None:
                 tangent = tangent.contiguous()
         return (tangent, *[None] * len(rule.statistics)) if has_statistics else tangent
 
-    def function(setup_context: Callable[..., None], **more: Any) -> Any:
-        parts = {"forward": rule.forward, "setup_context": setup_context, "backward": backward, **more}
+    def function(setup_context: Callable[..., None], forward: Callable[..., Any], **more: Any) -> Any:
+        parts = {"forward": forward, "setup_context": setup_context, "backward": backward, **more}
         methods = {name: staticmethod(part) if callable(part) else part for name, part in parts.items()}
         return type(rule.__name__, (Function,), methods)
 
-    rule.function = function(setup_context, jvp=jvp, generate_vmap_rule=True)
-    thrifty = function(setup_thriftily, jvp=jvp)
-    rule.apply = staticmethod(_entry(rule, thrifty, function(setup_context)))
+    def writable(*args: Any) -> Any:
+        """What `forward` returns, none of it a view, which autograd would let nobody write into."""
+        found = rule.forward(*args)
+        return tuple(_no_view(x, args) for x in found) if has_statistics else _no_view(found, args)
+
+    rule.function = function(setup_context, writable, jvp=jvp, generate_vmap_rule=True)
+    thrifty = function(setup_thriftily, writable, jvp=jvp)
+    rule.apply = staticmethod(_entry(rule, thrifty, function(setup_context, rule.forward)))
 
 
 def _check(
@@ -518,6 +523,22 @@ def _among_distributed(compute: Callable[..., Any]) -> Callable[..., Any]:
             return tuple(x if x is None else DTensor.from_local(x, mesh, each, run_check=False) for x in found)
 
     return distributed
+
+
+def _no_view(output: Tensor, inputs: Iterable[Any]) -> Tensor:
+    """`output`, which is a view of nothing but what `forward` made itself: as a tensor that is no view.
+
+    torch's own operations return such views (a product of three axes is one of a product of two) and take writes
+    into them. Autograd refuses those into a view that was made inside a Function. ``.data`` shares the memory.
+    """
+    if not output._is_view() or any(_shares(x, output) for x in inputs if isinstance(x, Tensor)):
+        return output
+    return output.data
+
+
+def _shares(input: Tensor, view: Tensor) -> bool:
+    """`view` is a view of `input`, or of what `input` is a view of."""
+    return view._base is (input._base if input._is_view() else input)
 
 
 def may_be_overwritten(tensor: Tensor) -> bool:
