@@ -555,6 +555,17 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """One of torch.func's wrappers around the tensor is `torch.vmap`'s, which knows no memory format."""
+    if torch.compiler.is_compiling() or not _transformed():
+        return False
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def _nested_forward_mode() -> bool:
     return eager_transforms.JVP_NESTING > 1
 
