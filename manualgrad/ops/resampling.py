@@ -159,7 +159,8 @@ def _with_kernel(
     (input,) = cast(NearestFunction, (input,))
     shape = tuple(input.shape[2:])
     form = _CHANNELS_LAST.get(len(shape))
-    innermost = form is not None and not is_batched(input) and input.is_contiguous(memory_format=form)
+    eager = not torch.compiler.is_compiling()  # what torch.compile puts in place of a kernel knows no layouts
+    innermost = eager and form is not None and not is_batched(input) and input.is_contiguous(memory_format=form)
     return input, Nearest(mode, shape, size, scale, min(input.shape[1], 4), innermost, input.dtype)
 
 
