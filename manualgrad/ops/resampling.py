@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from manualgrad.ops.elementary import Numbers, channels_last, choose, drop_in, each, stands_for, times
+from manualgrad.ops.elementary import Numbers, added, channels_last, choose, drop_in, each, stands_for, times
 from manualgrad.registry import Call, register
 from manualgrad.rule import LOWER, Rule, cast, is_batched, nothing_looks_on
 
@@ -319,6 +319,45 @@ class GridSampleFunction(Rule):
         return torch.stack(found[::-1], -1).reshape(grid.shape)
 
 
+class GridNearestFunction(Rule):
+    r"""y[p] = x[i(p)]      i(p): the pixel nearest to the place p, or none
+
+    ∂L/∂x[j] = Σ g[p] over i(p) = j            ∂L/∂p = 0
+    """
+
+    autocast = {"cpu": "float32", "cuda": "promote"}
+
+    def forward(
+        input: Tensor, grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, aligned: bool
+    ) -> Tensor:
+        return torch.grid_sampler(input, grid, _NEAREST, padding, aligned)
+
+    def taken(grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, aligned: bool) -> Tensor:
+        """i, from 1 on, 0 for none: what the forward's kernel makes of an image that shows at each pixel its number.
+
+        Between two pixels rounding decides, which is another for each kernel. A number is shown by its digits, a
+        channel each, which every dtype holds exactly.
+        """
+        n, _, *sizes = shape
+        digits, bits = (4, 8) if dtype.itemsize < 4 else (2, 20)
+        number = torch.arange(1, math.prod(sizes) + 1, device=grid.device)
+        images = torch.stack([number >> (bits * i) & (2**bits - 1) for i in range(digits)]).to(dtype)
+        images = images.reshape(1, digits, *sizes).expand(n, digits, *sizes)
+        shown = torch.grid_sampler(images, grid.detach().to(dtype), _NEAREST, padding, aligned).long()
+        return sum(shown[:, i] << (bits * i) for i in range(digits))
+
+    def grad_input(grad: Tensor, taken: Tensor, shape: tuple[int, ...]) -> Tensor:
+        n, c, *sizes = shape
+        pixels = math.prod(sizes) + 1  # and none
+        index = torch.arange(n, device=grad.device).unsqueeze(1) * pixels + taken.flatten(1)
+        sent = _pixels(grad).reshape(-1, c)
+        found = added(sent.new_zeros(n * pixels, c), 0, index.reshape(-1, 1).expand(-1, c), sent)
+        return found.reshape(n, pixels, c)[:, 1:].mT.reshape(shape).contiguous()
+
+    def grad_grid(grid: Tensor) -> Tensor:
+        return torch.zeros_like(grid)
+
+
 def _pixels(image: Tensor) -> Tensor:
     """(N, C, *size) as (N, number of pixels, C)."""
     return image.reshape(*image.shape[:2], math.prod(image.shape[2:])).mT.contiguous()
@@ -344,8 +383,8 @@ def _taps(p: Tensor, n: int, mode: int, padding: int, aligned: bool) -> list[Tap
     if mode != _CUBIC:  # which pads each pixel
         place, sign = _padded(place, n, padding, aligned)
         slope = slope * sign
-    first = (place.round() if mode == _NEAREST else place.floor()).detach()
-    kernel = (_linear, _nearest, _cubic)[mode](place - first)
+    first = place.floor().detach()
+    kernel = (_cubic if mode == _CUBIC else _linear)(place - first)
     taps = []
     for offset, weight, weight_slope in kernel:
         pixel = first + offset
@@ -374,10 +413,6 @@ Kernel = list[tuple[int, Tensor, Tensor]]
 """For each pixel around: how many after the first, its weight, and the slope of that."""
 
 
-def _nearest(t: Tensor) -> Kernel:
-    return [(0, torch.ones_like(t), torch.zeros_like(t))]
-
-
 def _linear(t: Tensor) -> Kernel:
     return [(0, 1 - t, -torch.ones_like(t)), (1, t, torch.ones_like(t))]
 
@@ -404,6 +439,9 @@ def grid_sampler(
     Shapes: input (N, C, H, W) or (N, C, D, H, W), grid (N, *out, 2) or (N, *out, 3); the result (N, C, *out).
     """
     shape = tuple(input.shape)
+    if interpolation_mode == _NEAREST:
+        input, grid = cast(GridNearestFunction, (input, grid))
+        return GridNearestFunction.apply(input, grid, shape, input.dtype, padding_mode, align_corners)
     return GridSampleFunction.apply(input, grid, shape, interpolation_mode, padding_mode, align_corners)
 
 
