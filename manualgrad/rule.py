@@ -370,15 +370,17 @@ def _complete(rule: type[Rule]) -> None:
                 tangent = tangent.contiguous()
         return (tangent, *[None] * len(rule.statistics)) if has_statistics else tangent
 
-    def forward(*args: Any) -> Any:
-        result = rule.forward(*args)
-        return (_owned(result[0], args), *result[1:]) if has_statistics else _owned(result, args)
-
-    def function(setup_context: Callable[..., None], **more: Any) -> Any:
+    def function(setup_context: Callable[..., None], forward: Callable[..., Any], **more: Any) -> Any:
         return _function(rule, forward=forward, setup_context=setup_context, backward=backward, **more)
 
-    rule.function = function(setup_context, jvp=jvp, generate_vmap_rule=True)
-    rule.apply = staticmethod(_entry(rule, function(setup_thriftily, jvp=jvp), function(setup_context)))
+    def writable(*args: Any) -> Any:
+        """What `forward` returns, none of it a view, which autograd would let nobody write into."""
+        found = rule.forward(*args)
+        return tuple(_no_view(x, args) for x in found) if has_statistics else _no_view(found, args)
+
+    rule.function = function(setup_context, writable, jvp=jvp, generate_vmap_rule=True)
+    thrifty = function(setup_thriftily, writable, jvp=jvp)
+    rule.apply = staticmethod(_entry(rule, thrifty, function(setup_context, rule.forward)))
     if hasattr(rule, "forward_"):
         in_place = _function(rule, forward=forward_in_place, backward=backward_in_place)
         first_alone = (True, *[False] * (n - 1))
@@ -512,16 +514,6 @@ def _function(rule: type[Rule], **parts: Any) -> Any:
     return type(rule.__name__, (Function,), methods)
 
 
-def _owned(output: Any, args: tuple[Any, ...]) -> Any:
-    """`output`, no view of what `forward` has made: torch lets nobody write over such a one."""
-    if not isinstance(output, Tensor) or not output._is_view():
-        return output
-    base = output._base
-    if any(isinstance(x, Tensor) and (x is base or x._base is base) for x in args):
-        return output
-    return torch.ops.aten._unsafe_view(output, output.shape)
-
-
 class _Whole(tuple[Any, ...]):
     """A tuple that torch.func takes for one setting. A plain one it spreads out, and loses count of its parts
     where forward modes are nested."""
@@ -624,6 +616,22 @@ def _among_distributed(compute: Callable[..., Any]) -> Callable[..., Any]:
     return distributed
 
 
+def _no_view(output: Tensor, inputs: Iterable[Any]) -> Tensor:
+    """`output`, which is a view of nothing but what `forward` made itself: as a tensor that is no view.
+
+    torch's own operations return such views (a product of three axes is one of a product of two) and take writes
+    into them. Autograd refuses those into a view that was made inside a Function. ``.data`` shares the memory.
+    """
+    if not output._is_view() or any(_shares(x, output) for x in inputs if isinstance(x, Tensor)):
+        return output
+    return output.data
+
+
+def _shares(input: Tensor, view: Tensor) -> bool:
+    """`view` is a view of `input`, or of what `input` is a view of."""
+    return view._base is (input._base if input._is_view() else input)
+
+
 def _may_be_overwritten(tensor: Tensor, as_view: bool) -> bool:
     """A rule may write its output over this input: in reverse mode alone. Of a leaf that requires a gradient, and
     of some views, torch refuses it: its own functions say so before they write."""
@@ -641,6 +649,17 @@ def plain(tensor: Tensor) -> Tensor:
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """One of torch.func's wrappers around the tensor is `torch.vmap`'s, which knows no memory format."""
+    if torch.compiler.is_compiling() or not _transformed():
+        return False
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _nested_forward_mode() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -28,21 +30,24 @@ class EmbeddingFunction(Rule):
     def grad_weight(
         grad: Tensor, index: Tensor, count: int, padding: int, by_frequency: bool, sparse: bool
     ) -> Tensor:
+        index = index.reshape(-1)
         sent = grad.reshape(index.numel(), grad.shape[-1])
-        return _collected(sent, index.reshape(-1), count, padding, by_frequency, sparse)
+        counted = index != padding if padding >= 0 else None
+        return _collected(sent, index, counted, count, by_frequency, sparse)
 
 
-def _collected(sent: Tensor, index: Tensor, count: int, padding: int, by_frequency: bool, sparse: bool) -> Tensor:
-    """The table of `count` rows in which each has the sum of what was sent to it."""
+def _collected(
+    sent: Tensor, index: Tensor, counted: Tensor | None, count: int, by_frequency: bool, sparse: bool
+) -> Tensor:
+    """The table of `count` rows in which each has the sum of what was sent to it, from the places counted."""
     if sparse:
-        if padding >= 0:
-            kept = index != padding
-            index, sent = index[kept], sent[kept]
-        return _sparse(index.unsqueeze(0), sent, (count, sent.shape[-1]))
+        if counted is not None:
+            index, sent = index[counted], sent[counted]
+        return _sparse(index.long().unsqueeze(0), sent, (count, sent.shape[-1]))
     if by_frequency:
         sent = sent / torch.bincount(index, minlength=count)[index].unsqueeze(-1)
-    if padding >= 0:
-        sent = choose((index != padding).unsqueeze(-1).expand_as(sent), sent)
+    if counted is not None:
+        sent = choose(counted.unsqueeze(-1).expand_as(sent), sent)
     table = sent.new_zeros(count, sent.shape[-1])
     return table.index_add_(0, index, sent) if nothing_looks_on(table, sent) else table.index_add(0, index, sent)
 
@@ -67,6 +72,31 @@ register(
 _SUM, _MEAN, _MAX = range(3)  # torch's numbers for the modes
 
 
+@dataclass(frozen=True)
+class BagKernel:
+    """What torch goes by when it chooses a kernel for sums of rows.
+
+    With `include_last_offset` the last offset may stand before the end of the indices. What comes behind it, most
+    kernels add to the last bag. The fastest one leaves it out (of the sum: a mean is divided by its number all the
+    same).
+    """
+
+    dtype: torch.dtype
+    mode: int
+    rows_are_dense: bool
+    factors_are_dense: bool | None
+    has_padding: bool
+
+    def adds_the_rest(self, device: torch.device) -> Tensor:
+        """Whether it adds what comes behind the last offset: asked of it, with a bag of a 0, and a 1 behind."""
+        values = torch.tensor([0, 1, 0], dtype=self.dtype, device=device)
+        table = values.unsqueeze(1).repeat(1, 2) if self.rows_are_dense else values.repeat(2, 1).T
+        factor, offsets = torch.ones(4, dtype=self.dtype, device=device), torch.arange(2, device=device)
+        factor = None if self.factors_are_dense is None else factor[:2] if self.factors_are_dense else factor[::2]
+        padding = 2 if self.has_padding else None
+        return torch.embedding_bag(table, offsets, offsets, False, self.mode, False, factor, True, padding)[0] != 0
+
+
 class EmbeddingBagFunction(Rule):
     r"""y_b = Σ cᵢ W[tᵢ] over the places i of bag b      c: the weight sᵢ, or 1; of a mean, by the size of the bag
 
@@ -80,42 +110,63 @@ class EmbeddingBagFunction(Rule):
         offsets: Tensor,
         factor: Tensor | None,
         count: int,
-        mode: int,
         padding: int,
         by_frequency: bool,
         sparse: bool,
         with_last: bool,
+        kernel: BagKernel,
     ) -> Tensor:
+        padded = padding if kernel.has_padding else None
         return torch.embedding_bag(
-            weight, index, offsets, by_frequency, mode, sparse, factor, with_last, None if padding < 0 else padding
+            weight, index, offsets, by_frequency, kernel.mode, sparse, factor, with_last, padded
         )[0]
 
-    def bag(index: Tensor, offsets: Tensor) -> Tensor:
-        """Of each place, its bag."""
-        places = torch.arange(len(index), device=index.device, dtype=offsets.dtype)
-        return torch.searchsorted(offsets.contiguous(), places, right=True) - 1
+    def places(index: Tensor, offsets: Tensor) -> Tensor:
+        return torch.arange(len(index), device=index.device, dtype=offsets.dtype)
 
-    def sent(grad: Tensor, index: Tensor, bag: Tensor, mode: int, padding: int) -> Tensor:
+    def bag(places: Tensor, offsets: Tensor, with_last: bool) -> Tensor:
+        """Of each place, its bag."""
+        begins = offsets[:-1] if with_last else offsets
+        return torch.searchsorted(begins.contiguous(), places, right=True) - 1
+
+    def counted(
+        index: Tensor, places: Tensor, offsets: Tensor, padding: int, with_last: bool, kernel: BagKernel
+    ) -> Tensor | None:
+        """The places that the value counts, unless all."""
+        inside = index != padding if kernel.has_padding else None
+        if not with_last:
+            return inside
+        before = (places < offsets[-1]) | kernel.adds_the_rest(index.device)[0, 0]
+        return before if inside is None else inside & before
+
+    def rows(index: Tensor, counted: Tensor | None) -> Tensor:
+        """t, 0 at places that are not counted: any number may stand there."""
+        return index if counted is None else index * counted
+
+    def sent(grad: Tensor, index: Tensor, bag: Tensor, padding: int, kernel: BagKernel) -> Tensor:
         """What each place is sent."""
-        if mode == _MEAN:
+        if len(grad) == 0:
+            return grad.new_zeros(len(index), grad.shape[1])
+        if kernel.mode == _MEAN:
             size = torch.zeros_like(grad[:, 0]).index_add(0, bag, (index != padding).to(grad.dtype))
             grad = grad / size.clamp(min=1).unsqueeze(-1)
         return grad[bag]
 
     def grad_weight(
         sent: Tensor,
-        index: Tensor,
+        rows: Tensor,
+        counted: Tensor | None,
         factor: Tensor | None,
         count: int,
-        padding: int,
         by_frequency: bool,
         sparse: bool,
     ) -> Tensor:
         sent = sent if factor is None else sent * factor.unsqueeze(-1)
-        return _collected(sent, index, count, padding, by_frequency, sparse)
+        return _collected(sent, rows, counted, count, by_frequency, sparse)
 
-    def grad_factor(sent: Tensor, weight: Tensor, index: Tensor, padding: int) -> Tensor:
-        return choose(index != padding, (weight[index] * sent).sum(-1))
+    def grad_factor(sent: Tensor, weight: Tensor, rows: Tensor, counted: Tensor | None) -> Tensor:
+        products = (weight[rows] * sent).sum(-1)
+        return products if counted is None else choose(counted, products)
 
 
 class EmbeddingBagMaxFunction(Rule):
@@ -156,8 +207,10 @@ def embedding_bag(
     if mode == _MAX:
         output = EmbeddingBagMaxFunction.apply(weight, index, offsets, count, padding, with_last)
     else:
+        dense = None if factor is None else factor.stride(0) == 1
+        kernel = BagKernel(weight.dtype, mode, weight.stride(1) == 1, dense, padding >= 0)
         output = EmbeddingBagFunction.apply(
-            weight, index, offsets, factor, count, mode, padding, by_frequency, sparse, with_last
+            weight, index, offsets, factor, count, padding, by_frequency, sparse, with_last, kernel
         )
     return output, None, None, None
 

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from manualgrad.ops.elementary import Numbers, choose, drop_in, each, stands_for, times
+from manualgrad.ops.elementary import Numbers, added, channels_last, choose, drop_in, each, stands_for, times
 from manualgrad.registry import Call, register
-from manualgrad.rule import LOWER, Rule, nothing_looks_on
+from manualgrad.rule import LOWER, Rule, cast, is_batched, nothing_looks_on
 
 Pair = tuple[int, int]
 
@@ -52,12 +53,6 @@ class InterpolateFunction(Rule):
         k = len(shape)
         layout = suggest_memory_format(grad) if nothing_looks_on(grad) else None
         for axis, n in zip(range(-k, 0), shape, strict=True):
-            before, after = grad.shape[:axis], grad.shape[grad.dim() + axis + 1 :]
-            repeats, rest = grad.shape[axis] // n, grad.shape[axis] % n
-            exact = rest == 0 and repeats in (1, 2, 4, 8, 16) and (scale is None or scale[axis] == repeats)
-            if mode.startswith("nearest") and exact:  # a power of 2, which rounding does not touch
-                grad = functools.reduce(torch.add, grad.reshape(*before, n, repeats, *after).unbind(axis))
-                continue
             units = torch.eye(n, dtype=grad.dtype, device=grad.device).reshape(1, n, *[1] * (k - 1), n)
             to = None if size is None else [*[1] * (k - 1), size[axis]]
             by = None if scale is None else [*[1.0] * (k - 1), scale[axis]]
@@ -70,6 +65,115 @@ class AreaFunction(InterpolateFunction):
     """Adaptive average pooling, which autocast leaves alone."""
 
     autocast = {}
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """One of torch's kernels that take the nearest pixel, and what it goes by.
+
+    torch has several. They round differently, so they take other pixels, at sizes that no image is too small for.
+    Which one it calls depends on the mode, the sizes, the dtype, whether the channels lie innermost in memory, and
+    whether there are more than 3 of them. So nothing is computed here: `taken` asks the kernel itself.
+    """
+
+    mode: str
+    shape: tuple[int, ...]
+    size: tuple[int, ...] | None
+    scale: tuple[float, ...] | None
+    channels: int
+    channels_last: bool
+    dtype: torch.dtype
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if is_batched(input):
+            input = input.contiguous()
+        return F.interpolate(input, self.size, self.scale, self.mode)
+
+    def repeats(self, axis: int, n: int) -> int:
+        """How many times each pixel is taken, if that is a power of 2, which no kernel rounds; else 0."""
+        times, rest = n // max(self.shape[axis], 1), n % max(self.shape[axis], 1)
+        exact = rest == 0 and times in (1, 2, 4, 8, 16) and n <= 2**24
+        return times if exact and (self.scale is None or self.scale[axis] == times) else 0
+
+    def taken(self, device: torch.device) -> list[Tensor]:
+        """i(p) along each axis: what the kernel makes of images that show at each pixel where it is.
+
+        A place is shown by its digits, an image each, which every dtype holds exactly.
+        """
+        k = len(self.shape)
+        digits = 1 if self.dtype.itemsize > 2 else 3
+        images = []
+        for axis, n in zip(range(-k, 0), self.shape, strict=True):
+            place = torch.arange(n, device=device).reshape(n, *[1] * (-axis - 1))
+            images += [(place >> (8 * i) & 255 if digits > 1 else place).expand(self.shape) for i in range(digits)]
+        shown = torch.stack(images).to(self.dtype).unsqueeze(1).repeat(1, self.channels, *[1] * k)
+        if self.channels_last:
+            shown = shown.contiguous(memory_format=_CHANNELS_LAST[k])
+        found = self(shown)[:, 0].unflatten(0, (k, digits)).long()
+        shift = 8 * torch.arange(digits, device=device).reshape(digits, *[1] * k)
+        places = (found << shift).sum(1).unbind()
+        return [_along(place, axis) for axis, place in zip(range(-k, 0), places, strict=True)]
+
+
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+_taken = functools.lru_cache(maxsize=64)(Nearest.taken)
+"""The same, once for all calls that are alike."""
+
+
+def _along(tensor: Tensor, axis: int) -> Tensor:
+    """What a tensor shows along an axis, the same in every line of it."""
+    return tensor.movedim(axis, -1)[(0,) * (tensor.dim() - 1)]
+
+
+class NearestFunction(Rule):
+    r"""y[p] = x[i(p)]      i: the pixel that is taken for p, along each axis by itself
+
+    ⟨g, dy⟩ = Σ g[p] dx[i(p)]:  each pixel collects the g of every place it was taken for,
+    ∂L/∂x[j] = Σ g[p] over i(p) = j,  axis by axis
+    """
+
+    autocast = {"cuda": "float32"}
+
+    def forward(input: Tensor, nearest: Nearest) -> Tensor:
+        return nearest(input)
+
+    def grad_input(grad: Tensor, nearest: Nearest) -> Tensor:
+        plain = nothing_looks_on(grad)
+        layout = suggest_memory_format(grad) if plain else None
+        for axis in range(-1, -len(nearest.shape) - 1, -1):
+            n = nearest.shape[axis]
+            if repeats := nearest.repeats(axis, grad.shape[axis]):
+                before, after = grad.shape[:axis], grad.shape[grad.dim() + axis + 1 :]
+                parts = grad.reshape(*before, n, repeats, *after).unbind(axis)
+                grad = functools.reduce(torch.add, parts)
+            else:
+                taken = _taken if plain else Nearest.taken
+                grad = _collected(grad, axis, n, taken(nearest, grad.device)[axis])
+        return grad if layout is None else grad.contiguous(memory_format=layout)
+
+
+def _with_kernel(
+    input: Tensor, size: tuple[int, ...] | None, scale: tuple[float, ...] | None, mode: str
+) -> tuple[Tensor, Nearest]:
+    """The input as autocast has it, and the kernel that takes it."""
+    (input,) = cast(NearestFunction, (input,))
+    shape = tuple(input.shape[2:])
+    form = _CHANNELS_LAST.get(len(shape))
+    eager = not torch.compiler.is_compiling()  # what torch.compile puts in place of a kernel knows no layouts
+    innermost = eager and form is not None and not is_batched(input) and input.is_contiguous(memory_format=form)
+    return input, Nearest(mode, shape, size, scale, min(input.shape[1], 4), innermost, input.dtype)
+
+
+def _collected(tensor: Tensor, axis: int, n: int, places: Tensor) -> Tensor:
+    """Along an axis each of n places has the sum of what was sent to it."""
+    shape = list(tensor.shape)
+    shape[axis] = n
+    zeros = tensor.new_zeros(shape)
+    if not nothing_looks_on(tensor):
+        return zeros.index_add(axis, places, tensor)
+    if channels_last(tensor):
+        zeros = zeros.to(memory_format=suggest_memory_format(tensor))
+    return zeros.index_add_(axis, places, tensor)
 
 
 _BAND = 64
@@ -119,6 +223,8 @@ def interpolate(
         raise ValueError(
             "recompute_scale_factor is for a scale_factor, align_corners for a mode that interpolates"
         )
+    if mode in ("nearest", "nearest-exact") and not antialias:
+        return NearestFunction.apply(*_with_kernel(input, to, by, mode))
     rule = AreaFunction if mode == "area" else InterpolateFunction
     return rule.apply(input, tuple(input.shape[2:]), to, by, mode, align_corners, antialias)
 
@@ -213,6 +319,45 @@ class GridSampleFunction(Rule):
         return torch.stack(found[::-1], -1).reshape(grid.shape)
 
 
+class GridNearestFunction(Rule):
+    r"""y[p] = x[i(p)]      i(p): the pixel nearest to the place p, or none
+
+    ∂L/∂x[j] = Σ g[p] over i(p) = j            ∂L/∂p = 0
+    """
+
+    autocast = {"cpu": "float32", "cuda": "promote"}
+
+    def forward(
+        input: Tensor, grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, aligned: bool
+    ) -> Tensor:
+        return torch.grid_sampler(input, grid, _NEAREST, padding, aligned)
+
+    def taken(grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, aligned: bool) -> Tensor:
+        """i, from 1 on, 0 for none: what the forward's kernel makes of an image that shows at each pixel its number.
+
+        Between two pixels rounding decides, which is another for each kernel. A number is shown by its digits, a
+        channel each, which every dtype holds exactly.
+        """
+        n, _, *sizes = shape
+        digits, bits = (4, 8) if dtype.itemsize < 4 else (2, 20)
+        number = torch.arange(1, math.prod(sizes) + 1, device=grid.device)
+        images = torch.stack([number >> (bits * i) & (2**bits - 1) for i in range(digits)]).to(dtype)
+        images = images.reshape(1, digits, *sizes).expand(n, digits, *sizes)
+        shown = torch.grid_sampler(images, grid.detach().to(dtype), _NEAREST, padding, aligned).long()
+        return sum(shown[:, i] << (bits * i) for i in range(digits))
+
+    def grad_input(grad: Tensor, taken: Tensor, shape: tuple[int, ...]) -> Tensor:
+        n, c, *sizes = shape
+        pixels = math.prod(sizes) + 1  # and none
+        index = torch.arange(n, device=grad.device).unsqueeze(1) * pixels + taken.flatten(1)
+        sent = _pixels(grad).reshape(-1, c)
+        found = added(sent.new_zeros(n * pixels, c), 0, index.reshape(-1, 1).expand(-1, c), sent)
+        return found.reshape(n, pixels, c)[:, 1:].mT.reshape(shape).contiguous()
+
+    def grad_grid(grid: Tensor) -> Tensor:
+        return torch.zeros_like(grid)
+
+
 def _pixels(image: Tensor) -> Tensor:
     """(N, C, *size) as (N, number of pixels, C)."""
     return image.reshape(*image.shape[:2], math.prod(image.shape[2:])).mT.contiguous()
@@ -238,8 +383,8 @@ def _taps(p: Tensor, n: int, mode: int, padding: int, aligned: bool) -> list[Tap
     if mode != _CUBIC:  # which pads each pixel
         place, sign = _padded(place, n, padding, aligned)
         slope = slope * sign
-    first = (place.round() if mode == _NEAREST else place.floor()).detach()
-    kernel = (_linear, _nearest, _cubic)[mode](place - first)
+    first = place.floor().detach()
+    kernel = (_cubic if mode == _CUBIC else _linear)(place - first)
     taps = []
     for offset, weight, weight_slope in kernel:
         pixel = first + offset
@@ -268,10 +413,6 @@ Kernel = list[tuple[int, Tensor, Tensor]]
 """For each pixel around: how many after the first, its weight, and the slope of that."""
 
 
-def _nearest(t: Tensor) -> Kernel:
-    return [(0, torch.ones_like(t), torch.zeros_like(t))]
-
-
 def _linear(t: Tensor) -> Kernel:
     return [(0, 1 - t, -torch.ones_like(t)), (1, t, torch.ones_like(t))]
 
@@ -298,6 +439,9 @@ def grid_sampler(
     Shapes: input (N, C, H, W) or (N, C, D, H, W), grid (N, *out, 2) or (N, *out, 3); the result (N, C, *out).
     """
     shape = tuple(input.shape)
+    if interpolation_mode == _NEAREST:
+        input, grid = cast(GridNearestFunction, (input, grid))
+        return GridNearestFunction.apply(input, grid, shape, input.dtype, padding_mode, align_corners)
     return GridSampleFunction.apply(input, grid, shape, interpolation_mode, padding_mode, align_corners)
 
 
