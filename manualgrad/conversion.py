@@ -141,9 +141,11 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _give(module: nn.Module, kind: Class, functions: dict[Any, Any]) -> None:
+    held = vars(module)
     if kind is not type(module):
         object.__setattr__(module, "__class__", kind)  # a user's __setattr__ may do other things
-    held = vars(module)
+        held["_class_changed"] = True  # torch.compile of torch 2.11 tests no guard before a module's dict changes
+        del held["_class_changed"]
     held.update({name: functions[x] for name, x in held.items() if isinstance(x, _FUNCTION) and x in functions})
 
 

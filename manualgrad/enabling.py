@@ -229,11 +229,12 @@ def _given(
         return None
     named = {places[0] if name == "input" else name: value for name, value in kwargs.items()}
     values = {x.name: x.default for x in overload} | dict(zip(places, args, strict=False)) | named
-    fit = len(values) == len(overload) and all(
-        (value := values[x.name]) is None or (value is not _REQUIRED and isinstance(value, Tensor) == x.is_tensor)
-        for x in overload
-    )
+    fit = len(values) == len(overload) and all(_fits(x, values[x.name]) for x in overload)
     return values if fit else None
+
+
+def _fits(argument: _Argument, value: Any) -> bool:
+    return value is None or (value is not _REQUIRED and isinstance(value, Tensor) == argument.is_tensor)
 
 
 _TABLE = _table()

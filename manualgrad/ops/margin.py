@@ -10,6 +10,7 @@ from manualgrad.ops.elementary import DifferenceFunction, added, broadcast, choo
 from manualgrad.ops.loss import MEAN, NONE, Loss, _nn, reduced
 from manualgrad.registry import Call, Maker, register
 from manualgrad.rule import FLOAT32, Rule, cast, nothing_looks_on
+from manualgrad.torch_versions import CLAMP_PASSES_AT_ITS_BOUND
 
 
 class SoftMarginLossFunction(Loss):
@@ -29,13 +30,13 @@ def soft_margin_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
 
 @stands_for(torch.clamp_min)
 class ClampMinFunction(Rule):
-    r"""y = max(x, low)      ∂L/∂x = g where x ≥ low, else 0      (as torch)"""
+    r"""y = max(x, low)      ∂L/∂x = g where x > low, else 0      (at x = low as the installed torch)"""
 
     def forward(input: Tensor, low: float) -> Tensor:
         return torch.clamp_min(input, low)
 
     def grad_input(grad: Tensor, input: Tensor, low: float) -> Tensor:
-        return choose(input >= low, grad)
+        return choose(input >= low if CLAMP_PASSES_AT_ITS_BOUND else input > low, grad)
 
 
 class MinimumFunction(Rule):

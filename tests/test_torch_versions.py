@@ -1,0 +1,105 @@
+"""What depends on the version of torch that is installed."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import manualgrad
+from manualgrad import nn, torch_versions
+
+ours: Any = nn.functional
+LOADED_ON_USE = ("torch.distributed", "torch._dynamo")
+OF_VALUES = {
+    "torch.Tensor._is_view",
+    "torch.Tensor._version",
+}  # of values, which a source does not tell
+
+
+def private_names(source: str) -> Iterator[str]:
+    """The private names of torch that the source of a module uses, each with the module that has it."""
+    known: dict[str, str] = {}
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {name.asname or "torch": name.name if name.asname else "torch" for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            known |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            name = dotted(node, known)
+            if name.startswith("torch.") and re.search(r"\._[^_]", name):
+                yield resolved(name)
+
+
+def dotted(node: ast.expr, known: dict[str, str]) -> str:
+    if isinstance(node, ast.Name):
+        return known.get(node.id, "")
+    return f"{dotted(node.value, known)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
+
+
+def resolved(name: str) -> str:
+    """The name without attributes of what is no module; nothing for a module itself."""
+    found: Any = torch
+    parts = name.split(".")
+    for i, part in enumerate(parts[1:], 2):
+        found = getattr(found, part) if hasattr(found, part) else importlib.import_module(".".join(parts[:i]))
+        if not isinstance(found, ModuleType):
+            return ".".join(parts[:i])
+    return ""
+
+
+def test_every_private_name_is_listed() -> None:
+    paths = Path(manualgrad.__file__).parent.rglob("*.py")
+    used = {name for path in paths for name in private_names(path.read_text())}
+    needed = {name for name in used if name and not name.startswith(LOADED_ON_USE)}
+    assert needed | OF_VALUES == set(torch_versions.PRIVATE)
+
+
+def test_a_missing_private_name_is_named() -> None:
+    with pytest.raises(ImportError, match=r"torch\._C\._gone, which torch .* does not have"):
+        torch_versions.check(["torch._C._nn", "torch._C._gone"])
+
+
+def test_a_newer_torch_gives_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    major, minor, *_ = torch.__version__.split(".")
+    monkeypatch.setattr(torch_versions, "TRIED", (f"{major}.{int(minor) - 1}.0",))
+    with pytest.warns(UserWarning, match=rf"not tried with torch {major}\.{minor}"):
+        torch_versions.check()
+    monkeypatch.setattr(torch_versions, "TRIED", (f"{major}.{minor}.0",))
+    torch_versions.check()  # another patch of it, no warning (which would be an error here)
+
+
+@pytest.mark.parametrize("at", [0.0, 1.0])
+def test_the_bound_of_a_clamp_as_torch(at: float) -> None:
+    """torch 2.14 changed it from 1 to 0."""
+    for signs in (-1.0, 1.0):
+        found = []
+        for functional in (ours, F):
+            x = torch.tensor([at], dtype=torch.float64, requires_grad=True)
+            functional.hinge_embedding_loss(x, torch.full_like(x, signs)).backward()
+            found.append(x.grad)
+        assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("norm", [math.inf, -math.inf])
+def test_an_infinite_norm_of_a_pool_as_torch(n: int, norm: float) -> None:
+    """torch 2.11 has no formula for it."""
+    found = []
+    for functional in (ours, F):
+        x = torch.linspace(-3, 3, 2 * 4**n, dtype=torch.float64).reshape(2, *[4] * n).requires_grad_()
+        output = getattr(functional, f"lp_pool{n}d")(x, norm, 2)
+        found.append((output, torch.autograd.grad(output.sum(), x)))
+    assert_close(found[0], found[1], rtol=0, atol=0, equal_nan=True)
