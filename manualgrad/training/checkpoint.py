@@ -218,9 +218,9 @@ _ARRAY, _SCALAR = "numpy.ndarray", "numpy.generic"
 def plain(payload: Mapping[str, Any], copy: bool = True) -> dict[str, Any]:
     """The same as `save` writes it and `load` reads it: copies of its tensors in the memory of the CPU, and data.
 
-    Tensors that are one stay one. Numbers of numpy that count as python's do (float64, int64, bool) and its text
-    become python's; its other numbers (of fewer bits, with an arithmetic of their own) and its arrays come back
-    from `load` as they were. All else must be of a kind that ``torch.load(weights_only=True)`` reads.
+    Tensors that are one stay one. Numbers and arrays of numpy's come back from `load` as they were, as their
+    arithmetic is not python's; in the file they are tensors. (As a key or in a set, where only the value counts,
+    such a number becomes python's.) All else must be of a kind that ``torch.load(weights_only=True)`` reads.
 
     Args:
         payload: of anything.
@@ -283,7 +283,7 @@ def _entry(path: str, key: Any) -> str:
 
 def _of_numpy(value: Any, path: str) -> Any:
     scalar = not isinstance(value, np.ndarray)
-    if scalar and (value.dtype.kind in "bUS" or value.dtype in (np.float64, np.int64)):
+    if scalar and value.dtype.kind in "US":  # text
         return value.item()
     try:
         tensor = torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))

@@ -289,8 +289,8 @@ class Trainer:
                 bar.set_postfix(self._postfix(means), refresh=False)
             if self.schedule is not None and not self._schedule_by_epoch() and not update.skipped:
                 self.schedule.step()
-            if progress.step == 1 and self._checkpoints is not None:  # of what an optimizer has only now
-                checkpoint.plain(self._states(), copy=False)
+            if progress.step == 1:  # an optimizer has more to save now
+                self._states()
             every = settings.checkpoint_every
             due = every is not None and progress.step % every == 0
 
@@ -529,9 +529,9 @@ class Trainer:
     ) -> None:
         if self.settings.run_dir is None:
             return
+        parts = self._states()
         random = self.processes.gathered(as_plain(random_states() if states is None else states))
         payload = {"run": self._identity(), "progress": asdict(self.progress), "random": random}
-        parts = self._states()
         if stopped:
             parts["gradients"] = {name: parameter.grad for name, parameter in self._bare().named_parameters()}
         payload |= self.processes.put_together(parts)
@@ -603,7 +603,15 @@ class Trainer:
         return parts
 
     def _states(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._stateful().items()}
+        """What a checkpoint holds of each.
+
+        Raises:
+            CheckpointError: in every process, where there is a checkpoint to write and none can hold it.
+        """
+        states = {name: part.state_dict() for name, part in self._stateful().items()}
+        if self.settings.run_dir is not None:
+            checkpoint.plain(states, copy=False)
+        return states
 
     def _bare(self) -> nn.Module:
         """The model, without what torch.compile puts around it."""
@@ -663,9 +671,7 @@ class Trainer:
         if self._order.by_indices:
             raise CheckpointError(f"{message}: the epochs to come would be others too. {_EPOCHS_MUST_REPEAT}")
         if self.first:
-            warn(
-                f"{message}: the epochs to come may be others than without an interruption. {_EPOCHS_MUST_REPEAT}"
-            )
+            warn(f"{message}: the epochs to come may not be those of an uninterrupted run. {_EPOCHS_MUST_REPEAT}")
 
     def _at_resuming(self) -> str:
         progress = self.progress
