@@ -18,6 +18,8 @@ from manualgrad.meter import saved_bytes
 from manualgrad.rule import Rule
 from manualgrad.verification import verify
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Rule",
     "conversion_report",

@@ -19,7 +19,7 @@ def size(loader: Loader) -> int | None:
     """How many batches a loader gives, where it can tell."""
     try:
         return len(loader)  # pyright: ignore[reportArgumentType]
-    except TypeError:  # no __len__, or a DataLoader over a stream
+    except (TypeError, NotImplementedError):  # no __len__, or a DataLoader over a stream
         return None
 
 

@@ -8,14 +8,17 @@ import hashlib
 import os
 import pickle
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .progress import warn
 
@@ -53,10 +56,11 @@ class Checkpoints:
         """Write the state after `step` updates as the newest checkpoint, and if it is the best as that too.
 
         Raises:
-            CheckpointError: unless `go_on`, if it, or the one before it, cannot be written.
+            CheckpointError: for something in it that `load` could not read, before anything is written; and unless
+                `go_on`, if it, or the one before it, cannot be written.
         """
         self.wait()
-        self._writing = self._thread.submit(self._write, step, _copied(payload), best)
+        self._writing = self._thread.submit(self._write, step, plain(payload), best)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file beside the checkpoints, on the same terms."""
@@ -153,6 +157,8 @@ def _digest(file: Any, size: int) -> bytes:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint that `save` wrote, with its tensors on the CPU; nothing in it is executed.
 
+    What `plain` made of numpy's arrays and numbers is numpy's again.
+
     Raises:
         CheckpointError: where the file is missing, cut short, damaged, or not a checkpoint of this kind.
     """
@@ -169,7 +175,7 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         found = payload.get("format") if isinstance(payload, dict) else None
         raise CheckpointError(f"{path} is not a checkpoint of this trainer (format {found!r}, not {FORMAT})")
-    return payload
+    return _with_numpys(payload)
 
 
 def _check_seal(path: Path) -> None:
@@ -205,19 +211,122 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _copied(payload: Mapping[str, Any]) -> Any:
-    """The same with copies of its tensors, in the memory of the CPU; tensors that are one stay one."""
+_ARRAY, _SCALAR = "numpy.ndarray", "numpy.generic"
+"""The one key of a dictionary that stands in a file for what numpy's was, with its numbers as a tensor."""
+
+
+def plain(payload: Mapping[str, Any], copy: bool = True) -> dict[str, Any]:
+    """The same as `save` writes it and `load` reads it: copies of its tensors in the memory of the CPU, and data.
+
+    Tensors that are one stay one. Numbers and arrays of numpy's come back from `load` as they were, as their
+    arithmetic is not python's; in the file they are tensors. (As a key or in a set, where only the value counts,
+    such a number becomes python's.) All else must be of a kind that ``torch.load(weights_only=True)`` reads.
+
+    Args:
+        payload: of anything.
+        copy: or only look whether it can be saved, where tensors may still be in the parts of several processes.
+
+    Raises:
+        CheckpointError: naming the first entry that cannot be saved, and its type.
+    """
     copies: dict[Any, Tensor] = {}
 
-    def copy(tensor: Tensor) -> Tensor:
-        if not tensor.numel() or tensor.layout != torch.strided:
+    def of(value: Any, path: str, around: tuple[int, ...]) -> Any:
+        kind = type(value)
+        if value is None or kind in (bool, float, str) or (kind is int and value.bit_length() < 1024):
+            return value
+        if isinstance(value, Tensor):
+            return of_tensor(value, path)
+        if isinstance(value, np.generic) or kind is np.ndarray:
+            return _of_numpy(value, path)
+        if kind not in (dict, OrderedDict, Counter, list, tuple, set):
+            return _read_back(value, path)
+        if id(value) in around:
+            raise CheckpointError(f"{path} contains itself, which a checkpoint cannot hold")
+        around = (*around, id(value))
+        if isinstance(value, dict):
+            made = kind({of_key(key, path): of(x, _entry(path, key), around) for key, x in value.items()})
+            if kind is OrderedDict and vars(value):  # the versions of the modules, in a model's state
+                vars(made).update(of(vars(value), path, around))
+            return made
+        if kind is set:
+            return {of_key(item, path) for item in value}
+        return kind(of(item, f"{path}[{place}]", around) for place, item in enumerate(value))
+
+    def of_key(key: Any, path: str) -> Any:
+        """Where only what has a hash may be: a number of numpy's has that of python's."""
+        if type(key) is tuple:
+            return tuple(of_key(part, path) for part in key)
+        return of(key.item() if isinstance(key, np.generic) else key, f"{path}, the key {key!r}", ())
+
+    def of_tensor(tensor: Tensor, path: str) -> Tensor:
+        if nn.parameter.is_lazy(tensor):
+            raise CheckpointError(f"{path} has no shape yet: run the model once before it is trained")
+        if type(tensor) not in (Tensor, nn.Parameter) and not (isinstance(tensor, DTensor) and not copy):
+            return _read_back(tensor.detach().cpu(), path)
+        if not copy:
+            return tensor
+        if not tensor.numel() or tensor.layout != torch.strided or not tensor.data_ptr():
             return tensor.detach().clone().cpu()
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        flags = (tensor.is_conj(), tensor.is_neg(), tensor.device)
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, *flags)
         if key not in copies:
             copies[key] = tensor.detach().to("cpu", copy=True)
         return copies[key]
 
-    return tree_map_only(Tensor, copy, dict(payload))
+    return {name: of(value, name, ()) for name, value in payload.items()}
+
+
+def _entry(path: str, key: Any) -> str:
+    return f"{path}.{key}" if isinstance(key, str) and key.isidentifier() else f"{path}[{key!r}]"
+
+
+def _of_numpy(value: Any, path: str) -> Any:
+    scalar = not isinstance(value, np.ndarray)
+    if scalar and value.dtype.kind in "US":  # text
+        return value.item()
+    try:
+        tensor = torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
+    except TypeError:
+        raise _refused(f"{path} is a {type(value).__name__} of numpy's of dtype {value.dtype}") from None
+    return {_SCALAR if scalar else _ARRAY: tensor}
+
+
+def _with_numpys(value: Any) -> Any:
+    """The inverse, in the very dictionaries and lists."""
+    if isinstance(value, dict):
+        if len(value) == 1 and (key := next(iter(value))) in (_ARRAY, _SCALAR):
+            array = value[key].numpy()
+            return array if key == _ARRAY else array[()]
+        for key, entry in value.items():
+            value[key] = _with_numpys(entry)
+        if isinstance(value, OrderedDict):
+            _with_numpys(vars(value))
+    elif type(value) is list:
+        value[:] = map(_with_numpys, value)
+    elif type(value) is tuple:
+        return tuple(map(_with_numpys, value))
+    return value
+
+
+def _read_back(value: Any, path: str) -> Any:
+    """Something rare as `load` would give it."""
+    file = BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever its methods for pickle raise
+        kind = type(value)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        raise _refused(f"{path} is a {name}") from error
+
+
+def _refused(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what}, which no checkpoint can hold: only tensors, arrays of numbers and plain data are read again. "
+        "Leave it out of the state_dict() that gives it, or put plain data in its place"
+    )
 
 
 def check_same(path: Path, what: str, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

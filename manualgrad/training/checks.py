@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from .batches import Loader, size
 from .processes import Part
@@ -53,6 +53,9 @@ def check_parts(
             raise ValueError(f"{name} is empty")
         if settings.run_dir is not None and getattr(loader, "persistent_workers", False):
             raise ValueError(f"{name} has persistent_workers, whose random states no checkpoint can hold")
+    train_loader = loaders["train_loader"]
+    if settings.run_dir is not None and not getattr(train_loader, "in_order", True):
+        raise ValueError("train_loader has in_order=False: no resumed run can draw its batches in the same order")
     if settings.on_nonfinite == "back_up" and settings.run_dir is None:
         raise ValueError("on_nonfinite='back_up' needs run_dir, where the checkpoints are")
     if loaders["validation_loader"] is None:
@@ -68,16 +71,18 @@ def check_last_batch(model: nn.Module, loader: Loader, part: Part, processes: in
     Raises:
         ValueError: saying what to do.
     """
-    batches = loader.batch_sampler or loader.sampler if isinstance(loader, DataLoader) else None
-    if not isinstance(batches, BatchSampler) or batches.drop_last or not size(loader):
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return
-    last = len(batches.sampler) % batches.batch_size or batches.batch_size  # pyright: ignore[reportArgumentType]
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if not isinstance(batches, BatchSampler) or batches.drop_last or not (examples := size(batches.sampler)):
+        return
+    last = examples % batches.batch_size or batches.batch_size
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     if last // processes > 1 or not norms or isinstance(model, FSDPModule):
         return
     try:  # on a copy, as running statistics would count it
         with torch.random.fork_rng(), torch.no_grad():
-            deepcopy(model).train()(part.input[:1].to(next(model.parameters()).device))
+            deepcopy(model)(part.input[:1].to(next(model.parameters()).device))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

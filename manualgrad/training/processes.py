@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from .batches import Batch, Loader
 
@@ -128,11 +129,13 @@ class Processes:
     def loader(self, loader: Loader) -> Loader:
         """The loader of this process's part, where it is known which examples a batch will have: nothing is loaded
         that another works on. (Of any other loader each process takes its part of the batches.)"""
-        if self.size == 1 or not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler:
+        if self.size == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return loader
+        if type(loader.batch_sampler) is not BatchSampler or type(loader).__iter__ is not DataLoader.__iter__:
             return loader
         return _PartLoader(
             loader.dataset,
-            batch_sampler=_PartSampler(loader.batch_sampler, self),
+            batch_sampler=PartSampler(loader.batch_sampler, self),
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
@@ -203,7 +206,11 @@ class Processes:
             full = whole(value.detach())
             return full.cpu() if self.first else full.new_empty(0)
 
-        return tree_map(put, state)
+        found = tree_map(put, state)
+        for name, part in state.items():
+            if (versions := getattr(part, "_metadata", None)) is not None:  # of the modules, in a model's state
+                found[name]._metadata = versions
+        return found
 
 
 def as_parted(saved: Tensor, like: Any) -> Tensor:
@@ -213,10 +220,11 @@ def as_parted(saved: Tensor, like: Any) -> Tensor:
     return distribute_tensor(saved.to(like.device), like.device_mesh, like.placements)
 
 
-def parted_model(saved: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+def parted_model(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """A saved state of a model, in the parts of this one."""
-    present = model.state_dict()
-    return {name: as_parted(x, present[name]) if isinstance(x, Tensor) else x for name, x in saved.items()}
+    present, found = model.state_dict(), copy(saved)
+    found.update({name: as_parted(x, present[name]) for name, x in saved.items() if isinstance(x, Tensor)})
+    return found
 
 
 def parted_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[Any, Any]:
@@ -236,7 +244,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-class _PartSampler:
+class PartSampler:
     """Of each batch the indices of one process. (Not a Sampler of torch's: its base class is for one only.)"""
 
     def __init__(self, batches: Any, processes: Processes) -> None:
@@ -258,7 +266,7 @@ class _PartSampler:
 class _PartLoader(DataLoader[Any]):
     """A loader of parts."""
 
-    batch_sampler: _PartSampler  # pyright: ignore
+    batch_sampler: PartSampler  # pyright: ignore
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -40,6 +40,20 @@ class Averages:
 
 
 @dataclass
+class Drawn:
+    """What an epoch drew from its loader (see order.py)."""
+
+    digest: str = ""
+    """Of the indices."""
+    first: list[float] = field(default_factory=list)
+    """Numbers of the first batch, where there are no indices."""
+    sums: list[float] = field(default_factory=list)
+    """Of numbers of all batches, likewise."""
+    sizes: list[float] = field(default_factory=list)
+    """Of their absolute values."""
+
+
+@dataclass
 class Progress:
     """All that a checkpoint needs besides weights, optimizer and random states; plain data throughout."""
 
@@ -49,6 +63,10 @@ class Progress:
     """Whole epochs done."""
     drawn: int = 0
     """Groups of batches drawn in the epoch under way, for an update each (unless it was left out)."""
+    order: Drawn = field(default_factory=Drawn)
+    """What these were."""
+    order_before: Drawn = field(default_factory=Drawn)
+    """What the epoch before it drew."""
     left_out: int = 0
     """Updates left out for their bad numbers."""
     left_out_before: int = 0
@@ -70,7 +88,8 @@ class Progress:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`."""
-        return cls(**{**saved, "running": Averages(**saved["running"])})
+        drawn = {name: Drawn(**saved[name]) for name in ("order", "order_before") if name in saved}
+        return cls(**{**saved, "running": Averages(**saved["running"]), **drawn})
 
 
 @dataclass(frozen=True)

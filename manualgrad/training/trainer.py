@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from .. import __version__
 from . import checkpoint
 from .batches import Loader, Watch, groups, pairs, size
 from .checkpoint import BEST, CheckpointError, Checkpoints
@@ -28,13 +28,15 @@ from .checks import check_last_batch, check_loss, check_parts, check_shapes, exp
 from .interruption import Interrupted, Signals
 from .logging import TrainingLog
 from .nonfinite import NonFiniteError, find_nonfinite
+from .order import Order, begin_alike, same
 from .processes import Part, Processes, as_parted, parted_model, parted_optimizer, whole
-from .progress import Averages, Figures, FitResult, Progress, warn
+from .progress import Averages, Drawn, Figures, FitResult, Progress, warn
 from .randomness import (
     as_plain,
     random_states,
     seed_all,
     seed_epoch,
+    seed_generators,
     set_random_states,
     set_torch_states,
     torch_states,
@@ -75,10 +77,18 @@ class Trainer:
         on_epoch: called after each epoch's validation, in eval mode and without gradients, with the log and
             the step: what it gives to ``log.add(step, write)``, pictures, text or audio, is in TensorBoard.
 
-    Every epoch begins by seeding python, numpy and torch with (seed, epoch). So a run repeats, and a run
-    resumed in the middle of an epoch draws the batches it has seen once more and goes on exactly, whatever
-    ended it. What no checkpoint holds is state that a dataset or a custom loader keeps to itself from epoch
-    to epoch.
+    Every epoch begins by seeding python, numpy and torch with (seed, epoch), and the generators (of torch, numpy
+    or python) that the train loader holds, in its samplers, their samplers and its dataset; `set_epoch` is called
+    on each of them that has it. So a run repeats, and a run resumed in the middle of an epoch draws the batches it
+    has seen once more and goes on exactly, whatever ended it. What no checkpoint holds is other state that a
+    sampler, a dataset or a loader keeps to itself. Where this changes the batches, a resumed run says so: it
+    compares the indices, or numbers of the batches of a stream, with those drawn before, and trains on no others.
+
+    A module that is in eval mode when `fit` begins, such as a frozen batch norm, stays in eval mode. Only where
+    the whole model is, as `from_pretrained` gives it, all of it is trained as by ``model.train()``.
+
+    A checkpoint holds the state_dict of the model, the optimizer, the schedule and the loss: tensors, plain data,
+    and numbers and arrays of numpy's. Anything else is refused by its name before the first update.
 
     Under torchrun the same code trains in all the processes, each on its part of every batch: the loaders
     are those of one process, and so are the updates (see processes.py).
@@ -127,7 +137,8 @@ class Trainer:
         self.processes = Processes(self.device)
         self.first = self.processes.first
         self.whole_train_loader = train_loader
-        self.train_loader = self.processes.loader(train_loader)
+        self._order = Order(self.processes.loader(train_loader))
+        self.train_loader = self._order.loader
         self.validation_loader = validation_loader and self.processes.loader(validation_loader)
         self._network = self.processes.share(model, optimizer, self.settings.parallel)
         self._run = torch.compile(self._network) if self.settings.compile else self._network
@@ -136,6 +147,8 @@ class Trainer:
         self._points: Figures = {}  # of the last update
         self.best_weights: dict[str, Any] = {}
         self._random_states: list[dict[str, Any]] | None = None  # to go on with, in the middle of an epoch
+        self._resumed = False  # and has drawn nothing yet
+        self._frozen: set[int] = set()  # the ids of modules that stay in eval mode
         self._fitted = False
         self._signals = Signals()
         self._stop = False  # one of the processes was sent a signal, and all know
@@ -152,13 +165,15 @@ class Trainer:
             Interrupted: after SIGINT (Ctrl-C) or SIGTERM, when the update is made and a checkpoint written.
             NonFiniteError: where the loss or the gradient becomes NaN or infinite; the weights are still
                 those before that update. (Or see the setting `on_nonfinite`.)
-            CheckpointError: with on_disk_error="stop", if no checkpoint can be written.
+            CheckpointError: for a state that no checkpoint can hold; where a resumed run draws other batches than
+                before; and with on_disk_error="stop", if no checkpoint can be written.
             ValueError: for batches that are not what the model and the loss need.
         """
         if self._fitted:
             raise RuntimeError("fit() was called before: make a new Trainer, with resume to continue its run")
         self._fitted = True
         settings, progress = self.settings, self.progress
+        self._frozen = _frozen(self.model)
         folder = settings.run_dir if self.first else None
         go_on = settings.on_disk_error == "go_on"
         if folder is not None:
@@ -202,7 +217,7 @@ class Trainer:
 
     def _evaluate(self, loader: Loader, name: str, watch: Watch | None = None) -> Figures:
         averages = Averages()
-        training = self.model.training
+        modes = _modes(self.model)
         self.processes.agree_on_buffers(self.model)
         self.model.eval()
         try:
@@ -221,15 +236,17 @@ class Trainer:
                         raise _StoppedInValidation
         finally:
             self.processes.part_again(self.model)
-            self.model.train(training)
+            _set_modes(self.model, modes)
         return averages.means()
 
     def _train_epoch(self, log: TrainingLog, bar: "tqdm[Any]", watch: Watch) -> None:
         settings, progress = self.settings, self.progress
-        self.model.train()
+        self._train_mode()
+        self._compare_epoch_before()
         seed_epoch(self.train_loader, settings.seed, progress.epoch)
-        batches = self._parts(self.train_loader, "train_loader", watch)
-        updates = groups(batches, settings.accumulate)
+        self._order.begin(settings.seed, progress.epoch)
+        batches = watch.over(self._order.over(pairs(self.train_loader, "train_loader")), "train_loader")
+        updates = groups(self.processes.parts(self.train_loader, batches), settings.accumulate)
         self._skip_seen(updates)
 
         clock, counted, due = time.perf_counter(), progress.running.examples, False
@@ -253,7 +270,7 @@ class Trainer:
                 self._look_at_first(group[0].to(self.device), log)
             if progress.drawn == 0 and self.processes.size > 1:  # the order is drawn alike, the dropout is not
                 seed_all(settings.seed, progress.epoch, self.processes.rank)
-            progress.drawn += 1
+            progress.drawn, progress.order = progress.drawn + 1, self._order.drawn()
             self._points = {}
             try:
                 update = self._update(group)
@@ -272,8 +289,15 @@ class Trainer:
                 bar.set_postfix(self._postfix(means), refresh=False)
             if self.schedule is not None and not self._schedule_by_epoch() and not update.skipped:
                 self.schedule.step()
+            if progress.step == 1:  # an optimizer has more to save now
+                self._states()
             every = settings.checkpoint_every
             due = every is not None and progress.step % every == 0
+
+    def _train_mode(self) -> None:
+        """As by `model.train()`, but for the frozen modules."""
+        self.model.train()
+        _set_modes(self.model, _modes(self.model) | dict.fromkeys(self._frozen, False))
 
     def _look_at_first(self, part: Part, log: TrainingLog) -> None:
         """Refuse what would go wrong only at the end of the epoch, and measure what a batch keeps for backward."""
@@ -323,6 +347,7 @@ class Trainer:
 
     def _end_epoch(self, log: TrainingLog, watch: Watch) -> None:
         settings, progress = self.settings, self.progress
+        seed_generators(self.validation_loader, settings.seed, progress.epoch)
         states = random_states()
         validation: Figures = {}
         if self.validation_loader is not None:
@@ -338,6 +363,7 @@ class Trainer:
         if progress.running.examples:
             progress.train = progress.running.means()
         progress.epoch, progress.drawn, progress.running = progress.epoch + 1, 0, Averages()
+        progress.order_before, progress.order = progress.order, Drawn()
         progress.left_out_before, progress.trained, self._points = progress.left_out, False, {}
         log.epoch("train", progress.train, progress.step)
         log.epoch("validation", validation, progress.step)
@@ -441,7 +467,7 @@ class Trainer:
             batches = [batch for each in every for batch in each]
             content = {"report": str(error), "batches": batches, "model": weights, "random": states}
             try:
-                torch.save(content, path)
+                torch.save(checkpoint.plain(content), path)
             except (OSError, RuntimeError) as failure:
                 error.add_note(f"{path} could not be written: {failure}")
             else:
@@ -503,9 +529,9 @@ class Trainer:
     ) -> None:
         if self.settings.run_dir is None:
             return
+        parts = self._states()
         random = self.processes.gathered(as_plain(random_states() if states is None else states))
         payload = {"run": self._identity(), "progress": asdict(self.progress), "random": random}
-        parts = {name: part.state_dict() for name, part in self._stateful().items()}
         if stopped:
             parts["gradients"] = {name: parameter.grad for name, parameter in self._bare().named_parameters()}
         payload |= self.processes.put_together(parts)
@@ -527,9 +553,9 @@ class Trainer:
             return
         (path, saved), best = found
         checkpoint.check_same(path, "run", saved["run"], self._identity())
-        checkpoint.check_same(path, "model", saved["model"], self._bare().state_dict())
+        checkpoint.check_same(path, "model", _tensors(saved["model"]), _tensors(self._bare().state_dict()))
         self._load(saved)
-        self.progress = Progress.from_dict(saved["progress"])
+        self.progress, self._resumed = Progress.from_dict(saved["progress"]), True
         if self.progress.drawn:  # else the epoch to come is seeded anyway
             self._random_states = saved["random"]
         if self.progress.points is not None:
@@ -576,6 +602,17 @@ class Trainer:
             parts["schedule"] = self.schedule
         return parts
 
+    def _states(self) -> dict[str, Any]:
+        """What a checkpoint holds of each.
+
+        Raises:
+            CheckpointError: in every process, where there is a checkpoint to write and none can hold it.
+        """
+        states = {name: part.state_dict() for name, part in self._stateful().items()}
+        if self.settings.run_dir is not None:
+            checkpoint.plain(states, copy=False)
+        return states
+
     def _bare(self) -> nn.Module:
         """The model, without what torch.compile puts around it."""
         return getattr(self.model, "_orig_mod", self.model)
@@ -596,16 +633,50 @@ class Trainer:
         versions = {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "manualgrad": version("manualgrad"),
+            "manualgrad": __version__,
         }
         settings = self.settings.model_dump(mode="json")
         return json.dumps({"command": sys.argv, "settings": settings, "versions": versions}, indent=2) + "\n"
 
     def _skip_seen(self, updates: Iterator[Any]) -> None:
-        """Draw the batches seen before an interruption once more, then take up its random states."""
-        for _ in range(self.progress.drawn):
-            next(updates)
+        """Draw the batches seen before an interruption once more, then take up its random states.
+
+        Raises:
+            CheckpointError: where they are others.
+        """
+        progress = self.progress
+        for _ in range(progress.drawn):
+            if next(updates, None) is None:
+                raise CheckpointError(f"{self._at_resuming()}, and fewer than it drew before")
+        if progress.order != Drawn() and not same(progress.order, self._order.drawn()):
+            raise CheckpointError(f"{self._at_resuming()}. {_EPOCHS_MUST_REPEAT}")
         self._take_up_random_states()
+
+    def _compare_epoch_before(self) -> None:
+        """Begin the epoch before once more, where a run was resumed between two, to see whether it repeats.
+
+        Raises:
+            CheckpointError: where it has other indices. (Of a stream, which another batch may begin for the noise
+                in it alone, a warning.)
+        """
+        progress, resumed, self._resumed = self.progress, self._resumed, False
+        if not resumed or progress.drawn or progress.order_before == Drawn():
+            return
+        seed, epoch = self.settings.seed, progress.epoch - 1
+        seed_epoch(self.train_loader, seed, epoch)
+        self._order.begin(seed, epoch)
+        if begin_alike(progress.order_before, self._order.again()):
+            return
+        message = f"train_loader gives other batches than before for epoch {epoch + 1}, begun once more to compare"
+        if self._order.by_indices:
+            raise CheckpointError(f"{message}: the epochs to come would be others too. {_EPOCHS_MUST_REPEAT}")
+        if self.first:
+            warn(f"{message}: the epochs to come may not be those of an uninterrupted run. {_EPOCHS_MUST_REPEAT}")
+
+    def _at_resuming(self) -> str:
+        progress = self.progress
+        where = f"epoch {progress.epoch + 1}, before update {progress.drawn + 1}"
+        return f"{self.settings.run_dir} cannot be resumed ({where}): train_loader gives other batches than before"
 
     def _take_up_random_states(self) -> None:
         states, self._random_states = self._random_states, None
@@ -619,6 +690,38 @@ class Trainer:
 
 class _StoppedInValidation(Exception):
     pass
+
+
+_EPOCHS_MUST_REPEAT = (
+    "Its order may depend on the seed and the epoch only: let it draw from the global generators of torch, numpy "
+    "or python, hold its own generator as an attribute, or have a method set_epoch(epoch)"
+)
+
+
+def _modes(model: nn.Module) -> dict[int, bool]:
+    """Which modules are in training mode, by their ids."""
+    return {id(module): module.training for module in model.modules()}
+
+
+def _set_modes(model: nn.Module, modes: Mapping[int, bool]) -> None:
+    """Put each module in its mode, by its own method, from the outermost on."""
+    for module in model.modules():
+        if module.training != modes.get(id(module), module.training):
+            module.train(not module.training)
+
+
+def _frozen(model: nn.Module) -> set[int]:
+    """The modules that stay in eval mode: those that are in it now, unless all are."""
+    modes = _modes(model)
+    return {module for module, training in modes.items() if not training} if any(modes.values()) else set()
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """The tensors of a model's state; None for what its modules add to them, which may change as they train."""
+    return {
+        name: value if isinstance(value, Tensor) and not name.endswith("_extra_state") else None
+        for name, value in state.items()
+    }
 
 
 def _floats(figures: Mapping[str, Tensor | float]) -> Figures:
