@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from .progress import warn
 
-FORMAT = 2
+FORMAT = 3
 BEST = "best.pt"
 _MARK = b"sha256 "
 _DIGITS = 64
