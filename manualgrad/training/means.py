@@ -52,17 +52,27 @@ def mean_of(measure: Measure, prediction: Any, target: Tensor, examples: int) ->
     Raises:
         ValueError: where it is a sum over the batch, or the count is not a number.
     """
-    with _LossFunctions() as called:
+    with _LossFunctions() as mode:
         value = measure(prediction, target)
-    if not called.counts and (original := _before_compilation(measure)) is not None:
-        with torch.no_grad(), called:  # a compiled call of manualgrad.nn.functional is not seen
+    if not mode.calls and (original := _before_compilation(measure)) is not None:
+        with torch.no_grad(), mode:  # a compiled call of manualgrad.nn.functional is not seen
             original(prediction, target)
-    count: Any = called.counts[0] if len(called.counts) == 1 else examples
+    means, sums = [], []
+    for function, args, kwargs, result in mode.calls:
+        call = _arguments(function, args, kwargs)
+        if call.reduction in ("mean", "batchmean"):
+            means.append(call)
+        elif call.reduction == "sum":
+            sums.append(result)
+    count: Any = examples
     if isinstance(value, tuple) and len(value) == 2:
         value, count = value
         if not isinstance(count, (int, float)) and not (isinstance(count, Tensor) and count.numel() == 1):
             raise ValueError(f"the count of a loss or metric must be a number, not {_described(count)}")
-    if any(value is total for total in called.sums):
+    elif len(means) == 1:
+        with torch.no_grad():
+            count = _COUNTS[means[0].name](means[0])
+    if any(value is total for total in sums):
         raise ValueError(
             "a loss or metric must be a mean, and this is a sum (reduction='sum'): use reduction='mean', or return "
             "the pair (sum / count, count)"
@@ -70,39 +80,36 @@ def mean_of(measure: Measure, prediction: Any, target: Tensor, examples: int) ->
     return Mean(value, count if examples else 0)
 
 
-def nothing(prediction: Any) -> Tensor:
-    """The loss of a batch that has nothing to count: 0, and so are its gradients."""
+def nothing(prediction: Any, loss: Tensor) -> Tensor:
+    """The loss of a batch in which nothing counts, in place of what a mean over nothing is: 0, as its gradients are.
+
+    It is one of the prediction, as the gradient of the loss by the prediction may be NaN.
+    """
     outputs = [x for x in tree_leaves(prediction) if isinstance(x, Tensor) and x.is_floating_point()]
-    zeros = [torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0).sum().float() for x in outputs]
-    return sum(zeros, torch.zeros((), device=zeros[0].device if zeros else None))
+    zeros = [torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0).sum().to(loss) for x in outputs]
+    found = sum(zeros, torch.zeros_like(loss))
+    return found if found.requires_grad or not loss.requires_grad else found.requires_grad_()
 
 
 class _LossFunctions(TorchFunctionMode):
-    """Sees the loss functions that are called, and what the means among them are over."""
+    """Sees the loss functions that are called: each, its arguments and its result. (Dynamo traces it, too.)"""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: list[Count] = []
-        self.sums: list[Any] = []
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        count = _COUNTS.get(name)
-        if count is None or not (func.__module__ or "").startswith(("torch.nn.", "manualgrad.")):
+        if name not in _COUNTS or not (func.__module__ or "").startswith(("torch.nn.", "manualgrad.")):
             return func(*args, **kwargs)
-        if name == "l1_loss" and "weight" not in kwargs:
+        if name == "l1_loss" and "weight" not in kwargs and not torch.compiler.is_compiling():
             kwargs = {**kwargs, "weight": _weight_left_out(func)}
-        value = func(*args, **kwargs)
-        call = _arguments(func, args, kwargs)
-        if call.reduction in ("mean", "batchmean"):
-            with torch.no_grad():
-                self.counts.append(count(call))
-        elif call.reduction == "sum":
-            self.sums.append(value)
-        return value
+        result = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, result))
+        return result
 
 
 def _weight_left_out(function: Any) -> Any:
@@ -110,7 +117,7 @@ def _weight_left_out(function: Any) -> Any:
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
-    return None if frame is None else frame.f_locals["weight"]
+    return None if frame is None else frame.f_locals.get("weight")
 
 
 def _before_compilation(measure: Any) -> Any:
@@ -124,7 +131,7 @@ def _arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """All arguments of a call by name, with the older ways to say the reduction translated."""
     bound = _signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    call = SimpleNamespace(**bound.arguments)
+    call = SimpleNamespace(name=function.__name__, **bound.arguments)
     older = getattr(call, "size_average", None), getattr(call, "reduce", None)
     if older != (None, None):
         call.reduction = _reduction.legacy_get_string(*older, emit_warning=False)
@@ -186,7 +193,9 @@ def _triplets(call: Any) -> Count:
 _COUNTS: dict[str, Callable[[Any], Count]] = {
     "binary_cross_entropy": _pairs,
     "binary_cross_entropy_with_logits": _pairs,
-    "cosine_embedding_loss": lambda call: torch.broadcast_shapes(call.input1.shape[:-1], call.target.shape).numel(),
+    "cosine_embedding_loss": lambda call: torch.broadcast_shapes(
+        call.input1.shape[:-1], call.target.shape
+    ).numel(),
     "cross_entropy": _targets_or_probabilities,
     "ctc_loss": lambda call: call.log_probs.shape[1] if call.log_probs.dim() == 3 else 1,
     "gaussian_nll_loss": _gaussian,
@@ -207,7 +216,7 @@ _COUNTS: dict[str, Callable[[Any], Count]] = {
     "smooth_l1_loss": _pairs,
     "soft_margin_loss": _pairs,
     "triplet_margin_loss": _triplets,
-    "triplet_margin_with_distance_loss": lambda call: (
-        (call.distance_function or torch.pairwise_distance)(call.anchor, call.positive).numel()
-    ),
+    "triplet_margin_with_distance_loss": lambda call: (call.distance_function or torch.pairwise_distance)(
+        call.anchor, call.positive
+    ).numel(),
 }

@@ -42,6 +42,7 @@ from .randomness import (
 )
 from .settings import TrainingSettings
 
+
 class Update(NamedTuple):
     """What one update came to."""
 
@@ -213,7 +214,7 @@ class Trainer:
                 for part in self._parts(loader, name, watch):
                     part = part.to(self.device)
                     with explained(self.model, part, name):
-                        _, means = self._forward(self.model, part)
+                        means = self._forward(self.model, part)
                     mine = Averages()
                     mine.add(_floats(means), part.examples)
                     every = self._of_all(mine)
@@ -308,17 +309,14 @@ class Trainer:
         for number, part in enumerate(group, start=1):
             with self.processes.without_sending(self._network, last=number == len(group)):
                 with explained(self.model, part, "train_loader"):
-                    prediction, means = self._forward(self._run, part)
-                loss = means["loss"].value
+                    means = self._forward(self._run, part, dropped=single)
+                loss, count = means["loss"]
                 if not single:
-                    count = float(means["loss"].count)
                     if not estimate:
-                        estimate = len(group) * self.processes.sum([count])[0]
-                    # The gradient is a mean over the processes.
-                    loss = loss * (count * self.processes.size / estimate) if count else nothing(prediction)
-                loss = self.scaler.scale(loss)
-                if loss.requires_grad:  # as check_loss has seen, unless nothing counts
-                    loss.backward()
+                        estimate = len(group) * self.processes.sum([float(count)])[0]
+                    if estimate:
+                        loss = loss * (float(count) * self.processes.size / estimate)  # of a mean over processes
+                self.scaler.scale(loss).backward()
             forwards.append(means)
 
         mine = Averages()  # only now are numbers asked for, which waits for the device
@@ -410,18 +408,24 @@ class Trainer:
             summary=summary,
         )
 
-    def _forward(self, model: Callable[..., Any], part: Part) -> tuple[Any, dict[str, Mean]]:
-        """The prediction, and the "loss" and the metrics of a batch."""
+    def _forward(self, model: Callable[..., Any], part: Part, dropped: bool = False) -> dict[str, Mean]:
+        """The "loss" and the metrics of a batch.
+
+        Args:
+            dropped: whether the gradients of a loss in which nothing counts are not used; else they must be zero.
+        """
         with self.autocast():
             prediction = model(part.input)
             check_shapes(prediction, part.target)
             loss = mean_of(self.loss, prediction, part.target, part.examples)
         check_loss(loss.value, training=torch.is_grad_enabled())
+        if not dropped and not float(loss.count):  # which asks for a number, and waits for the device
+            loss = Mean(nothing(prediction, loss.value), 0)
         means = {"loss": loss}
         with torch.no_grad():
             for name, metric in self.metrics.items():
                 means[name] = mean_of(metric, prediction, part.target, part.examples)
-        return prediction, means
+        return means
 
     def _clip(self) -> float:
         """The norm of the whole gradient, which is scaled down to clip_norm where it is larger."""
@@ -429,7 +433,9 @@ class Trainer:
         norm = whole(get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients]))
         if self.settings.clip_norm is not None:
             sparse = any(gradient.is_sparse for gradient in gradients)
-            clip_grads_with_norm_(self._parameters(), self.settings.clip_norm, norm, foreach=False if sparse else None)
+            clip_grads_with_norm_(
+                self._parameters(), self.settings.clip_norm, norm, foreach=False if sparse else None
+            )
         return norm.item()
 
     def _parameters(self) -> list[Tensor]:
@@ -467,9 +473,7 @@ class Trainer:
         states = as_plain(random_states())
 
         def run(input: Tensor, target: Tensor) -> Tensor:
-            prediction, means = self._forward(self.model, Part(input, target, len(target)))
-            loss, count = means["loss"]
-            return self.scaler.scale(loss if float(count) else nothing(prediction))
+            return self.scaler.scale(self._forward(self.model, Part(input, target, len(target)))["loss"].value)
 
         batches = [(part.input, part.target) for part in parts]
         found = find_nonfinite(self.model, batches, run, self.processes.first_found)
