@@ -1,5 +1,7 @@
-"""Batches that are accumulated, split among processes, or averaged over have the loss and gradient of one batch that
-holds them all, whatever the loss is a mean over."""
+"""Batches that are accumulated, split among processes, or averaged have the loss and gradient of one batch.
+
+It holds them all, and this is so whatever the loss is a mean over.
+"""
 
 import math
 import warnings
@@ -51,9 +53,10 @@ def joined(batches: Pairs) -> Pairs:
     return [(torch.cat(inputs), torch.cat(targets))]
 
 
-def fit(
-    loss: Measure, batches: Pairs, validation: Pairs | None = None, **options: Any
-) -> tuple[nn.Module, FitResult]:
+Fitted = tuple[nn.Module, FitResult]
+
+
+def fit(loss: Measure, batches: Pairs, validation: Pairs | None = None, **options: Any) -> Fitted:
     """Two epochs, of one update each unless the options say otherwise."""
     torch.manual_seed(0)
     model = nn.Linear(4, options.pop("outputs", CLASSES)).double()
@@ -66,7 +69,7 @@ def fit(
     return model, trainer.fit()
 
 
-def expect_same(found: tuple[nn.Module, FitResult], expected: tuple[nn.Module, FitResult]) -> None:
+def expect_same(found: Fitted, expected: Fitted) -> None:
     for one, other in zip(found[0].parameters(), expected[0].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     for name in ("train", "validation"):
@@ -223,7 +226,7 @@ def test_a_compiled_loss_is_counted() -> None:
 def test_the_scaled_loss_of_float16_stays_in_range() -> None:
     """However large the counts are."""
 
-    def loss(prediction: Tensor, target: Tensor) -> tuple[Tensor, float]:
+    def loss(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return F.cross_entropy(prediction, target), 1e9 * (target != -100).sum()
 
     inputs, targets = columns(15).float(), labels(15)
@@ -285,7 +288,7 @@ def test_what_is_no_mean_is_refused(loss: Measure, message: str) -> None:
 
 
 class Stopping:
-    """Batches after which the process is asked to stop, once."""
+    """Batches, of which some cannot be read."""
 
     def __init__(self, batches: Pairs, after: int | None) -> None:
         self.batches, self.after = batches, after

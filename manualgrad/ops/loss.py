@@ -75,7 +75,7 @@ class DifferenceLoss(Loss):
 
 
 def overridable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A mode or a subclass of Tensor with a ``__torch_function__`` is given the call, as torch's own functions do."""
+    """Passes the call to a mode or a subclass of Tensor with a ``__torch_function__``, as torch's functions do."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Tensor:

@@ -4,10 +4,9 @@ The mean over several batches is not the mean of their means where they differ i
 
     mean over all = Σ countᵢ meanᵢ / Σ countᵢ
 
-The counts of torch's losses differ. With ``ignore_index`` it is the number of targets that are not ignored, with class
-weights the sum of their weights, for MSELoss the number of elements. `mean_of` finds the count of a loss that is
-computed by a loss function of torch.nn.functional or manualgrad.nn.functional, whether a module calls it, or a function
-of the user.
+The counts of torch's losses differ. With ``ignore_index`` it is the number of targets that are not ignored, with
+class weights the sum of their weights, for MSELoss the number of elements. `mean_of` finds the count where a loss
+function of torch.nn.functional or manualgrad.nn.functional is called, by a module or by a function of the user.
 """
 
 import inspect
@@ -74,16 +73,16 @@ def mean_of(measure: Measure, prediction: Any, target: Tensor, examples: int) ->
             count = _COUNTS[means[0].name](means[0])
     if any(value is total for total in sums):
         raise ValueError(
-            "a loss or metric must be a mean, and this is a sum (reduction='sum'): use reduction='mean', or return "
-            "the pair (sum / count, count)"
+            "a loss or metric must be a mean, and this is a sum (reduction='sum'): use reduction='mean', or "
+            "return the pair (sum / count, count)"
         )
     return Mean(value, count if examples else 0)
 
 
 def nothing(prediction: Any, loss: Tensor) -> Tensor:
-    """The loss of a batch in which nothing counts, in place of what a mean over nothing is: 0, as its gradients are.
+    """The loss of a batch in which nothing counts: 0, and so are its gradients.
 
-    It is one of the prediction, as the gradient of the loss by the prediction may be NaN.
+    The loss itself is NaN, and so may be its gradient by the prediction. So backward begins at the prediction.
     """
     outputs = [x for x in tree_leaves(prediction) if isinstance(x, Tensor) and x.is_floating_point()]
     zeros = [torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0).sum().to(loss) for x in outputs]
@@ -145,8 +144,12 @@ def _described(count: Any) -> str:
 # What each of torch's loss functions divides its sum by, if the reduction is "mean".
 
 
+def _shape(*tensors: Any) -> torch.Size:
+    return torch.broadcast_shapes(*(x.shape for x in tensors if isinstance(x, Tensor)))
+
+
 def _elements(*tensors: Any) -> int:
-    return torch.broadcast_shapes(*(x.shape for x in tensors if isinstance(x, Tensor))).numel()
+    return _shape(*tensors).numel()
 
 
 def _pairs(call: Any) -> Count:
@@ -187,15 +190,13 @@ def _gaussian(call: Any) -> Count:
 
 
 def _triplets(call: Any) -> Count:
-    return torch.broadcast_shapes(call.anchor.shape, call.positive.shape, call.negative.shape)[:-1].numel()
+    return _shape(call.anchor, call.positive, call.negative)[:-1].numel()
 
 
 _COUNTS: dict[str, Callable[[Any], Count]] = {
     "binary_cross_entropy": _pairs,
     "binary_cross_entropy_with_logits": _pairs,
-    "cosine_embedding_loss": lambda call: torch.broadcast_shapes(
-        call.input1.shape[:-1], call.target.shape
-    ).numel(),
+    "cosine_embedding_loss": lambda call: _elements(call.input1[..., 0], call.input2[..., 0], call.target),
     "cross_entropy": _targets_or_probabilities,
     "ctc_loss": lambda call: call.log_probs.shape[1] if call.log_probs.dim() == 3 else 1,
     "gaussian_nll_loss": _gaussian,
