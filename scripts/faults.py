@@ -25,10 +25,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -97,6 +99,10 @@ class Job(TrainingSettings):
     free_on_resume: ClassVar[frozenset[str]] = TrainingSettings.free_on_resume | {"workers", "pause"}
 
 
+BATCHES = Job().epochs * math.ceil(Job().rows / Job().batch_size)
+"""Of the job, over all its epochs."""
+
+
 class Rows(Dataset[tuple[Tensor, Tensor]]):
     """Eight columns, and a target that a small network can learn."""
 
@@ -132,13 +138,16 @@ def network(job: Job) -> nn.Module:
     return torch.compile(model) if job.layers == "compiled" else model  # pyright: ignore[reportReturnType]
 
 
-def trainer(job: Job, model: nn.Module | None = None, batches: Any = None) -> Trainer:
-    """The trainer of the job, or of another model and other batches."""
+def trainer(
+    job: Job, model: nn.Module | None = None, batches: Any = None, on_batch: Callable[[], object] = lambda: None
+) -> Trainer:
+    """The trainer of the job, or of another model and other batches; `on_batch` is called within each of them."""
     model = network(job) if model is None else model
     mean_squared_error = nn.MSELoss() if job.layers == "torch" else manualgrad.nn.MSELoss()
 
     def loss(prediction: Tensor, target: Tensor) -> Tensor:
         if prediction.requires_grad:
+            on_batch()
             time.sleep(job.pause)
         return mean_squared_error(prediction, target)
 
@@ -160,10 +169,10 @@ def trainer(job: Job, model: nn.Module | None = None, batches: Any = None) -> Tr
 
 
 def run_job(job: Job) -> None:
-    """Train, as a script does, and print what it came to as JSON."""
+    """Train, as a script does, print a line within each batch, and at last what it came to as JSON."""
     print("ready", os.getpid(), flush=True)
     try:
-        result = trainer(job).fit()
+        result = trainer(job, on_batch=lambda: print("batch", flush=True)).fit()
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(interrupted.status)
@@ -200,7 +209,7 @@ class Run:
         self.folder, self.processes, self.options = folder, processes, options
         self.output, self.errors = folder.with_suffix(".out"), folder.with_suffix(".err")
         self.process: subprocess.Popen[bytes]
-        self.seconds = self.started = 0.0
+        self.started = 0.0
 
     def job(self) -> Job:
         return Job(run_dir=self.folder, resume=True, **{"progress": False, **self.options})
@@ -231,6 +240,31 @@ class Run:
     def pids(self) -> list[int]:
         """Those of the trainers, a torchrun's restarted ones last."""
         return [int(pid) for pid in re.findall(r"^ready (\d+)$", self.output.read_text(), re.MULTILINE)]
+
+    def batches(self) -> int:
+        """On how many it has trained since it was started, with the one it is in; of several trainers together."""
+        return len(re.findall(r"^batch$", self.output.read_text(), re.MULTILINE))
+
+    def reach(self, batch: int, part: float) -> bool:
+        """Wait until it is within this batch since it was started, counted from 1, by this part of a batch's time.
+
+        Whatever the machine does beside it, it is not waited for longer than this batch takes.
+
+        Returns:
+            False: it ended before.
+        """
+        duration = 0.0
+        for number in (batch - 1, batch):
+            begin = time.monotonic()
+            while self.batches() < number:
+                if self.process.poll() is not None:
+                    return False
+                expect((duration := time.monotonic() - begin) < HANGS, "it hangs")
+                time.sleep(0.0005)
+        end = time.monotonic() + part * duration
+        while time.monotonic() < end and self.batches() == batch:
+            time.sleep(0.0002)
+        return self.process.poll() is None
 
     def wait_for(self, condition: Callable[[], Found]) -> Found:
         deadline = time.monotonic() + HANGS
@@ -322,9 +356,7 @@ def points(folder: Path) -> dict[str, Any]:
 def quiet_run(folder: Path, **options: Any) -> Run:
     """The job in this process, which nothing happens to."""
     run = Run(folder, **options)
-    begin = time.monotonic()
     run.output.write_text(json.dumps(asdict(trainer(run.job()).fit())))
-    run.seconds = time.monotonic() - begin
     return run
 
 
@@ -392,11 +424,14 @@ def kill(row: Row, settings: Settings, place: Path) -> None:
     moments = random.Random(settings.seed)
     kills = 0
     for number in itertools.count():
-        run, delays = Run(place / f"killed{number}"), []
-        while kills < settings.kills and len(delays) < 12:
+        run, batches = Run(place / f"killed{number}"), []
+        while kills < settings.kills and len(batches) < 12:
             run.start()
-            delays.append(delay := moments.uniform(0, quiet.seconds / 4))
-            time.sleep(delay)
+            batches.append(batch := moments.randrange(BATCHES // 4))
+            if batch:
+                run.reach(batch, moments.random())
+            else:  # before the first
+                time.sleep(moments.uniform(0, 0.2))
             while kills % 3 == 0 and not run.unfinished() and run.process.poll() is None:
                 time.sleep(0.0002)
             if run.process.poll() is not None:  # it came to its end
@@ -406,7 +441,7 @@ def kill(row: Row, settings: Settings, place: Path) -> None:
             with row.trial("kills while a checkpoint was written" if run.unfinished() else "kills elsewhere"):
                 if run.step():  # and not in the very beginning
                     run.expect_whole_checkpoints()
-        with row.trial("killed runs compared", f"delays {[round(delay, 4) for delay in delays]}"):
+        with row.trial("killed runs compared", f"in batches {batches}, each counted from the kill before"):
             if run.process.returncode == -signal.SIGKILL:
                 run.start()
             run.end()
@@ -442,12 +477,12 @@ def signals(row: Row, settings: Settings, place: Path) -> None:
             run.options["pause"], logs = 20, len(list(run.folder.iterdir()))
             run.start()
             run.wait_for(lambda run=run, logs=logs: len(list(run.folder.iterdir())) > logs)
-            time.sleep(2)  # and it is in the middle of an update
+            run.wait_for(run.batches)  # and it is in the middle of an update
             os.killpg(run.process.pid, signal.SIGINT)
             time.sleep(1)
             expect(run.process.poll() is None, f"the first ended it: {run.said()}")
             os.killpg(run.process.pid, signal.SIGINT)
-            expect(run.process.wait(10) == 130, f"the status is {run.process.returncode}: {run.said()}")
+            expect(run.process.wait(HANGS) == 130, f"the status is {run.process.returncode}: {run.said()}")
             run.expect_whole_checkpoints()
         with row.trial("stopped runs compared"):
             run.kill()
@@ -586,8 +621,8 @@ def disk(row: Row, settings: Settings, place: Path) -> None:
                     with fault(run):
                         if policy == "go_on":  # it says what to do, and trains
                             run.wait_for(lambda run=run, said=said: advice.search(run.said(), said))
-                            time.sleep(0.3)
-                            run.wait_for(lambda: True)
+                            batches = run.batches()
+                            run.wait_for(lambda run=run, batches=batches: run.batches() > batches + 4)
                         else:
                             expect((status := run.process.wait(HANGS)) == 1, f"the status is {status}")
                             expect(advice.search(run.said()), f"it does not say what to do: {run.said()}")
@@ -739,22 +774,85 @@ def long(row: Row, settings: Settings, place: Path) -> None:
             row.notes.append(f"{layers}: {250 * epochs} steps, of which the last 70 % added {growth:.1f} MiB")
             expect(growth < 4 or settings.short, row.notes[-1])
 
-    def seconds_a_step(folder: Path | None) -> float:
-        """From the end of the first epoch to that of the last, with the checkpoints of two epochs."""
-        size: dict[str, Any] = {"width": 512, "rows": 128 * 250, "batch_size": 128, "workers": 0, "epochs": 3}
-        run = trainer(Job(run_dir=folder, progress=False, **size, **usual))
-        ends: list[float] = []
-        run.on_epoch = lambda *_: ends.append(time.perf_counter())
-        run.fit()
-        return (ends[-1] - ends[0]) / 500
-
     with row.trial("comparisons with runs that write nothing"):
-        turns = range(2 if settings.short else 8)
-        pairs = [(seconds_a_step(place / f"turn{turn}"), seconds_a_step(None)) for turn in turns]
-        cost = statistics.median(written / bare for written, bare in pairs) - 1
-        step = f"{1000 * min(bare for _, bare in pairs):.1f} ms, the median of {len(turns)} pairs"
-        row.notes.append(f"curves and checkpoints cost {100 * cost:.1f} % of a step of {step}")
-        expect(cost < 0.02 or settings.short, row.notes[-1])
+        epochs, blocks = (2, 5) if settings.short else (10, 25)
+        size: dict[str, Any] = {"width": 512, "rows": 1280 * blocks, "batch_size": 128, "workers": 0}
+        job = Job(run_dir=place / "paired", epochs=epochs, progress=False, **size, **usual)
+        written, bare = in_turns(job, job.model_copy(update={"run_dir": None}), blocks)
+        block = statistics.median(a - b for a, b in zip(written.blocks, bare.blocks, strict=True))
+        end = statistics.median(a - b for a, b in zip(written.ends, bare.ends, strict=True))
+        step = statistics.median(bare.blocks) / 10
+        curves, checkpoint = block / 10 / step, end / (10 * blocks) / step
+        row.notes.append(
+            f"curves cost {100 * curves:.1f} % and checkpoints {100 * checkpoint:.1f} % of a step of "
+            f"{1000 * step:.1f} ms, the medians of {len(bare.blocks)} and {len(bare.ends)} pairs"
+        )
+        expect(curves + checkpoint < 0.02 or settings.short, row.notes[-1])
+
+
+class Turn:
+    """The time of the processor that a run takes for each ten steps, and for the end of each epoch."""
+
+    def __init__(self) -> None:
+        self.blocks: list[float] = []
+        self.ends: list[float] = []
+        self.mine = threading.Semaphore(0)
+        self.over = False
+
+
+def in_turns(first: Job, second: Job, blocks: int) -> tuple[Turn, Turn]:
+    """Two runs that take turns, ten steps of one and ten of the other, so that both meet the same noise.
+
+    What a run gives its threads to write is written in its turn, and counted.
+    """
+    turns = Turn(), Turn()
+
+    def run(job: Job, turn: Turn, other: Turn) -> None:
+        data = Rows(job.rows, job.plain, seed=1)
+        batches = list(zip(data.x.split(job.batch_size), data.y.split(job.batch_size), strict=True))
+        begin = math.nan
+
+        def pass_on(to: list[float] | None) -> None:
+            nonlocal begin
+            if made._checkpoints is not None:
+                made._checkpoints.wait()
+            if to is not None:
+                to.append(time.process_time() - begin)
+            other.mine.release()
+            if not other.over:
+                turn.mine.acquire()
+            begin = time.process_time()
+
+        class Batches:
+            """Those of an epoch: between every ten the other run has its turn."""
+
+            epochs = 0
+
+            def __len__(self) -> int:
+                return len(batches)
+
+            def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+                pass_on(turn.ends if self.epochs else None)
+                self.epochs += 1
+                for number, batch in enumerate(batches, start=1):
+                    yield batch
+                    if number % 10 == 0:
+                        pass_on(turn.blocks)
+
+        turn.mine.acquire()
+        try:
+            made = trainer(job, batches=Batches())
+            made.fit()
+        finally:
+            turn.over = True
+            other.mine.release()
+
+    with ThreadPoolExecutor(2) as threads:
+        runs = threads.submit(run, first, *turns), threads.submit(run, second, *reversed(turns))
+        turns[0].mine.release()
+    for ended in runs:
+        ended.result()
+    return turns
 
 
 def models(row: Row, settings: Settings, place: Path) -> None:
@@ -764,9 +862,8 @@ def models(row: Row, settings: Settings, place: Path) -> None:
         with row.trial("killed runs compared", layers):
             quiet = quiet_run(place / f"{layers}-quiet", layers=layers)
             run = Run(place / layers, layers=layers).start()
-            run.wait_for(run.step)
-            time.sleep(delay := moments.uniform(0, quiet.seconds / 4))
-            expect(run.process.poll() is None, f"it had ended after {delay:.4f} s")
+            batch = moments.randint(1, BATCHES - 8)
+            expect(run.reach(batch, moments.random()), f"it ended before batch {batch}: {run.said()}")
             run.kill()
             run.start().end()
             run.expect_same_end(quiet)

@@ -422,9 +422,10 @@ def mean_nats(nats: Tensor, _: Tensor) -> Tensor:
     return nats.mean()
 
 
-def bits_per_byte(nats: Tensor, lengths: Tensor) -> Tensor:
-    """The same on a scale that all vocabularies share, and other compressors."""
-    return nats.sum() / lengths.sum() / math.log(2)
+def bits_per_byte(nats: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The same on a scale that all vocabularies share, and other compressors; with the number of bytes."""
+    count = lengths.sum()
+    return nats.sum() / count / math.log(2), count
 
 
 @torch.no_grad()

@@ -67,6 +67,31 @@ def test_a_difference_is_seen(change: Callable[[faults.Run], None], told: str, t
         run.expect_same_end(quiet)
 
 
+def test_a_run_is_reached_within_a_batch(tmp_path: Path) -> None:
+    """Which it is killed in, however long it took to come there; and a run that ends before is seen to."""
+    run = faults.Run(tmp_path / "run", workers=0, pause=0.2, epochs=1, rows=80).start()
+    assert run.reach(3, 0.5)
+    run.kill()
+    assert run.batches() == 3
+    run.options["pause"] = 0
+    assert not run.start().reach(6, 0.5)
+    assert run.end().batches() <= 5
+
+
+def test_runs_take_turns_and_what_is_written_is_counted(tmp_path: Path) -> None:
+    job = faults.Job(run_dir=tmp_path, progress=False, rows=320, batch_size=16, epochs=3, accumulate=1)
+    written, bare = faults.in_turns(job, job.model_copy(update={"run_dir": None}), 2)
+    assert [len(times) for times in (written.blocks, bare.blocks, written.ends, bare.ends)] == [6, 6, 2, 2]
+    assert sum(written.ends) > sum(bare.ends) > 0
+
+
+def test_an_error_in_one_of_two_runs_is_raised(tmp_path: Path) -> None:
+    job = faults.Job(run_dir=tmp_path, progress=False, rows=320, batch_size=16, epochs=1, accumulate=1)
+    (tmp_path / "step-0000000001.pt").touch()
+    with pytest.raises(checkpoint.CheckpointError, match="holds a run already"):
+        faults.in_turns(job, job.model_copy(update={"run_dir": None}), 2)
+
+
 def test_a_broken_promise_ends_with_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -425,8 +425,8 @@ def test_every_token_held_out_counts_once(length: int) -> None:
     found = script.score(model, Windows(text, vocabulary, 8), torch.device("cpu"))
     assert found == pytest.approx(sum(tokens) / math.log(2) / length)
     assert max(model.seen) <= 8
-    shown = script.bits_per_byte(torch.tensor([1.0, 2.0]), torch.tensor([4, 2]))
-    assert shown.item() == pytest.approx(3 / math.log(2) / 6)
+    shown, count = script.bits_per_byte(torch.tensor([1.0, 2.0]), torch.tensor([4, 2]))
+    assert (shown.item(), count.item()) == (pytest.approx(3 / math.log(2) / 6), 6)
 
 
 def test_an_epoch_shows_nearly_all_of_the_text_once() -> None:

@@ -570,9 +570,9 @@ def test_checkpoints_of_something_else(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(CheckpointError, match=r"nothing that was saved here"):
         load(path)
     for content, message in (
-        ({"format": 1}, r"not a checkpoint of this trainer \(format 1, not 2\)"),
+        ({"format": 1}, rf"not a checkpoint of this trainer \(format 1, not {checkpoint.FORMAT}\)"),
         ([1, 2], r"not a checkpoint of this trainer \(format None"),
-        ({"format": 2, "model": Malicious()}, "something else than tensors and plain data"),
+        ({"format": checkpoint.FORMAT, "model": Malicious()}, "something else than tensors and plain data"),
     ):
         torch.save(content, path)
         checkpoint._seal(path)

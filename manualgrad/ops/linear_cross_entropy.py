@@ -22,7 +22,7 @@ from manualgrad.binding import bound
 from manualgrad.ops.classification import _along, _row_weight
 from manualgrad.ops.elementary import added, choose, plus, refusing_as, rows, times
 from manualgrad.ops.linear import LinearFunction
-from manualgrad.ops.loss import MEAN, NONE, REDUCTIONS
+from manualgrad.ops.loss import MEAN, NONE, REDUCTIONS, overridable
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule, beyond_reverse_mode, cast, last_backward, nothing_looks_on
 from manualgrad.saving import keeping_is_seen
@@ -425,6 +425,7 @@ def _composed(
 _reference: Any = getattr(F, "linear_cross_entropy", _composed)  # torch has it since 2.13
 
 
+@overridable
 @partial(refusing_as, _reference)
 def linear_cross_entropy(
     input: Tensor,

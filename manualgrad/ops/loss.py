@@ -6,12 +6,15 @@ rules here are of, and each takes what it takes; torch's function, calling ours,
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from manualgrad.ops.elementary import (
     AbsoluteFunction,
@@ -69,6 +72,19 @@ class DifferenceLoss(Loss):
 
     def grad_target(grad_input: Tensor) -> Tensor:
         return -grad_input
+
+
+def overridable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Passes the call to a mode or a subclass of Tensor with a ``__torch_function__``, as torch's functions do."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if has_torch_function(tensors):
+            return handle_torch_function(run, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
 
 
 def reduced(losses: Tensor, reduction: int) -> Tensor:
@@ -343,6 +359,7 @@ class GaussianNLLLossFunction(Rule):
         return times((1 - difference * difference / var) / var, 0.5 * grad)
 
 
+@overridable
 @drop_in
 def gaussian_nll_loss(
     input: Tensor,

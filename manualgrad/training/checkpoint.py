@@ -7,10 +7,12 @@ comment at the end of that zip archive is the SHA-256 of all the bytes before it
 import hashlib
 import os
 import pickle
+import shutil
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from .progress import warn
 
-FORMAT = 2
+FORMAT = 3
 BEST = "best.pt"
 _MARK = b"sha256 "
 _DIGITS = 64
@@ -95,12 +97,18 @@ class Checkpoints:
 
     def _write(self, step: int, payload: Mapping[str, Any], best: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        newest = self.folder / f"step-{step:010}.pt"
         if best:
             self._best = payload
         if self._best is not None:  # first, as the newest must not speak of a best that is not there
             save(self.folder / BEST, self._best)
             self._best = None
-        save(self.folder / f"step-{step:010}.pt", payload)
+        if best:  # the same, and bytes are copied in a fifth of the time
+            with _replacing(newest) as temporary:
+                shutil.copyfile(self.folder / BEST, temporary)
+                _to_the_disk(temporary)
+        else:
+            save(newest, payload)
         for old in all_in(self.folder)[self.keep :]:
             old.unlink()
 
@@ -108,17 +116,24 @@ class Checkpoints:
 def save(path: Path, payload: Mapping[str, Any]) -> None:
     """Write `payload` to `path` so that whatever happens, `path` holds the old checkpoint or the new one.
 
-    The bytes go to a file beside it and reach the disk before that file takes the name; the folder is
-    written last, so that the name survives a loss of power too.
-
     Raises:
         OSError: where it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with _replacing(path) as temporary:
         with temporary.open("wb") as file:  # given a name, torch would not say why it could not write
             torch.save({"format": FORMAT, **payload}, file)
         _seal(temporary)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """The file that is to take the name of `path`: its bytes must have reached the disk by then.
+
+    The folder is written last, so that the name survives a loss of power too.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # of no use, and in the way where the disk is full

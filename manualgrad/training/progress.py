@@ -4,10 +4,11 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any, Self
 
 Figures = dict[str, float]
-"""The "loss" and each metric by name: means over examples."""
+"""The "loss" and each metric by name: means."""
 
 
 def warn(message: str) -> None:
@@ -18,25 +19,37 @@ def warn(message: str) -> None:
 
 @dataclass
 class Averages:
-    """Means over examples, of figures that come as means over batches."""
+    """Means over many batches, of figures that come as means over one, each with the count of what it is over."""
 
     totals: Figures = field(default_factory=dict)
+    """The sum of mean times count."""
+    counts: Figures = field(default_factory=dict)
     examples: int = 0
 
-    def add(self, means: Mapping[str, float], examples: int) -> None:
-        """Count the means of a batch of so many examples."""
-        for name, mean in means.items():
-            self.totals[name] = self.totals.get(name, 0.0) + mean * examples
-        self.examples += examples
+    def add(self, means: Mapping[str, tuple[float, float]], examples: int) -> None:
+        """Add the means of a batch of so many examples, each with its count; a mean over nothing may be NaN."""
+        totals = {name: mean * count if count else 0.0 for name, (mean, count) in means.items()}
+        self.merge(Averages(totals, {name: count for name, (_, count) in means.items()}, examples))
 
-    def merged(self, total: Callable[[list[float]], list[float]]) -> "Averages":
+    def merge(self, other: "Averages") -> None:
+        """Add those of other batches."""
+        for mine, others in ((self.totals, other.totals), (self.counts, other.counts)):
+            for name, number in others.items():
+                mine[name] = mine.get(name, 0.0) + number
+        self.examples += other.examples
+
+    def over_processes(self, total: Callable[[list[float]], list[float]]) -> "Averages":
         """Those of all processes: `total` adds up a list of numbers over them."""
-        examples, *totals = total([float(self.examples), *self.totals.values()])
-        return Averages(dict(zip(self.totals, totals, strict=True)), int(examples))
+        numbers = iter(total([float(self.examples), *self.totals.values(), *self.counts.values()]))
+        examples = int(next(numbers))
+        return Averages(
+            {name: next(numbers) for name in self.totals}, {name: next(numbers) for name in self.counts}, examples
+        )
 
     def means(self) -> Figures:
-        """The mean of each figure over all examples so far."""
-        return {name: total / self.examples for name, total in self.totals.items()}
+        """The mean of each figure over all batches so far; NaN where there was nothing to count."""
+        counts = self.counts
+        return {name: total / counts[name] if counts[name] else nan for name, total in self.totals.items()}
 
 
 @dataclass

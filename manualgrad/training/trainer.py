@@ -27,6 +27,7 @@ from .checkpoint import BEST, CheckpointError, Checkpoints
 from .checks import check_last_batch, check_loss, check_parts, check_shapes, explained
 from .interruption import Interrupted, Signals
 from .logging import TrainingLog
+from .means import Mean, Measure, mean_of, nothing
 from .nonfinite import NonFiniteError, find_nonfinite
 from .order import Order, begin_alike, same
 from .processes import Part, Processes, as_parted, parted_model, parted_optimizer, whole
@@ -42,9 +43,6 @@ from .randomness import (
     torch_states,
 )
 from .settings import TrainingSettings
-
-Measure = Callable[[Tensor, Tensor], Tensor]
-"""A loss or a metric: from (prediction, target) to a scalar, the mean over the examples of the batch."""
 
 
 class Update(NamedTuple):
@@ -63,7 +61,12 @@ class Trainer:
 
     Args:
         model: any nn.Module; moved to the device of the settings.
-        loss: callable(prediction, target) -> scalar tensor, the mean over the examples of a batch.
+        loss: callable(prediction, target) -> scalar tensor, the mean over a batch, or (mean, count). An update
+            of several batches, or of several processes, has the loss and gradient of one batch that holds them
+            all, and so has the validation: each mean is weighted by its count, what it is the mean over. The
+            count of torch's and manualgrad's losses is known, such as the targets that are not ignored, or the
+            sum of their class weights. That of another loss is the number of examples, unless it returns the
+            pair. An update in which nothing counts (all targets are ignored) is left out.
         optimizer: from torch.optim, made of the model's parameters.
         train_loader: an iterable of (input, target) pairs of tensors that can be gone through once per
             epoch, such as a DataLoader; the first dimension of the target counts the examples.
@@ -71,7 +74,7 @@ class Trainer:
         settings: how to train.
         schedule: from torch.optim.lr_scheduler, advanced every update or every epoch as the settings say;
             ReduceLROnPlateau after every epoch, with the validation loss.
-        metrics: by name, callable(prediction, target) -> scalar, averaged over examples as the loss is.
+        metrics: by name, callable(prediction, target) -> scalar or (mean, count), averaged as the loss is.
         summary: called at the very end, with the best weights in the model, with the log and the step as
             `on_epoch` is; the figures it returns, such as those of a test set, join the final ones.
         on_epoch: called after each epoch's validation, in eval mode and without gradients, with the log and
@@ -151,6 +154,7 @@ class Trainer:
         self._frozen: set[int] = set()  # the ids of modules that stay in eval mode
         self._fitted = False
         self._signals = Signals()
+        self._warned = False  # of an update in which nothing counts
         self._stop = False  # one of the processes was sent a signal, and all know
         self._checkpoints: Checkpoints | None = None
         if self.settings.run_dir is not None:
@@ -207,11 +211,11 @@ class Trainer:
                     self._checkpoints.close()
 
     def evaluate(self, loader: Loader) -> Figures:
-        """The mean "loss" and metrics over the examples of a loader, with the model in eval mode.
+        """The "loss" and metrics of all the batches of a loader together, with the model in eval mode.
 
         Raises:
             NonFiniteError: where the loss is NaN or infinite.
-            ValueError: for batches that are not what the model and the loss need.
+            ValueError: for batches that are not what the model and the loss need; where nothing counts in any.
         """
         return self._evaluate(self.processes.loader(loader), "the loader")
 
@@ -225,18 +229,20 @@ class Trainer:
                 for part in self._parts(loader, name, watch):
                     part = part.to(self.device)
                     with explained(self.model, part, name):
-                        means = _floats(self._forward(self.model, part))
+                        means = self._forward(self.model, part)
                     mine = Averages()
-                    mine.add(means, part.examples)
+                    mine.add(_floats(means), part.examples)
                     every = self._of_all(mine)
                     if not math.isfinite(every.totals["loss"]):
                         raise self._nonfinite([part], self.progress.step, "evaluation")
-                    averages.add(every.means(), every.examples)
+                    averages.merge(every)
                     if watch is not None and self._stop:
                         raise _StoppedInValidation
         finally:
             self.processes.part_again(self.model)
             _set_modes(self.model, modes)
+        if not averages.counts["loss"]:
+            raise ValueError(f"{name} has nothing that counts for the loss: all its targets are ignored")
         return averages.means()
 
     def _train_epoch(self, log: TrainingLog, bar: "tqdm[Any]", watch: Watch) -> None:
@@ -278,7 +284,10 @@ class Trainer:
                 if not self._recovered(error, log, bar):
                     raise
                 continue
-            progress.running.add(update.figures.means(), update.figures.examples)
+            if update is None:
+                self._warn_of_nothing()
+                continue
+            progress.running.merge(update.figures)
             progress.step += 1
             bar.update()
             if progress.step % settings.log_every == 0:
@@ -306,28 +315,47 @@ class Trainer:
             with explained(self.model, part, "train_loader"), self.autocast():
                 log.saved_bytes(self.model, part.input, self.progress.step)
 
-    def _update(self, group: list[Part]) -> Update:
-        """One step of the optimizer, whose gradient is that of one batch made of all those in the group."""
+    def _update(self, group: list[Part]) -> Update | None:
+        """One step of the optimizer, whose gradient is that of one batch made of all those in the group.
+
+        None: there is nothing that counts in any of them, and no step was made.
+
+        Their gradient is Σ countᵢ gᵢ / Σ countᵢ, and Σ countᵢ is known after the last forward. Until then the
+        gradients are divided by an estimate, the count of the first batch times the number of batches.
+        """
         before = torch_states()
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # bad numbers would stay in them
         group = [part.to(self.device) for part in group]
-        (examples,) = self.processes.sum([float(sum(part.examples for part in group))])
-        forwards: list[tuple[dict[str, Tensor], int]] = []
+        single = len(group) == self.processes.size == 1
+        estimate = 0.0
+        forwards: list[dict[str, Mean]] = []
         self.optimizer.zero_grad()
         for number, part in enumerate(group, start=1):
             with self.processes.without_sending(self._network, last=number == len(group)):
                 with explained(self.model, part, "train_loader"):
-                    means = self._forward(self._run, part)
-                share = part.examples * self.processes.size / examples  # of a mean over the processes
-                self.scaler.scale(means["loss"] * share).backward()
-            forwards.append((means, part.examples))
-        self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
+                    means = self._forward(self._run, part, dropped=single)
+                loss, count = means["loss"]
+                if not single:
+                    if not estimate:
+                        estimate = len(group) * self.processes.sum([float(count)])[0]
+                    if estimate:
+                        loss = loss * (float(count) * self.processes.size / estimate)  # of a mean over processes
+                self.scaler.scale(loss).backward()
+            forwards.append(means)
 
         mine = Averages()  # only now are numbers asked for, which waits for the device
-        for means, count in forwards:
-            mine.add(_floats(means), count)
+        for part, means in zip(group, forwards, strict=True):
+            mine.add(_floats(means), part.examples)
         figures = self._of_all(mine)
+        total = figures.counts["loss"]
+        if not total:
+            self.optimizer.zero_grad()
+            return None
+        if not single and total != estimate:
+            for gradient in self._gradients():
+                gradient.mul_(estimate / total)
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip()
         overflow = not math.isfinite(norm)
         curable = self.scaler.get_scale() > 1  # by a smaller scale, as float16 is meant to find it
         if not math.isfinite(figures.totals["loss"]) or (overflow and not curable):
@@ -360,7 +388,7 @@ class Trainer:
                 progress.trained = True
                 self._save_and_stop(log, states)
 
-        if progress.running.examples:
+        if progress.running.counts.get("loss"):
             progress.train = progress.running.means()
         progress.epoch, progress.drawn, progress.running = progress.epoch + 1, 0, Averages()
         progress.order_before, progress.order = progress.order, Drawn()
@@ -406,26 +434,41 @@ class Trainer:
             summary=summary,
         )
 
-    def _forward(self, model: Callable[..., Any], part: Part) -> dict[str, Tensor]:
-        """The "loss" and the metrics of a batch."""
+    def _forward(self, model: Callable[..., Any], part: Part, dropped: bool = False) -> dict[str, Mean]:
+        """The "loss" and the metrics of a batch.
+
+        Args:
+            dropped: whether the gradients of a loss in which nothing counts are not used; else they must be zero.
+        """
         with self.autocast():
             prediction = model(part.input)
             check_shapes(prediction, part.target)
-            loss = self.loss(prediction, part.target)
-        check_loss(loss, training=torch.is_grad_enabled())
+            loss = mean_of(self.loss, prediction, part.target, part.examples)
+        check_loss(loss.value, training=torch.is_grad_enabled())
+        if not dropped and not float(loss.count):  # which asks for a number, and waits for the device
+            loss = Mean(nothing(prediction, loss.value), 0)
+        means = {"loss": loss}
         with torch.no_grad():
-            metrics = {name: metric(prediction, part.target) for name, metric in self.metrics.items()}
-        return {"loss": loss} | metrics
+            for name, metric in self.metrics.items():
+                means[name] = mean_of(metric, prediction, part.target, part.examples)
+        return means
 
     def _clip(self) -> float:
         """The norm of the whole gradient, which is scaled down to clip_norm where it is larger."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = self._gradients()
         norm = whole(get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients]))
         if self.settings.clip_norm is not None:
             sparse = any(gradient.is_sparse for gradient in gradients)
-            clip_grads_with_norm_(parameters, self.settings.clip_norm, norm, foreach=False if sparse else None)
+            clip_grads_with_norm_(
+                self._parameters(), self.settings.clip_norm, norm, foreach=False if sparse else None
+            )
         return norm.item()
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
 
     def _parts(self, loader: Loader, name: str, watch: Watch | None) -> Iterator[Part]:
         batches = pairs(loader, name)
@@ -456,7 +499,7 @@ class Trainer:
         states = as_plain(random_states())
 
         def run(input: Tensor, target: Tensor) -> Tensor:
-            return self.scaler.scale(self._forward(self.model, Part(input, target, len(target)))["loss"])
+            return self.scaler.scale(self._forward(self.model, Part(input, target, len(target)))["loss"].value)
 
         batches = [(part.input, part.target) for part in parts]
         found = find_nonfinite(self.model, batches, run, self.processes.first_found)
@@ -501,10 +544,16 @@ class Trainer:
             warn("; ".join([f"{error}: {done}", *getattr(error, "__notes__", ())]))
         return True
 
+    def _warn_of_nothing(self) -> None:
+        if self.first and not self._warned:
+            where = f"epoch {self.progress.epoch + 1}, update {self.progress.drawn}"
+            warn(f"{where}: nothing counts for the loss, as all targets are ignored; such updates are left out")
+        self._warned = True
+
     def _of_all(self, mine: Averages) -> Averages:
         """The figures of all processes together; and whether one was asked to stop is told in the same message."""
         mine.totals["stop"] = float(self._signals.received)
-        figures = mine.merged(self.processes.sum)
+        figures = mine.over_processes(self.processes.sum)
         self._stop = figures.totals.pop("stop") > 0
         return figures
 
@@ -724,5 +773,18 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor | None]:
     }
 
 
-def _floats(figures: Mapping[str, Tensor | float]) -> Figures:
-    return {name: value.item() if isinstance(value, Tensor) else value for name, value in figures.items()}
+def _floats(means: Mapping[str, Mean]) -> dict[str, tuple[float, float]]:
+    """The figures and their counts, as numbers.
+
+    Raises:
+        ValueError: for a count that is negative, infinite or NaN.
+    """
+
+    def number(value: Tensor | float) -> float:
+        return float(value.item() if isinstance(value, Tensor) else value)
+
+    numbers = {name: (number(mean.value), number(mean.count)) for name, mean in means.items()}
+    for name, (_, count) in numbers.items():
+        if not 0 <= count < math.inf:
+            raise ValueError(f"the count of {name!r} must not be negative, infinite or NaN, and is {count}")
+    return numbers
