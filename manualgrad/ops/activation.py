@@ -357,7 +357,7 @@ class LeakyReLUFromOutputFunction(LeakyReLUFunction):
     keeps = ()
 
     def positive(output: Tensor) -> Tensor:
-        return indicator(torch.gt, output, 0).bool()
+        return indicator(torch.gt, output, 0)
 
 
 @drop_in
