@@ -39,8 +39,8 @@ def test_nothing_is_missing() -> None:
 
 
 def test_coverage(op: Op) -> None:
-    """Its row, as `python -m manualgrad coverage NAME` prints it. The page is of one version of torch: with another
-    torch's own columns may differ."""
+    """Its row, as `python -m manualgrad coverage NAME` prints it. The page is of one torch: with another
+    version torch's own columns may differ."""
     row = coverage.row(op)
     if not ON_PAGES_TORCH:
         (shown,) = re.findall(rf"^\| `{op.name}` \| .*", README, re.M)
