@@ -29,6 +29,7 @@ NOTHING_TO_DERIVE = {
     "one_hot": "its result is integers",
     "scaled_mm": "torch has no derivative of it: float8 for inference",
     "scaled_grouped_mm": "torch has no derivative of it: float8 for inference",
+    "scaled_addmm": "torch (2.15) has no derivative of it",
     **dict.fromkeys(("assert_int_or_pair", "boolean_dispatch", "handle_torch_function"), "a helper of torch's"),
     **dict.fromkeys(
         ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), "a helper of torch's"

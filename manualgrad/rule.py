@@ -135,7 +135,8 @@ def kept_by(node: Any) -> tuple[type[Rule], dict[str, Any]] | None:
     statistics, settings. None for a node that is of no rule.
 
     Raises:
-        RuntimeError: a backward without ``retain_graph`` has let go of it.
+        RuntimeError: a backward without ``retain_graph`` has let go of it, or (torch 2.11) no output of the node
+            exists any more.
     """
     match getattr(node, "kept", None):
         case (Plan() as plan, again, settings, _):

@@ -24,7 +24,7 @@ def rules(output: Tensor) -> set[str]:
 
 
 def test_embedding_bag_by_frequency_is_right_where_torch_is_not() -> None:
-    """A row used k times in sums gets k upstreams over k; before 2.14 torch divides by the count of another row."""
+    """A row used k times in sums gets k upstreams over k; torch before 2.14 divides by another row's count."""
     index, offset = torch.tensor([0, 0, 0, 0, 1, 2, 2]), torch.tensor([0])
     found = []
     for functional in (ours, F):

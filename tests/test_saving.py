@@ -181,7 +181,8 @@ def test_what_a_node_has_kept_is_told_by_name(x: Tensor) -> None:
     assert values["weight"] is second.weight
     assert below is not None
     torch.testing.assert_close(below[1], {"input": first(x)})
-    rectified = kept_by(F.leaky_relu(hidden, 0.2).grad_fn)
+    sloped = F.leaky_relu(hidden, 0.2)
+    rectified = kept_by(sloped.grad_fn)
     assert rectified is not None
     torch.testing.assert_close(rectified[1], {"positive": hidden > 0, "negative_slope": 0.2})
     output.sum().backward()
