@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from copy import copy
 from hashlib import blake2b
 from itertools import islice
+from math import isfinite
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from .processes import PartSampler
 from .progress import Drawn
 from .randomness import apart
 
-_NUMBERS = 16
-"""So many of each tensor are looked at."""
+_NUMBERS = 1000
+"""So many of each tensor are added up, evenly taken."""
 _TOLERANCE = 1e-4
 """By how much they may differ: another processor may round otherwise."""
 
@@ -36,17 +37,22 @@ class Order:
     """The batches that are drawn from a loader, before several processes divide them.
 
     Where a DataLoader has indices, these count, so that the data itself may be augmented in any way. Of a stream,
-    and of any other loader, a few numbers of each batch count, in sums that depend on the order of the batches.
+    and of any other loader, some numbers of each batch count, in sums that depend on the order of the batches.
 
     What a stream, or a sampler of one's own, draws from the global generators does not depend on what the model
     draws from them in between, nor on how far the workers of the loader are ahead.
+
+    Args:
+        loader: what to draw from.
+        counts: whether anybody will ask what was drawn.
 
     Attributes:
         loader: the same loader, whose sampler now notes what it gives.
     """
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, counts: bool = True) -> None:
         self.loader, self._indices = _noting(loader)
+        self.counts = counts
         self.begin(0, 0)
 
     @property
@@ -60,19 +66,20 @@ class Order:
         if self._indices is not None:
             self._indices.seed_epoch = self._seed_epoch
         self._digest, self._batches, self._first = "", 0, []
-        self._sums = torch.zeros(2, 2 * (_NUMBERS + 1), dtype=torch.float64)
+        self._sums, self._sizes = [0.0] * 4, [0.0] * 4
 
     def over(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, of which each counts when it is drawn."""
         if self._indices is None and not isinstance(self.loader, (list, tuple)):
             batches = apart(batches, *self._seed_epoch)
         for batch in batches:
-            self._count(batch)
+            if self.counts:
+                self._count(batch)
             yield batch
 
     def drawn(self) -> Drawn:
         """What was drawn since the beginning."""
-        return Drawn(self._digest, self._first, *self._sums.tolist())
+        return Drawn(self._digest, self._first, self._sums, self._sizes)
 
     def again(self) -> Drawn:
         """What an epoch gives that is begun only to see it: all of its indices, or the first batch of a stream."""
@@ -91,10 +98,11 @@ class Order:
     def _count(self, batch: Batch) -> None:
         if self._indices is not None and self._count_indices():
             return
-        numbers = torch.cat([_numbers_of(tensor) for tensor in batch])
-        self._first = self._first or numbers.tolist()
+        numbers = [number for tensor in batch for number in (float(tensor.numel()), _sum(tensor))]
+        self._first = self._first or numbers
         weight = 1 + self._batches * 0.6180339887 % 1  # another for each batch
-        self._sums.add_(torch.stack((numbers, numbers.abs())), alpha=weight)
+        self._sums = [total + weight * number for total, number in zip(self._sums, numbers, strict=True)]
+        self._sizes = [total + weight * abs(number) for total, number in zip(self._sizes, numbers, strict=True)]
         self._batches += 1
 
     def _count_indices(self) -> bool:
@@ -116,16 +124,18 @@ def begin_alike(one: Drawn, other: Drawn) -> bool:
     return one.digest == other.digest and all(abs(a - b) <= _TOLERANCE * abs(a) + 1e-12 for a, b in pairs)
 
 
-def _numbers_of(tensor: Tensor) -> Tensor:
-    """How many it has, and some of them, evenly taken."""
-    found = torch.zeros(_NUMBERS + 1, dtype=torch.float64)
-    found[0] = tensor.numel()
-    if tensor.layout == torch.strided and tensor.numel() and not tensor.is_quantized:
-        flat = tensor.detach().reshape(-1)
-        flat = flat[:: -(-len(flat) // _NUMBERS)]
-        flat = torch.view_as_real(flat.resolve_conj())[:, 0] if flat.is_complex() else flat
-        found[1 : len(flat) + 1] = flat.double().nan_to_num(0.0, 0.0, 0.0)
-    return found
+def _sum(tensor: Tensor) -> float:
+    """Of some of its numbers."""
+    if tensor.layout != torch.strided or not tensor.numel() or tensor.is_quantized:
+        return 0.0
+    if not tensor.is_contiguous():  # in the order of its memory, nothing need be copied
+        tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    flat = tensor.detach().reshape(-1)
+    flat = flat[:: -(-len(flat) // _NUMBERS)]
+    found = (
+        (torch.view_as_real(flat.resolve_conj()) if flat.is_complex() else flat).sum(dtype=torch.float64).item()
+    )
+    return found if isfinite(found) else 0.0
 
 
 def _noting(loader: Loader) -> tuple[Loader, "_Noting | None"]:

@@ -140,7 +140,7 @@ class Trainer:
         self.processes = Processes(self.device)
         self.first = self.processes.first
         self.whole_train_loader = train_loader
-        self._order = Order(self.processes.loader(train_loader))
+        self._order = Order(self.processes.loader(train_loader), counts=self.settings.run_dir is not None)
         self.train_loader = self._order.loader
         self.validation_loader = validation_loader and self.processes.loader(validation_loader)
         self._network = self.processes.share(model, optimizer, self.settings.parallel)
