@@ -25,7 +25,6 @@ class Part(NamedTuple):
     key: Tensor
     value: Tensor
     grad: Tensor
-    output: Tensor
     added: Tensor | None  # M
     drawn: Tensor | None  # where k is not 0
     factor: float  # what k is there
@@ -35,11 +34,12 @@ class AttentionFunction(Rule):
     r"""y = P V,   P = softmax(S) along rows,   S = σ Q Kᵀ + M        Q: (*, L, E)   K: (*, S, E)   V: (*, S, F)
 
     dy = dP V + P dV                          ∂L/∂V = Pᵀ g            ∂L/∂P = g Vᵀ
-    dP = P ∘ (dS - Σ P dS)                    ∂L/∂S = P ∘ (g Vᵀ - δ),   δ = Σ P ∘ (g Vᵀ) = Σ g y  (of each row)
+    dP = P ∘ (dS - Σ P dS)                    ∂L/∂S = P ∘ (g Vᵀ - δ),   δ = Σ P ∘ (g Vᵀ)  (of each row)
     dS = σ dQ Kᵀ + σ Q dKᵀ + dM               ∂L/∂Q = σ (∂L/∂S) K     ∂L/∂K = σ (∂L/∂S)ᵀ Q    ∂L/∂M = ∂L/∂S
 
     P is not kept but computed anew, on the CPU for some heads and rows at a time, which stay in the cache. A row
-    that M excludes altogether has y = 0, and sends nothing.
+    that M excludes altogether has y = 0, and sends nothing. (δ = Σ g y as well. But then y would be kept, and nobody
+    could write into it, which torch allows wherever it calls no fused kernel.)
 
     Vaswani et al., "Attention Is All You Need", 2017; Dao et al., "FlashAttention", 2022.
     """
@@ -81,7 +81,6 @@ class AttentionFunction(Rule):
 
     def part(
         grad: Tensor,
-        output: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -94,7 +93,7 @@ class AttentionFunction(Rule):
         """The whole."""
         if added is not None and attended is not None:
             added, grad = (choose(attended.expand_as(x), x) for x in (added, grad))
-        return Part(query * sigma, _each(key, heads), _each(value, heads), grad, output, added, *dropped)
+        return Part(query * sigma, _each(key, heads), _each(value, heads), grad, added, *dropped)
 
     def products(part: Part, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(∂L/∂S) K,  (∂L/∂S)ᵀ σ Q  and  (k ∘ P)ᵀ g:  together, as one P serves them all."""
@@ -119,14 +118,15 @@ class AttentionFunction(Rule):
 
 def _weights(part: Part, room: Sequence[Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:
     """k ∘ P, and ∂L/∂S, in this room if some is given."""
-    query, key, value, grad, output, added, drawn, factor = part
+    query, key, value, grad, added, drawn, factor = part
     scores = torch.matmul(query, key.mT, out=room[0])
     probability = torch.softmax(scores if added is None else plus(scores, added), -1, out=room[0])
     along, kept = torch.matmul(grad, value.mT, out=room[1]), None
     if drawn is not None:
         kept = drawn.to(probability.dtype) * factor
         along = times(along, kept)
-    sent = times(plus(along, -(grad * output).sum(-1, keepdim=True)), probability)
+    sent = times(along, probability)
+    sent = plus(sent, probability, -sent.sum(-1, keepdim=True))
     return probability if kept is None else times(probability, kept), sent
 
 
@@ -136,7 +136,7 @@ _ROWS = 128
 
 def _in_blocks(part: Part) -> bool:
     """Blocks are worth while (there are several, none of them tiny) and allowed (one batch, nothing looks on)."""
-    query, key, value, grad, output, added, *_ = part
+    query, key, value, grad, added, *_ = part
     size = fuse.size()
     scores = query.shape[-3:-1].numel() * key.shape[-2]  # of one example
     return (
@@ -147,12 +147,12 @@ def _in_blocks(part: Part) -> bool:
         and scores >= size // 2
         and query.shape[:-3].numel() * scores > 2 * size
         and (added is None or added.dim() > 1)
-        and nothing_looks_on(query, key, value, grad, output)
+        and nothing_looks_on(query, key, value, grad)
     )
 
 
 def _by_blocks(part: Part, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, grad, output, added, drawn, factor = part
+    query, key, value, grad, added, drawn, factor = part
     batch, (length, columns) = query.shape[:-2], (query.shape[-2], key.shape[-2])
     rows = min(_ROWS, length) if causal else length
     heads = min(batch[-1], max(1, (fuse.size() or 0) // (rows * columns)))
@@ -168,7 +168,7 @@ def _by_blocks(part: Part, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
             few, seen = query[down], key[across]
             shape = (*few.shape[:2], seen.shape[1])
             added, drawn = (x if x is None else x[(*down, slice(shape[2]))] for x in masks)
-            part = Part(few, seen, value[across], grad[down], output[down], added, drawn, factor)
+            part = Part(few, seen, value[across], grad[down], added, drawn, factor)
             weight, sent = _weights(part, room[:, : math.prod(shape)].view(2, *shape).unbind())
             torch.bmm(sent, part.key, out=to_query[down])
             to_key[across].baddbmm_(sent.mT, part.query)
@@ -201,7 +201,7 @@ def _summed(tensor: Tensor, shape: torch.Size) -> Tensor:
 class DroppedAttentionFunction(AttentionFunction):
     r"""y = (k ∘ P) V,   k: 1 / (1 - p) with probability 1 - p, else 0        (drawn in the forward: a constant)
 
-    ∂L/∂V = (k ∘ P)ᵀ g            ∂L/∂P = k ∘ (g Vᵀ),  and again  δ = Σ g y
+    ∂L/∂V = (k ∘ P)ᵀ g            ∂L/∂P = k ∘ (g Vᵀ)
     """
 
     statistics = ("drawn",)

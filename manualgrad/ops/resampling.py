@@ -333,7 +333,7 @@ class GridNearestFunction(Rule):
         return torch.grid_sampler(input, grid, _NEAREST, padding, aligned)
 
     def taken(grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, aligned: bool) -> Tensor:
-        """i, from 1 on, 0 for none: what the forward's kernel makes of an image that shows at each pixel its number.
+        """i, from 1 on, 0 for none: what the forward's kernel makes of an image that shows each pixel's number.
 
         Between two pixels rounding decides, which is another for each kernel. A number is shown by its digits, a
         channel each, which every dtype holds exactly.
