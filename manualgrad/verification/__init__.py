@@ -98,7 +98,18 @@ def _known(names: Iterable[str]) -> set[str]:
     return names
 
 
+_REENTRANT = "When use_reentrant=True, torch.utils.checkpoint is incompatible with .grad()"
+
+
 def _tried(law: Law, subject: Subject, required: bool) -> Row:
+    row = _verdict(law, subject, required)
+    if _REENTRANT in row.evidence:
+        reason = "a reentrant checkpoint inside refuses torch.autograd.grad: try it with use_reentrant=False"
+        return Row(law.name, FAILS if required else NOT_APPLICABLE, reason)
+    return row
+
+
+def _verdict(law: Law, subject: Subject, required: bool) -> Row:
     try:
         law.check(subject)
     except Wastes as waste:

@@ -20,6 +20,8 @@ _CONTINUOUS = {
     for suffix in ("", "_", "_like")
 } | {"normal_functional"}
 
+_IMPLICIT = {torch.ops.aten._standard_gamma.default, torch.ops.aten._sample_dirichlet.default}
+
 
 def set_seed(number: int) -> None:
     """torch.manual_seed, which notes the whole call stack three times over, for accelerators that may yet be used:
@@ -63,6 +65,7 @@ class Watch(TorchDispatchMode):
         self.random = False
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self.narrowest = torch.float64
+        self.implicit = False  # the gradient of a draw is that of its distribution, not of the number drawn
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,6 +73,7 @@ class Watch(TorchDispatchMode):
         generator = kwargs.get("generator") or torch.default_generator
         before = generator.get_state() if draws else None
         result = func(*args, **kwargs)
+        self.implicit |= func in _IMPLICIT
         if before is not None and not (self.random and generator is torch.default_generator):
             moved = not torch.equal(before, generator.get_state())
             self.random |= moved

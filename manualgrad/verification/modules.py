@@ -55,7 +55,7 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
         vars(new).update({name: _copied(item, known) for name, item in vars(value).items()})
         return new
     if isinstance(value, (dict, list, set)):
-        new = known[id(value)] = copy.copy(value)
+        new = known[id(value)] = value.copy() if type(value) in (dict, list) else copy.copy(value)
         if isinstance(value, dict):
             for key, item in value.items():
                 new[key] = _copied(item, known)

@@ -11,7 +11,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -103,6 +103,7 @@ class Subject:
             self.function = modules.as_function_that_swaps(self.module)
             outputs = self._first_run(watch)
         after = random_states()
+        self.surrogate |= watch.implicit
         self.generators = list(watch.generators.values())
         if before["python"] != after["python"]:
             self.seeds_too.append(random.seed)
@@ -114,11 +115,12 @@ class Subject:
 
     def _first_run(self, watch: Watch) -> tuple[Tensor, ...]:
         try:
-            with watch:
-                return self(*self.tensors())
+            return self._watched(watch, self.tensors())
         except RuntimeError as error:
-            self.writes_in_place = "leaf Variable" in str(error)
-        return self(*self.tensors())  # an error under the watch alone is not the function's
+            if "leaf Variable" not in str(error):
+                raise
+        self.writes_in_place = True
+        return self._watched(watch, self.tensors())
 
     # --- the tensors ---
 
@@ -241,7 +243,7 @@ class Subject:
         watch = Watch()
         try:
             gradients(double, double.tensors())
-            outputs = double.differentiable(double._watched(watch))
+            outputs = double.differentiable(double._watched(watch, double.tensors()))
         except Exception:
             return self
         if not all(y.dtype in (torch.float64, torch.complex128) for y in outputs):
@@ -250,12 +252,12 @@ class Subject:
             double.narrowed = watch.narrowest
         return double
 
-    def _watched(self, watch: Watch) -> tuple[Tensor, ...]:
+    def _watched(self, watch: Watch, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         try:
             with watch:
-                return self(*self.tensors())
+                return self(*tensors)
         except Exception:
-            return self(*self.tensors())
+            return self(*tensors)  # an error under the watch alone is not the function's
 
     def _is_coarse(self) -> bool:
         """Fourth differences of the values, which are tiny where the function computes in float64 throughout."""
@@ -287,11 +289,11 @@ class Subject:
     def random(self) -> bool:
         """It draws random numbers, forward or backward."""
         watch = Watch()
-        try:
-            with watch:
-                gradients(self, self.tensors())
-        except Exception:
-            self(*self.tensors())
+        tensors = self.tensors()
+        chosen, upstreams = with_upstream(self._watched(watch, tensors))
+        if chosen:
+            with suppress(Exception), watch:
+                torch.autograd.grad(chosen, tensors, upstreams, allow_unused=True)
         return watch.random or bool(self.seeds_too)
 
     def runs(self, dtype: torch.dtype) -> bool:

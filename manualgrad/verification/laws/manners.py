@@ -166,6 +166,8 @@ def nothing_on_ctx(subject: Subject) -> None:
         raise NotApplicable("no Python Function in the graph")
     for phase in ("forward", "backward"):
         for node in nodes:
+            if class_of(node).__module__.startswith("torch."):
+                continue  # torch's own checkpoint keeps a random state there
             for path, tensor in _hanging(vars(node), "ctx", set()):
                 role = "an intermediate"
                 role = next((f"the input {subject.named(k)}" for k, x in enumerate(tensors) if tensor is x), role)

@@ -330,14 +330,14 @@ def _limit(quotient: Callable[[float], Tensor]) -> Tensor | None:
     Two that agree are believed. Quotients that near their limit by the same factor in each step, as a power of the
     step does, are believed too, where two extrapolations agree.
     """
-    found: list[Tensor] = []
-    for h in _NEARER:
+    found, near = [quotient(_NEARER[0])], torch.zeros(())
+    for h in _NEARER[1:]:
         found.append(quotient(h))
         if not bool(found[-1].isfinite().all()):
             return None
         gaps = [(b - a).abs() for a, b in itertools.pairwise(found)]
         near = 1e-4 * (1 + found[-1].abs())
-        if gaps and bool((gaps[-1] <= near).all()):
+        if bool((gaps[-1] <= near).all()):
             nearing = all(bool(((b <= 0.9 * a) | (b <= near)).all()) for a, b in itertools.pairwise(gaps))
             return found[-1] if nearing else None
     guesses = []
