@@ -829,6 +829,21 @@ def _(ctx: Any, x: Tensor) -> Any:
     return OUTPUTS[-1]
 
 
+class Gathering(torch.nn.Module):
+    """x², and every output is kept in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Any:
+        self.outputs.append(x * x)
+        return self.outputs[-1]
+
+
+planted("outputs gathered by a module", "nothing_leaks")(Gathering())
+
+
 @backward("latest gradient kept in a global", "nothing_leaks")
 def _(ctx: Any, grad: Tensor) -> Any:
     (x,) = ctx.saved_tensors
@@ -1148,6 +1163,83 @@ class Hardtanh(Function):
 planted("slope 2 at the corners of hardtanh", "special_values")(Hardtanh)
 
 
+class SignedRoot(Function):
+    """y = x √|x|."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        return x * x.abs().sqrt()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        root = x.abs().sqrt()
+        return (root + x * x.sign() / (2 * root)) * grad
+
+
+planted("0 / 0 where torch's derivative is nan too", "special_values")(SignedRoot)
+
+
+class Expm1Ratio(Function):
+    """y = (eˣ - 1) / x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        return torch.where(x == 0, 1, torch.expm1(x) / x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return torch.where(x == 0, 0, (x.exp() - torch.expm1(x) / x) / x) * grad
+
+
+planted("0 where 0 / 0 is ½", "special_values")(Expm1Ratio)
+
+
+@backward("nan for the other factor", "special_values", TWO, Product)
+def _(ctx: Any, grad: Tensor) -> Any:
+    x, w = ctx.saved_tensors
+    return None if w is None else grad * w, None if x is None else grad * x * x / x
+
+
+class Norm(Function):
+    """y = ‖x‖."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        y = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        return x / y * grad
+
+
+planted("x / ‖x‖ of nothing but zeros", "special_values")(Norm)
+
+
+class Hypot(Function):
+    """z = √(x² + y²)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Any:
+        z = torch.hypot(x, y)
+        ctx.save_for_backward(x, y, z)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, y, z = ctx.saved_tensors
+        return x / z * grad, y / z * grad
+
+
+planted("0 / 0 where all inputs are 0", "special_values", TWO)(Hypot)
+
+
 # Random numbers.
 
 
@@ -1358,6 +1450,20 @@ class Matmul(Function):
 
 FACTORS = numbers((3, 4), (4, 2))
 planted("upstream of another type than what was kept", "autocast", FACTORS)(Matmul)
+
+
+@planted("mask forgotten in low precision", "autocast")
+class RandomMask(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        mask = (torch.rand_like(x) > 0.5).to(x)
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return grad * mask if grad.dtype == torch.float64 else grad
 
 
 @forward("print in forward", "compile", require=("compile",))

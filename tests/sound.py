@@ -6,6 +6,7 @@ Most are thin: forward is torch's operation, backward is torch's too, or the for
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from defects import batch_first, numbers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 aten: Any = torch.ops.aten
 
@@ -585,3 +587,136 @@ class SingleSquare(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         return 2 * x * grad
+
+
+# Outputs of every kind.
+
+
+@sound("a statistic before the output", MATRIX)
+class SinWithStatistic(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        statistic = torch.zeros_like(x)
+        ctx.mark_non_differentiable(statistic)
+        ctx.save_for_backward(x)
+        return statistic, x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return grad * x.cos()
+
+
+@sound("nested outputs, some without a gradient, each of another input", numbers((3, 4), (2,)))
+def nested(x: Tensor, w: Tensor) -> Any:
+    return {"detached": (x.detach(), None), "x": [x, x.argmax(), x.sin()], "w": (w.detach(), w.cos())}
+
+
+# Random numbers, whatever they are drawn with.
+
+
+@sound("a mask of the dtype of its input", MATRIX)
+class RandLike(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        mask = (torch.rand_like(x) > 0.5).to(x.dtype) * 2
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return grad * mask
+
+
+@sound("a mask drawn again from the state that was kept", MATRIX)
+class Replayed(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        ctx.state = torch.get_rng_state().tolist()
+        return x * (torch.rand(x.shape, dtype=x.dtype) > 0.5)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(torch.tensor(ctx.state, dtype=torch.uint8))
+            return grad * (torch.rand(grad.shape, dtype=grad.dtype) > 0.5)
+
+
+OWN = torch.Generator().manual_seed(3)
+
+
+@sound("random numbers of six kinds", MATRIX)
+def noisy(x: Tensor) -> Any:
+    own = torch.rand(x.shape, generator=OWN, dtype=x.dtype)
+    mask = torch.bernoulli(torch.full_like(x, 0.7)) * torch.as_tensor(np.random.rand(*x.shape)).to(x)  # noqa: NPY002
+    return (
+        F.dropout(x * mask + random.random() * own, 0.3),
+        x * torch.empty_like(x).normal_(),
+        x + torch.randn_like(x),
+    )
+
+
+@sound("a mask of the dtype that autocast chooses", numbers((3, 4), (4, 5)))
+def masked_product(x: Tensor, w: Tensor) -> Any:
+    y = x @ w
+    return (y * (torch.rand_like(y) < 0.7)).sin()
+
+
+# Modules that keep their parameters in more than one place.
+
+sound("a recurrent module", numbers((2, 1, 2)))(nn.GRU(2, 2).double())
+sound("spectral norm", numbers((2, 3)))(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)).double().eval())
+sound("spectral norm by a hook", numbers((2, 3)))(nn.utils.spectral_norm(nn.Linear(3, 2)).double().eval())
+
+
+class Keeping(nn.Module):
+    """A weight in a list, its transpose in a cache, the same layer twice, recomputation and a running mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+        self.tied = nn.Linear(3, 3, dtype=torch.float64)
+        self.tied.weight = self.layer.weight
+        self.weights = {"of the layer": [self.layer.weight]}
+        self.transposed: Tensor | None = None
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Any:
+        if self.transposed is None:
+            self.transposed = self.weights["of the layer"][0].T
+        h = (x - self.mean) @ self.transposed
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return checkpoint(lambda h: self.tied(h).tanh(), h, use_reentrant=False)
+
+
+sound("a module that keeps and caches", numbers((2, 3)))(Keeping())
+
+
+# Kinks, infinity, precision.
+
+
+@sound("root of either sign", MATRIX)
+class SignedRoot(Function):
+    """y = x √|x|, whose slope nears 0 as slowly as √|x|."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        return x * x.abs().sqrt()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return 1.5 * x.abs().sqrt() * grad
+
+
+@sound("torch's choices at kinks and at infinity", numbers((3, 4), (3, 4)))
+def kinks(x: Tensor, y: Tensor) -> Any:
+    return x.relu() - 0.25 * (-x).relu(), torch.maximum(x, y), torch.exp(-x * x), torch.fmod(x, y), x.norm(dim=1)
+
+
+@sound("computes in float32 whatever is given", numbers((3, 4), (4,)))
+def rms_norm_in_float32(x: Tensor, weight: Tensor) -> Any:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)

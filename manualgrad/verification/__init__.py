@@ -9,16 +9,15 @@ or, as one assertion in a test, ``manualgrad.verify(...).raise_if_failed()``; or
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.autograd import Function
 
 from manualgrad.verification import laws as _laws
+from manualgrad.verification.drawing import random_states_kept
 from manualgrad.verification.report import (
     FAILS,
     HOLDS,
@@ -79,16 +78,16 @@ def verify(
         _known(laws) if laws is not None else {name for name, law in LAWS.items() if not law.on_request} | required
     )
     report = Report(_name_of(fn))
-    python_state = random.getstate()
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    with warnings.catch_warnings(), random_states_kept():
         warnings.simplefilter("ignore")
+        subject = Subject(fn, inputs, dict(kwargs or {}), reference, surrogate)
         try:
-            subject = Subject(fn, inputs, dict(kwargs or {}), reference, surrogate)
             for name, law in LAWS.items():
                 if name in chosen:
                     report.rows.append(_tried(law, subject, name in required))
         finally:
-            random.setstate(python_state)
+            for generator, state in subject.generators:
+                generator.set_state(state)
     return report
 
 
@@ -99,7 +98,18 @@ def _known(names: Iterable[str]) -> set[str]:
     return names
 
 
+_REENTRANT = "When use_reentrant=True, torch.utils.checkpoint is incompatible with .grad()"
+
+
 def _tried(law: Law, subject: Subject, required: bool) -> Row:
+    row = _verdict(law, subject, required)
+    if _REENTRANT in row.evidence:
+        reason = "a reentrant checkpoint inside refuses torch.autograd.grad: try it with use_reentrant=False"
+        return Row(law.name, FAILS if required else NOT_APPLICABLE, reason)
+    return row
+
+
+def _verdict(law: Law, subject: Subject, required: bool) -> Row:
     try:
         law.check(subject)
     except Wastes as waste:

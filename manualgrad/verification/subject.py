@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,20 +21,14 @@ from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from manualgrad.verification import modules
+from manualgrad.verification.drawing import Watch, random_states, set_seed
+
 SAMPLED = 32
 """Of a larger tensor this many elements are tried one by one (and all of them together along a line)."""
 
 _STEPS = {torch.float64: (1e-3, 1e-4, 1e-5), torch.float32: (3e-2, 1e-2, 3e-3)}
 _STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
-
-
-def set_seed(number: int) -> None:
-    """torch.manual_seed, which notes the whole call stack three times over, for accelerators that may yet be used:
-    half the time of a small operation."""
-    if torch.accelerator.is_available():
-        torch.manual_seed(number)
-    else:
-        torch.default_generator.manual_seed(number)
 
 
 class Subject:
@@ -63,10 +59,13 @@ class Subject:
             function = function.apply
         self.names = _names(function, args, kwargs or {})
         state: dict[str, Tensor] = {}
+        self.module: nn.Module | None = None
+        self.parameters: list[Tensor] = []
         if isinstance(function, nn.Module):
-            function, state = _without_state(function)
+            self.module = function
+            function, state = modules.as_function(function)
             kwargs = {**(kwargs or {}), "state": state}
-            reference = None if reference is None else _ignoring_state(reference)
+            reference = None if reference is None else modules.ignoring_state(reference)
             self.names += list(state)
         self.function = function
         self.reference = reference
@@ -88,17 +87,40 @@ class Subject:
         self._check_that_it_runs()
 
     def _check_that_it_runs(self) -> None:
-        """Settle once whether inputs are written in place, and in which precision the exact laws run."""
+        """Settle once whether inputs are written in place, and which random states a call begins with."""
         self.writes_in_place = False
+        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self.seeds_too: list[Callable[[int], Any]] = []
+        self.narrowed: torch.dtype | None = None
+        before, watch = random_states(), Watch()
         try:
-            outputs = self(*self.tensors())
+            outputs = self._first_run(watch)
+        except Exception:
+            if self.module is None:
+                raise
+            outputs = None
+        if self.module is not None and (outputs is None or _reaches(outputs, self.module)):
+            self.function = modules.as_function_that_swaps(self.module)
+            outputs = self._first_run(watch)
+        after = random_states()
+        self.surrogate |= watch.implicit
+        self.generators = list(watch.generators.values())
+        if before["python"] != after["python"]:
+            self.seeds_too.append(random.seed)
+        if "numpy" in before and before["numpy"] != after["numpy"]:
+            self.seeds_too.append(sys.modules["numpy"].random.seed)
+        assert outputs is not None
+        if not any(_has_gradient(y) for y in outputs):
+            raise ValueError("nothing to differentiate: no output is a tensor of floating or complex numbers")
+
+    def _first_run(self, watch: Watch) -> tuple[Tensor, ...]:
+        try:
+            return self._watched(watch, self.tensors())
         except RuntimeError as error:
             if "leaf Variable" not in str(error):
                 raise
-            self.writes_in_place = True
-            outputs = self(*self.tensors())
-        if not any(_has_gradient(y) for y in outputs):
-            raise ValueError("nothing to differentiate: no output is a tensor of floating or complex numbers")
+        self.writes_in_place = True
+        return self._watched(watch, self.tensors())
 
     # --- the tensors ---
 
@@ -129,6 +151,10 @@ class Subject:
             leaves[i] = x.clone() if self.writes_in_place else x
         args, kwargs = tree_unflatten(leaves, self.structure)
         set_seed(self.seed)
+        for seed in self.seeds_too:
+            seed(self.seed)
+        for generator, state in self.generators:
+            generator.set_state(state)
         return tuple(x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, Tensor))
 
     def differentiable(self, outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -161,7 +187,9 @@ class Subject:
 
     def cast(self, dtype: torch.dtype) -> Subject:
         """All floating tensors in `dtype` (complex ones in the complex dtype of that precision)."""
-        return self.replaced({i: _cast(x, dtype) for i, x in enumerate(self.leaves) if isinstance(x, Tensor)})
+        other = self.replaced({i: _cast(x, dtype) for i, x in enumerate(self.leaves) if isinstance(x, Tensor)})
+        other.narrowed = None
+        return other
 
     def to(self, device: str) -> Subject:
         return self.replaced({i: x.to(device) for i, x in enumerate(self.leaves) if isinstance(x, Tensor)})
@@ -170,6 +198,19 @@ class Subject:
         """Another function on the same arguments."""
         other = self._copy()
         other.function = function
+        return other
+
+    def in_use(self) -> Subject:
+        """A module as a program calls it: its parameters and buffers are its own, from one call to the next."""
+        if self.module is None:
+            return self
+        given = {name: x.detach().clone() for name, x in self.module.named_buffers()}
+        for name, x in self.module.named_parameters():
+            given[name] = x.detach().clone().requires_grad_(x.requires_grad)
+        module = modules.with_state(self.module, given)
+        other = self.of(lambda *args, state, **kwargs: module(*args, **kwargs))
+        other.places = [i for i in self.places if i < self.given]
+        other.parameters = [x for x in given.values() if x.requires_grad]
         return other
 
     def lengths(self) -> list[int]:
@@ -199,17 +240,38 @@ class Subject:
     def exact(self) -> Subject:
         """In float64, or where the function refuses that, as it was given."""
         double = self.cast(torch.float64)
+        watch = Watch()
         try:
             gradients(double, double.tensors())
-            outputs = double.differentiable(double(*double.tensors()))
+            outputs = double.differentiable(double._watched(watch, double.tensors()))
         except Exception:
             return self
-        wide = all(y.dtype in (torch.float64, torch.complex128) for y in outputs)
-        return double if wide else self.cast(torch.float32)
+        if not all(y.dtype in (torch.float64, torch.complex128) for y in outputs):
+            return self.cast(torch.float32)
+        if watch.narrowest != torch.float64 and double._is_coarse():
+            double.narrowed = watch.narrowest
+        return double
+
+    def _watched(self, watch: Watch, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        try:
+            with watch:
+                return self(*tensors)
+        except Exception:
+            return self(*tensors)  # an error under the watch alone is not the function's
+
+    def _is_coarse(self) -> bool:
+        """Fourth differences of the values, which are tiny where the function computes in float64 throughout."""
+        moves = {k: numbers(x) * upstream(numbers(x), 61 + k).sigmoid() for k, x in enumerate(self.points)}
+        values = [self.values(self.moved(moves, 1e-4 * n)) for n in range(5)]
+        fourth = sum((w * v for w, v in zip((1, -4, 6, -4, 1), values, strict=True)), torch.zeros(()))
+        size = values[0].abs().nan_to_num(0, 0, 0).amax() if values[0].numel() else torch.zeros(())
+        constant = all(torch.equal(v, values[0]) for v in values[1:])
+        return constant or bool((fourth.abs() > 1e-10 * size).any())
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.empty((), dtype=self.points[0].dtype).real.dtype
+        """The precision of the inputs, or that which the function computes in if it is coarser."""
+        return self.narrowed or self.points[0].dtype.to_real()
 
     @property
     def tolerance(self) -> float:
@@ -219,15 +281,20 @@ class Subject:
     @property
     def rounding(self) -> float:
         """By how much, of the largest element, two ways to compute one thing may differ."""
+        if self.narrowed in (torch.float16, torch.bfloat16):
+            return 32 * torch.finfo(self.narrowed).eps
         return 1e-9 if self.dtype == torch.float64 else 1e-3
 
     @cached_property
     def random(self) -> bool:
-        """It draws random numbers."""
-        set_seed(self.seed)
-        before = torch.get_rng_state()
-        self(*self.tensors())
-        return not torch.equal(before, torch.get_rng_state())
+        """It draws random numbers, forward or backward."""
+        watch = Watch()
+        tensors = self.tensors()
+        chosen, upstreams = with_upstream(self._watched(watch, tensors))
+        if chosen:
+            with suppress(Exception), watch:
+                torch.autograd.grad(chosen, tensors, upstreams, allow_unused=True)
+        return watch.random or bool(self.seeds_too)
 
     def runs(self, dtype: torch.dtype) -> bool:
         try:
@@ -293,7 +360,10 @@ class Subject:
         of = of or self.values
         best: tuple[Tensor, Tensor] | None = None
         previous: Tensor | None = None
-        for step in _STEPS[torch.float64 if self.dtype == torch.float64 else torch.float32]:
+        steps = _STEPS[torch.float64 if self.dtype == torch.float64 else torch.float32]
+        if self.narrowed in (torch.float16, torch.bfloat16):
+            steps = ()  # differences of such values tell nothing
+        for step in steps:
             h = step * scale
             try:
                 value = sum(
@@ -312,7 +382,7 @@ class Subject:
                     break
             previous = value
         if best is None:
-            value = self.values(self.points)
+            value = of(self.points)
             best = torch.full_like(value, math.nan), torch.full_like(value, math.inf)
         return best
 
@@ -350,7 +420,9 @@ def upstream(output: Tensor, seed: int = 3) -> Tensor:
 
 
 def with_upstream(outputs: Sequence[Tensor], seed: int = 3) -> tuple[list[Tensor], list[Tensor]]:
-    return list(outputs), [upstream(y, seed + i) for i, y in enumerate(outputs)]
+    """The outputs that require a gradient, each with its own, whichever of the others require one."""
+    chosen = [(i, y) for i, y in enumerate(outputs) if y.requires_grad]
+    return [y for _, y in chosen], [upstream(y, seed + i) for i, y in chosen]
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -362,7 +434,7 @@ def gradients(
     subject: Subject, tensors: Sequence[Tensor], upstreams: Sequence[Tensor] | None = None
 ) -> list[Tensor | None]:
     """Of the tensors that need one, for the upstream gradients of the differentiable outputs."""
-    outputs, default = with_upstream(subject.differentiable(subject(*tensors)))
+    outputs, default = with_upstream(subject(*tensors))
     needed = [x for x in tensors if x.requires_grad]
     if not outputs:
         return [None] * len(needed)
@@ -376,7 +448,11 @@ def gradients(
 
 def functions_of(outputs: Sequence[Tensor]) -> list[BackwardCFunction]:
     """The nodes that Python Functions left in the graph of these outputs."""
-    found: list[Any] = []
+    return [node for node in _nodes(outputs) if isinstance(node, BackwardCFunction)]
+
+
+def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph of these outputs."""
     seen: set[Any] = set()
     waiting: list[Any] = [y.grad_fn for y in outputs]
     while waiting:
@@ -384,10 +460,8 @@ def functions_of(outputs: Sequence[Tensor]) -> list[BackwardCFunction]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            found.append(node)
+        yield node
         waiting += [before for before, _ in node.next_functions]
-    return found
 
 
 @contextmanager
@@ -402,6 +476,12 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, own)
+
+
+def _reaches(outputs: Sequence[Tensor], module: nn.Module) -> bool:
+    """Whether these outputs depend on the module's own parameters."""
+    own = {id(p) for p in module.parameters()}
+    return any(id(getattr(node, "variable", None)) in own for node in _nodes(outputs))
 
 
 def class_of(node: Any) -> type[Function]:
@@ -504,19 +584,3 @@ def _names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[s
         n = len(tree_leaves(value))
         found_names += [name] if n == 1 else [f"{name}.{i}" for i in range(n)]
     return found_names
-
-
-def _without_state(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]]:
-    """The module as a function of its parameters and buffers too."""
-    state: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-    def run(*args: Any, state: dict[str, Tensor], **kwargs: Any) -> Any:
-        return torch.func.functional_call(module, state, args, kwargs)
-
-    return run, state
-
-
-def _ignoring_state(reference: Callable[..., Any]) -> Callable[..., Any]:
-    if isinstance(reference, nn.Module):
-        return _without_state(reference)[0]
-    return lambda *args, state, **kwargs: reference(*args, **kwargs)

@@ -72,7 +72,7 @@ def strided_inputs(subject: Subject) -> None:
 def _outcome(subject: Subject) -> tuple[tuple[Tensor, ...], list[Tensor | None]] | Exception:
     try:
         tensors = subject.tensors()
-        outputs, upstreams = with_upstream(subject.differentiable(all_outputs := subject(*tensors)))
+        outputs, upstreams = with_upstream(all_outputs := subject(*tensors))
         if not outputs:
             return all_outputs, [None] * len(tensors)
         return all_outputs, list(torch.autograd.grad(outputs, tensors, upstreams, allow_unused=True))
@@ -85,7 +85,7 @@ def strided_upstream(subject: Subject) -> None:
     """Non-contiguous, transposed, channels_last and expanded (stride 0, as from .sum()) upstream gradients."""
     subject = subject.exact
     tensors = subject.tensors()
-    shapes, defaults = with_upstream(subject.differentiable(subject(*tensors)))
+    shapes, defaults = with_upstream(subject(*tensors))
     for i in range(len(shapes)):
         for name, changed in [*layouts(defaults[i]), *_expanded(defaults[i])]:
             upstreams = list(defaults)
@@ -217,7 +217,7 @@ def _on_accepted(trials: Sequence[tuple[str, Subject]], check: Callable[[Subject
 
 def _no_crash(subject: Subject) -> None:
     tensors = subject.tensors()
-    outputs, upstreams = with_upstream(subject.differentiable(subject(*tensors)))
+    outputs, upstreams = with_upstream(subject(*tensors))
     finite = all(bool(y.isfinite().all()) for y in outputs)
     found = torch.autograd.grad(outputs, tensors, upstreams, allow_unused=True)
     for k, g in enumerate(found):
@@ -230,14 +230,14 @@ def other_device(subject: Subject) -> None:
     """What backward makes is on its input's device (tried on the "meta" device, which holds no data)."""
     other = subject.to("meta")
     try:
-        outputs, upstreams = with_upstream(other.differentiable(other(*other.tensors())))
+        outputs, upstreams = with_upstream(other(*other.tensors()))
         if not outputs:
             raise NotApplicable("no output requires a gradient")
     except Exception as error:
         raise NotApplicable(f"the forward looks at values: {first_line(error)}") from error
     del outputs, upstreams
     tensors = other.tensors()
-    outputs, upstreams = with_upstream(other.differentiable(other(*tensors)))
+    outputs, upstreams = with_upstream(other(*tensors))
     try:
         torch.autograd.grad(outputs, tensors, upstreams, allow_unused=True)
     except Exception as error:

@@ -16,6 +16,7 @@ class Backward(NamedTuple):
     """One call of one Function's backward."""
 
     name: str
+    upstreams: tuple[Tensor | None, ...]
     results: tuple[Tensor | None, ...]
     edges: list[Any]
     """For each result where the graph goes on: (node, number), or None for what is no tensor."""
@@ -52,7 +53,9 @@ def _watched(cls: type[Function], backward: Any, tensors: dict[Any, list[bool]],
         told = results if isinstance(results, tuple) else (results,)
         edges = iter(ctx.next_functions)
         which = tensors.get(ctx, [])
-        seen.append(Backward(cls.__name__, told, [next(edges) if is_tensor else None for is_tensor in which]))
+        seen.append(
+            Backward(cls.__name__, grads, told, [next(edges) if is_tensor else None for is_tensor in which])
+        )
         return results
 
     return run
