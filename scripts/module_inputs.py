@@ -25,7 +25,7 @@ def _enter(names: str, inputs: Callable[[Maker], Call] | list[tuple[int, ...]], 
 
 def _signs(t: Maker, *shape: int) -> Tensor:
     """Targets of 1 and -1."""
-    return t.fixed(*shape).sign()
+    return t.fixed(*shape).sign_()
 
 
 _enter(
