@@ -22,8 +22,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from manualgrad.binding import derived
+from manualgrad.fallback import UNRELATED_ERRORS
 from manualgrad.nn import functional
-from manualgrad.ops.elementary import REFUSALS, product
+from manualgrad.ops.elementary import product
 
 Forward = TypeVar("Forward", bound=Callable[[Any, Tensor], Tensor])
 
@@ -72,7 +74,9 @@ def _agrees(module: nn.Module, adapter: Adapter) -> bool:
             expected, found = type(module).forward(module, trial), adapter.forward(module, trial)
         tolerance = max(1e-5, 4 * torch.finfo(trial.dtype).eps)
         return found.dtype == expected.dtype and torch.allclose(found, expected, tolerance, tolerance)
-    except REFUSALS:  # it has not the attributes, the inputs or the device (meta) that the adapter is for
+    except UNRELATED_ERRORS:
+        raise
+    except Exception:  # it has not the attributes, the inputs or the device (meta) that the adapter is for
         return False
 
 
@@ -196,9 +200,20 @@ _fusion: ContextVar[Fusion | None] = ContextVar("_fusion", default=None)
 
 
 def fuses(module: Any) -> bool:
-    """A causal language model of transformers with the usual loss and a linear layer for a head."""
-    usual = getattr(getattr(module, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
-    return usual and isinstance(module.get_output_embeddings(), nn.Linear)
+    """A causal language model of transformers with the usual loss and a linear layer for a head.
+
+    Not a wrapper (PEFT's, say) that passes on the attributes of the model inside: the class itself has the loss.
+    """
+    if not isinstance(inspect.getattr_static(type(module), "loss_function", None), property):
+        return False
+    usual = getattr(module.loss_function, "__name__", "") == "ForCausalLMLoss"
+    return usual and _plain_linear(module.get_output_embeddings())
+
+
+def _plain_linear(head: Any) -> bool:
+    """A linear layer with no forward of its own: the loss is computed from its weight and bias only."""
+    linear = (nn.Linear.forward, derived(nn.Linear).forward)
+    return isinstance(head, nn.Linear) and "forward" not in vars(head) and inspect.unwrap(type(head).forward) in linear
 
 
 def fused_model(kind: type[nn.Module]) -> dict[str, Any]:
