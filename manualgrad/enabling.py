@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from manualgrad import registry
 from manualgrad.binding import refuse_if_called
-from manualgrad.fallback import PLAIN, fallback, has_default_handler, is_tracing, unusual
+from manualgrad.fallback import PLAIN, fallback, has_default_handler, tracing_state, unusual
 from manualgrad.nn import functional
 from manualgrad.ops.elementary import product, spares
 from manualgrad.rule import Rule, beyond_reverse_mode
@@ -101,7 +101,7 @@ def _reason_for_torch(types: Iterable[type], values: Iterable[Any], plain_only: 
     for kind in types:
         if kind not in PLAIN and (plain_only or not has_default_handler(kind)):
             return f"a {kind.__module__}.{kind.__qualname__}"
-    if is_tracing():
+    if tracing_state() is not None:
         return "torch.jit.trace records torch's functions only"
     if beyond_reverse_mode():
         return ""

@@ -22,7 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils import _pytree as pytree
 
 PLAIN = (Tensor, Parameter)
-is_tracing: Callable[[], bool] = torch._C._is_tracing  # pyright: ignore[reportAttributeAccessIssue]
+tracing_state: Callable[[], Any] = torch._C._get_tracing_state  # None, unless torch.jit.trace runs
 _default_handler: Any = Tensor.__torch_function__
 _strided = torch.strided
 
@@ -115,7 +115,7 @@ def unusual(tensor: Tensor) -> str:
 def reason_for_torch(values: Iterable[Any]) -> str:
     """Why a call with these arguments is torch's; empty if it is ours."""
     values = [*values]
-    if is_tracing():
+    if tracing_state() is not None:
         return "torch.jit.trace records torch's functions only"
     for x in tensor_likes(values):
         if not has_default_handler(type(x)):
@@ -172,7 +172,7 @@ def with_torchs_say(reference: Callable[..., Any], function: Callable[..., Any])
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if has_torch_function_variadic(*args, *kwargs.values()) or is_tracing():
+        if has_torch_function_variadic(*args, *kwargs.values()) or tracing_state() is not None:
             if reason := reason_for_torch([*args, *kwargs.values()]):
                 fallback(function, reason)
                 return reference(*args, **kwargs)
