@@ -141,30 +141,32 @@ UNRELATED_ERRORS = (
 def raise_torchs_error(reference: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """Raise the error that torch's function has for these arguments, if it refuses them.
 
-    The function is called with fake tensors, which have a shape, a dtype and a device, but no numbers: nothing is
-    computed, drawn or written. What depends on numbers (an index out of range) is found by the kernels that our
-    forwards call, so its error is torch's already.
+    It is asked twice. On the device "meta", where a tensor has a shape and a dtype but no numbers, nothing is
+    computed, drawn or written. Only if it refuses there is it called with copies, for the error that it has here.
+    What depends on numbers (an index out of range) is found by the kernels that our forwards call: this error is
+    torch's already.
     """
     leaves, form = pytree.tree_flatten((args, kwargs))
-    if any(callable(x) or isinstance(x, torch.Generator) for x in leaves if not isinstance(x, type)):
+    if any(callable(x) or isinstance(x, torch.Generator) for x in leaves):
         return  # a user's function is not called twice
-    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def ask(change: Callable[[Tensor], Tensor]) -> None:
+        changed = [change(x.detach()) if isinstance(x, Tensor) else x for x in leaves]
+        new_args, new_kwargs = pytree.tree_unflatten(changed, form)
+        reference(*new_args, **new_kwargs)
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            mode = FakeTensorMode(allow_fallback_kernels=False)
-            fakes = [mode.from_tensor(x.detach()) if isinstance(x, Tensor) else x for x in leaves]
-        except Exception:  # a tensor that has no fake: under a transform, say
+            ask(lambda x: x.to("meta"))
+        except Exception as refusal:
+            if isinstance(refusal, NotImplementedError) or "meta tensor" in str(refusal):
+                return  # without numbers it cannot tell
+        else:
             return
-        fake_args, fake_kwargs = pytree.tree_unflatten(fakes, form)
-        with mode:
-            try:
-                reference(*fake_args, **fake_kwargs)
-            except Exception as refusal:
-                if isinstance(refusal, NotImplementedError) or "torch._subclasses" in type(refusal).__module__:
-                    return  # torch cannot tell without numbers
-                raise
+        devices = {x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda}
+        with torch.random.fork_rng(devices):
+            ask(Tensor.clone)
 
 
 def with_torchs_say(reference: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
