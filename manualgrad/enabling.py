@@ -127,9 +127,14 @@ def _table() -> dict[Any, Callable[..., Any]]:
     }
 
     def enter(name: str, ours: Callable[..., Any], in_order: bool = False) -> None:
-        for theirs in (getattr(space, name, None) for space in _SPACES):
-            if theirs is not None and theirs not in found and (route := _by_schema(name, ours, in_order)):
+        for space in _SPACES:
+            theirs = getattr(space, name, None)
+            if theirs is None or theirs in found:
+                continue
+            if route := _by_schema(name, ours, in_order):
                 found[theirs] = route
+            elif space is not Tensor:  # a method that stands in no namespace is another operation (unfold)
+                found[theirs] = _not_taken
 
     for kernel, ours in registry.stand_ins.items():  # written with the kernel's own order of arguments
         enter(getattr(kernel, "__name__", ""), ours, in_order=True)
@@ -137,6 +142,11 @@ def _table() -> dict[Any, Callable[..., Any]]:
         enter(op.name, op.function)
         enter(f"{op.name}_", _over(op.function))
     return found
+
+
+def _not_taken(*args: Any, **kwargs: Any) -> Any:
+    """torch's function has ours of the same name, but takes other arguments: the call is torch's, and counted."""
+    return NotImplemented
 
 
 def _over(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

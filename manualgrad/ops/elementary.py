@@ -64,6 +64,8 @@ def each(numbers: Numbers, n: int) -> tuple[int, ...]:
     """One for each of n dimensions; torch lets one stand for all."""
     if isinstance(numbers, int):
         return (numbers,) * n
+    if len(numbers) not in (1, n):
+        raise RuntimeError(f"expected one number or {n}, but got {tuple(numbers)}")
     return tuple(numbers) * n if len(numbers) == 1 else tuple(numbers)
 
 
