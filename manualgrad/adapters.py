@@ -213,7 +213,11 @@ def fuses(module: Any) -> bool:
 def _plain_linear(head: Any) -> bool:
     """A linear layer with no forward of its own: the loss is computed from its weight and bias only."""
     linear = (nn.Linear.forward, derived(nn.Linear).forward)
-    return isinstance(head, nn.Linear) and "forward" not in vars(head) and inspect.unwrap(type(head).forward) in linear
+    return (
+        isinstance(head, nn.Linear)
+        and "forward" not in vars(head)
+        and inspect.unwrap(type(head).forward) in linear
+    )
 
 
 def fused_model(kind: type[nn.Module]) -> dict[str, Any]:

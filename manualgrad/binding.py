@@ -151,10 +151,12 @@ def refuse_if_called(torchs: Any) -> None:
     name = getattr(torchs, "__name__", "")
     spaces = [vars(F), *map(vars, _NAMESPACES)]
     for function in [x for x in _bound if isinstance(x, FunctionType)]:
-        if name in _names(function.__code__) and any(x.get(name) == torchs for x in [function.__globals__, *spaces]):
+        if name in _names(function.__code__) and any(
+            x.get(name) == torchs for x in [function.__globals__, *spaces]
+        ):
             raise ValueError(
-                f"{name} is called by {function.__module__}.{function.__qualname__}, which was bound to our functions "
-                "when manualgrad was imported: register it in a file of manualgrad/ops"
+                f"{name} is called by {function.__module__}.{function.__qualname__}, which was bound to our "
+                "functions when manualgrad was imported: register it in a file of manualgrad/ops"
             )
 
 
@@ -191,8 +193,8 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 class _Module(str):
-    """The ``__module__`` of a class of ours. Asked of an instance it is "torch.nn": by that name torch.fx knows the
-    layers that it calls, as they are, in place of tracing them."""
+    """The ``__module__`` of a class of ours. For an instance it is "torch.nn": torch.fx calls layers of that name as
+    they are and does not trace them."""
 
     __slots__ = ()
 

@@ -65,8 +65,8 @@ def convert(model: Model, *, functional: bool = False, fused_loss: bool = False)
         language_models = [module for module in plan.modules if adapters.fuses(module)]
         if not language_models:
             raise ValueError(
-                f"fused_loss: in this {type(model).__name__} there is no causal language model of transformers with a "
-                "linear head and the usual loss"
+                f"fused_loss: in this {type(model).__name__} there is no causal language model of transformers with "
+                "a linear head and the usual loss"
             )
         for module in language_models:
             head: Any = module.get_output_embeddings()  # pyright: ignore[reportCallIssue]
@@ -156,7 +156,7 @@ class _Plan:
         self.functions = functions
 
     def give(self, module: nn.Module, kind: Callable[[Any], Class]) -> None:
-        """The module gets the class that `kind` says, and functions of the other library for those that it holds."""
+        """The module gets the class that `kind` says, and other functions for those that it holds."""
         with self._about(module):
             self.kinds[module] = kind(module)
 
@@ -166,7 +166,11 @@ class _Plan:
             for module, kind in self.kinds.items():
                 with self._about(module):
                     held, functions = vars(module), self.functions
-                    new = {name: functions[x] for name, x in held.items() if isinstance(x, _FUNCTION) and x in functions}
+                    new = {
+                        name: functions[x]
+                        for name, x in held.items()
+                        if isinstance(x, _FUNCTION) and x in functions
+                    }
                     before.append((module, type(module), {name: held[name] for name in new}))
                     _set_class(module, kind)
                     held.update(new)

@@ -40,8 +40,8 @@ def enabled() -> Iterator[None]:
     Values, errors and the random stream stay torch's. Only what may have a gradient is led to ours: calls in which
     a tensor requires one, forward mode, and the transforms of `torch.func`. Subclasses of Tensor with a
     ``__torch_function__`` of their own, sparse, nested, quantized and meta tensors are torch's business as before,
-    and so are overloads that ours does not have: `record_fallbacks` counts them. An error is raised as it is. It can
-    be nested, and used as a decorator.
+    and so are overloads that ours does not have: `record_fallbacks` counts them. An error is raised as it is. It
+    can be nested, and used as a decorator.
 
     A function given to `torch.utils.checkpoint.checkpoint` runs again when the context has long been left: give it
     ``context_fn=lambda: (enabled(), enabled())``. (Modules of a model that `convert` has been through with
@@ -85,7 +85,10 @@ def replacement(
 
 def _each(values: Iterable[Any]) -> list[Tensor]:
     return [
-        x for value in values for x in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(x, Tensor)
+        x
+        for value in values
+        for x in (value if isinstance(value, (list, tuple)) else (value,))
+        if isinstance(x, Tensor)
     ]
 
 

@@ -174,7 +174,7 @@ def with_torchs_say(reference: Callable[..., Any], function: Callable[..., Any])
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if has_torch_function_variadic(*args, *kwargs.values()) or tracing_state() is not None:
+        if has_torch_function_variadic(*args, *kwargs.values()):
             if reason := reason_for_torch([*args, *kwargs.values()]):
                 fallback(function, reason)
                 return reference(*args, **kwargs)

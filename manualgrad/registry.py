@@ -166,7 +166,7 @@ stand_ins: dict[Any, Callable[..., Any]] = {}
 """Ours for operations that torch's functions call, and call in ours once bound (see `elementary.stands_for`). What
 torch's function checks, warns of and broadcasts before it calls them needs no copy."""
 observers: list[Callable[[Any], None]] = []
-"""Called with torch's function whenever one has been entered late, after manualgrad was imported. One may refuse."""
+"""Called with torch's function whenever one has been entered after manualgrad was imported. One may refuse."""
 
 
 def _enter(table: dict[Any, Any], key: Any, value: Any, torchs: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import manualgrad
 import manualgrad.nn as ours
-from manualgrad import FallbackError, Rule, convert, enabled, record_fallbacks, registry
-from manualgrad.fallback import Fallback
+from manualgrad import FallbackError, Rule, convert, enabled, enabling, record_fallbacks, registry
+from manualgrad.fallback import Fallback, Fallbacks
 from manualgrad.ops import activation, dropout, normalization
 from manualgrad.registry import Call, register
 
@@ -26,7 +25,7 @@ ERRORS = (
 
 
 @pytest.fixture(params=ERRORS, ids=[type(error).__name__ for error in ERRORS])
-def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[BaseException]:
+def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BaseException:
     """Our rules of ReLU, dropout and batch norm fail, the latter two after they have drawn or written."""
 
     def fails(rule: Any, after: Any = None) -> None:
@@ -40,7 +39,7 @@ def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     fails(activation.ReLUFunction)
     fails(dropout.DropoutFunction, lambda *_: torch.rand(()))
     fails(normalization.BatchNormFunction)
-    yield request.param
+    return request.param
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -50,7 +49,9 @@ def test_an_error_of_ours_is_raised_as_it_is(
     called: list[str] = []
     for name in ("relu", "dropout"):
         theirs: Any = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda x, *a, f=theirs, **k: (x.is_meta or called.append("run"), f(x, *a, **k))[1])
+        monkeypatch.setattr(
+            torch, name, lambda x, *a, f=theirs, **k: (x.is_meta or called.append("run"), f(x, *a, **k))[1]
+        )
     x = torch.randn(3, 4, requires_grad=True)
     lib = F if inside else ours.functional
     mean = torch.zeros(4)
@@ -60,12 +61,9 @@ def test_an_error_of_ours_is_raised_as_it_is(
         lambda: lib.batch_norm(x, mean, torch.ones(4), training=True),
     ):
         torch.manual_seed(0)
-        with pytest.raises(type(failing)) as caught, record_fallbacks() as fallbacks:
-            if inside:
-                with enabled():
-                    call()
-            else:
-                call()
+        context = enabled() if inside else nullcontext()
+        with record_fallbacks() as fallbacks, pytest.raises(type(failing)) as caught, context:
+            call()
         assert caught.value is failing
         assert not fallbacks
     assert not called, "torch's forward ran again"
@@ -131,17 +129,17 @@ def test_report_and_error() -> None:
             x.pow(x)
             torch.dropout(x, 0.5, True)  # F.dropout is ours
             torch.pow(x, 2)  # so is this
-            (2 ** x).sum().backward()
+            (2**x).sum().backward()
             with torch.no_grad():
                 x.pow(x)  # no gradient is asked for
         ours.functional.relu(torch.eye(2).to_sparse())
     reason = "ours has no overload with these arguments"
     assert fallbacks == {Fallback("pow", reason): 1, Fallback("dropout", reason): 1}
     assert outer.total() == fallbacks.total() + 1
-    assert f"    1 pow " in str(fallbacks)
+    assert "    1 pow " in str(fallbacks)
     assert "relu" not in str(fallbacks)
     assert "layout sparse_coo" in str(outer)
-    assert str(manualgrad.fallback.Fallbacks()) == "no call was given to torch's functions"
+    assert str(Fallbacks()) == "no call was given to torch's functions"
     with pytest.raises(FallbackError, match="pow: ours has no overload"), record_fallbacks(error=True), enabled():
         x.pow(x)
     with pytest.raises(FallbackError, match="linear: a tensor of layout sparse_csr"), record_fallbacks(error=True):
@@ -177,7 +175,7 @@ def test_a_late_operation_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = convert(Net(), functional=True), torch.randn(3, requires_grad=True)
     assert "ErfFunction" not in str(model(x).grad_fn.next_functions)
     monkeypatch.setattr(registry, "_table", dict(registry._table))
-    monkeypatch.setattr(manualgrad.enabling, "_TABLE", dict(manualgrad.enabling._TABLE))
+    monkeypatch.setattr(enabling, "_TABLE", dict(enabling._TABLE))
     register(erf, **INPUTS)
     assert registry.ops()["erf"].function is erf
     assert str(model(x).grad_fn.next_functions).count("ErfFunction") == 2
