@@ -14,6 +14,7 @@ from manualgrad import nn, registry
 from manualgrad.adapters import register_adapter
 from manualgrad.conversion import conversion_report, convert, revert
 from manualgrad.enabling import enabled
+from manualgrad.fallback import FallbackError, record_fallbacks
 from manualgrad.meter import saved_bytes
 from manualgrad.rule import Rule
 from manualgrad.verification import verify
@@ -21,11 +22,13 @@ from manualgrad.verification import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "FallbackError",
     "Rule",
     "conversion_report",
     "convert",
     "enabled",
     "nn",
+    "record_fallbacks",
     "register_adapter",
     "registry",
     "revert",

@@ -22,9 +22,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from manualgrad.binding import derived
+from manualgrad.fallback import UNRELATED_ERRORS
 from manualgrad.nn import functional
 from manualgrad.ops.activation import SwishFunction
-from manualgrad.ops.elementary import REFUSALS, product
+from manualgrad.ops.elementary import product
 from manualgrad.ops.linear_cross_entropy import linear_cross_entropy_in_float32
 
 Forward = TypeVar("Forward", bound=Callable[[Any, Tensor], Tensor])
@@ -81,7 +83,7 @@ def _agrees(module: nn.Module, adapter: Adapter) -> bool:
     try:
         trial = torch.randn(2, 3, adapter.features(module), generator=generator, dtype=torch.float64)
         trials = [(trial * _SCALES).to(parameter)]
-    except REFUSALS:  # it has not the attributes that the adapter is for
+    except Exception:  # it has not the attributes that the adapter is for
         return False
     if parameter.dtype == torch.float32:
         trials.append(trials[0].bfloat16())
@@ -102,7 +104,9 @@ def _result(forward: Callable[[Any, Tensor], Tensor], module: nn.Module, trial: 
     try:
         with torch.no_grad(), torch.random.fork_rng([trial.device] if trial.is_cuda else []):
             return forward(module, trial)
-    except REFUSALS:
+    except UNRELATED_ERRORS:
+        raise
+    except Exception:
         return None
 
 
@@ -249,9 +253,24 @@ _fusion: ContextVar[Fusion | None] = ContextVar("_fusion", default=None)
 
 
 def fuses(module: Any) -> bool:
-    """A causal language model of transformers with the usual loss and a linear layer for a head."""
-    usual = getattr(getattr(module, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
-    return usual and isinstance(module.get_output_embeddings(), nn.Linear)
+    """A causal language model of transformers with the usual loss and a linear layer for a head.
+
+    Not a wrapper (PEFT's, say) that passes on the attributes of the model inside: the class itself has the loss.
+    """
+    if not isinstance(inspect.getattr_static(type(module), "loss_function", None), property):
+        return False
+    usual = getattr(module.loss_function, "__name__", "") == "ForCausalLMLoss"
+    return usual and _plain_linear(module.get_output_embeddings())
+
+
+def _plain_linear(head: Any) -> bool:
+    """A linear layer with no forward of its own: the loss is computed from its weight and bias only."""
+    linear = (nn.Linear.forward, derived(nn.Linear).forward)
+    return (
+        isinstance(head, nn.Linear)
+        and "forward" not in vars(head)
+        and inspect.unwrap(type(head).forward) in linear
+    )
 
 
 def fused_model(kind: type[nn.Module]) -> dict[str, Any]:

@@ -24,9 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._jit_internal import boolean_dispatched
+from torch.overrides import handle_torch_function
 from typing_extensions import deprecated
 
 from manualgrad import registry
+from manualgrad.fallback import fallback, reason_for_torch
 from manualgrad.rule import beyond_reverse_mode
 
 _get_fastpath_enabled = torch.backends.mha.get_fastpath_enabled
@@ -101,6 +103,17 @@ def _called() -> frozenset[str]:
 _bound: dict[Any, Any] = {}
 """What has been bound or derived, by what it was: that itself where nothing is ours. While it is looked at, a
 function's copy stands here already: torch's functions name each other in circles."""
+_unbound: dict[Any, Any] = {}
+"""By a bound copy, the function of torch's."""
+
+
+def _handle(function: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch's `handle_torch_function`, which our copy calls. A type with a ``__torch_function__`` of its own gets
+    torch's function, which it knows; a mode, or Tensor's own handler, gets ours."""
+    if reason := reason_for_torch(relevant_args):
+        fallback(function, reason)
+        function = _unbound.get(function, function)
+    return handle_torch_function(function, relevant_args, *args, **kwargs)
 
 
 def bound(function: FunctionType) -> FunctionType:
@@ -114,7 +127,11 @@ def bound(function: FunctionType) -> FunctionType:
     names = frozenset(_names(copy.__code__))
     _bound[function] = copy
     changed = False
+    _unbound[copy] = function
     for name in names & scope.keys():
+        if scope[name] is handle_torch_function:
+            scope[name] = _handle
+            continue
         value, scope[name] = scope[name], replaced(scope[name], names)
         changed |= scope[name] is not value and value is not function
     if function.__defaults__:  # an activation, say
@@ -123,6 +140,24 @@ def bound(function: FunctionType) -> FunctionType:
     if not changed:
         _bound[function] = function
     return _bound[function]
+
+
+def refuse_if_called(torchs: Any) -> None:
+    """torch.nn's own code has been bound to the functions that ours had then. One that it calls comes too late.
+
+    Raises:
+        ValueError: torch.nn calls it.
+    """
+    name = getattr(torchs, "__name__", "")
+    spaces = [vars(F), *map(vars, _NAMESPACES)]
+    for function in [x for x in _bound if isinstance(x, FunctionType)]:
+        if name in _names(function.__code__) and any(
+            x.get(name) == torchs for x in [function.__globals__, *spaces]
+        ):
+            raise ValueError(
+                f"{name} is called by {function.__module__}.{function.__qualname__}, which was bound to our "
+                "functions when manualgrad was imported: register it in a file of manualgrad/ops"
+            )
 
 
 def _copied(function: FunctionType, scope: dict[str, Any]) -> FunctionType:
@@ -157,6 +192,46 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+class _Module(str):
+    """The ``__module__`` of a class of ours. For an instance it is "torch.nn": torch.fx calls layers of that name as
+    they are and does not trace them."""
+
+    __slots__ = ()
+
+    def __get__(self, instance: object, owner: type | None = None) -> str:
+        return self if instance is None else "torch.nn"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+
+class _NoQuantization:
+    """The attribute ``qconfig``, which torch.ao.quantization sets on each layer before it looks at the class."""
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        raise AttributeError("qconfig")
+
+    def __set__(self, instance: object, value: object) -> None:
+        raise _looks_at_classes("torch.ao.quantization", instance)
+
+
+def _not_scriptable(self: nn.Module) -> Any:
+    raise _looks_at_classes("torch.jit.script", self)
+
+
+NOT_SCRIPTABLE = {"__prepare_scriptable__": _not_scriptable}  # torch.jit.script calls it first of all
+
+
+def _looks_at_classes(what: str, module: object) -> RuntimeError:
+    kind = type(module)
+    return RuntimeError(
+        f"{what} knows torch's own layers only, and this {kind.__name__} is manualgrad's: "
+        "call manualgrad.revert(model) first"
+    )
+
+
 def derived(original: type[nn.Module]) -> type[nn.Module]:
     """A class of torch's as its own subclass, with ours for what its methods call; itself, if they call none."""
     if original in _bound:
@@ -175,7 +250,8 @@ def derived(original: type[nn.Module]) -> type[nn.Module]:
     parents = [base for base in original.__bases__ if issubclass(base, nn.Module) and base is not nn.Module]
     bases = [base for base in map(derived, parents) if base not in original.__mro__]
     if changed or bases:
-        about = {"__module__": "manualgrad.nn", "__doc__": original.__doc__, "__qualname__": original.__qualname__}
+        about = {"__module__": _Module("manualgrad.nn"), "__doc__": original.__doc__}
+        about |= {"__qualname__": original.__qualname__, "qconfig": _NoQuantization(), **NOT_SCRIPTABLE}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # a deprecated class warns who inherits from it
             found = types.new_class(

@@ -19,7 +19,8 @@ from __future__ import annotations
 import copyreg
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import RLock
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple, TypeVar
@@ -55,20 +56,23 @@ def convert(model: Model, *, functional: bool = False, fused_loss: bool = False)
     Raises:
         TypeError: `model` is no module.
         ValueError: with ``fused_loss``, it has no causal language model in it that computes its loss as is usual.
+        Exception: whatever a module's class or an adapter raises. The model is then unchanged.
     """
-    language_models = [module for module in _modules(model) if adapters.fuses(module)] if fused_loss else []
-    if fused_loss and not language_models:
-        raise ValueError(
-            f"fused_loss: in this {type(model).__name__} there is no causal language model of transformers with a "
-            "linear head and the usual loss"
-        )
-    for module in _modules(model):
-        _give(module, _becomes(module, functional).kind, _our_functions())
-    for module in language_models:
-        head: Any = module.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-        for part, contents in ((module, adapters.fused_model), (head, adapters.fused_head)):
-            if vars(type(part)).get("_made", (None,))[0] is not _fused:
-                _give(part, _fused(type(part), contents), {})
+    plan = _Plan(model, _our_functions())
+    for module in plan.modules:
+        plan.give(module, lambda module: _becomes(module, functional).kind)
+    if fused_loss:
+        language_models = [module for module in plan.modules if adapters.fuses(module)]
+        if not language_models:
+            raise ValueError(
+                f"fused_loss: in this {type(model).__name__} there is no causal language model of transformers with "
+                "a linear head and the usual loss"
+            )
+        for module in language_models:
+            head: Any = module.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+            plan.give(module, lambda module: _fused_once(plan.kinds[module], adapters.fused_model))
+            plan.give(head, lambda head: _fused_once(plan.kinds[head], adapters.fused_head))
+    plan.apply()
     return model
 
 
@@ -78,8 +82,10 @@ def revert(model: Model) -> Model:
     Raises:
         TypeError: `model` is no module.
     """
-    for module in _modules(model):
-        _give(module, _was(module), _torchs_functions())
+    plan = _Plan(model, _torchs_functions())
+    for module in plan.modules:
+        plan.give(module, _was)
+    plan.apply()
     return model
 
 
@@ -140,13 +146,56 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     return list(model.modules())
 
 
-def _give(module: nn.Module, kind: Class, functions: dict[Any, Any]) -> None:
-    held = vars(module)
+class _Plan:
+    """What is to change in a model. All of it is found before the first change; `apply` makes all or none."""
+
+    def __init__(self, model: nn.Module, functions: dict[Any, Any]) -> None:
+        self.modules = _modules(model)
+        self.names = {module: name for name, module in model.named_modules()}
+        self.kinds: dict[nn.Module, Class] = {}
+        self.functions = functions
+
+    def give(self, module: nn.Module, kind: Callable[[Any], Class]) -> None:
+        """The module gets the class that `kind` says, and other functions for those that it holds."""
+        with self._about(module):
+            self.kinds[module] = kind(module)
+
+    def apply(self) -> None:
+        before: list[tuple[nn.Module, Class, dict[str, Any]]] = []
+        try:
+            for module, kind in self.kinds.items():
+                with self._about(module):
+                    held, functions = vars(module), self.functions
+                    new = {
+                        name: functions[x]
+                        for name, x in held.items()
+                        if isinstance(x, _FUNCTION) and x in functions
+                    }
+                    before.append((module, type(module), {name: held[name] for name in new}))
+                    _set_class(module, kind)
+                    held.update(new)
+        except BaseException:
+            for module, kind, old in reversed(before):
+                _set_class(module, kind)
+                vars(module).update(old)
+            raise
+
+    @contextmanager
+    def _about(self, module: nn.Module) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            name = self.names.get(module) or "(the model)"
+            error.add_note(f"manualgrad, at {name} ({type(module).__qualname__}): the model is unchanged")
+            raise
+
+
+def _set_class(module: nn.Module, kind: Class) -> None:
     if kind is not type(module):
         object.__setattr__(module, "__class__", kind)  # a user's __setattr__ may do other things
+        held = vars(module)
         held["_class_changed"] = True  # torch.compile of torch 2.11 tests no guard before a module's dict changes
         del held["_class_changed"]
-    held.update({name: functions[x] for name, x in held.items() if isinstance(x, _FUNCTION) and x in functions})
 
 
 def _becomes(module: nn.Module, functional: bool) -> _Fate:
@@ -235,7 +284,7 @@ def _maker(make: Callable[..., _Contents]) -> Callable[..., Class]:
         kind, (bases, contents) = given[0], make(*given)
         bases = bases if issubclass(kind, _Quiet) else (_Quiet, *bases)
         about = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        about |= {"_made": (maker, given), "_note": ""}
+        about |= {"_made": (maker, given), "_note": "", **binding.NOT_SCRIPTABLE}
         return _metaclass(type(kind))(kind.__name__, bases, about | contents)
 
     @functools.wraps(make)
@@ -288,6 +337,10 @@ def _adapted(kind: Class, adapter: Callable[[Any, Tensor], Tensor]) -> _Contents
         return adapter(self, *args, *kwargs.values())
 
     return (kind,), {"forward": forward, "_note": f"its forward is {adapter.__module__}.{adapter.__qualname__}"}
+
+
+def _fused_once(kind: Class, contents: Callable[[Class], dict[str, Any]]) -> Class:
+    return kind if vars(kind).get("_made", (None,))[0] is _fused else _fused(kind, contents)
 
 
 @_maker

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from manualgrad import registry
+from manualgrad.binding import refuse_if_called
+from manualgrad.fallback import PLAIN, fallback, has_default_handler, tracing_state, unusual
 from manualgrad.nn import functional
-from manualgrad.ops.elementary import REFUSALS, product, spares
+from manualgrad.ops.elementary import product, spares
 from manualgrad.rule import Rule, beyond_reverse_mode
 
-_PLAIN = (Tensor, Parameter)
 _PRODUCTS = frozenset((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__))
 
 
@@ -40,7 +40,8 @@ def enabled() -> Iterator[None]:
     Values, errors and the random stream stay torch's. Only what may have a gradient is led to ours: calls in which
     a tensor requires one, forward mode, and the transforms of `torch.func`. Subclasses of Tensor with a
     ``__torch_function__`` of their own, sparse, nested, quantized and meta tensors are torch's business as before,
-    and so is whatever ours refuses. It can be nested, and used as a decorator.
+    and so are overloads that ours does not have: `record_fallbacks` counts them. An error is raised as it is. It
+    can be nested, and used as a decorator.
 
     A function given to `torch.utils.checkpoint.checkpoint` runs again when the context has long been left: give it
     ``context_fn=lambda: (enabled(), enabled())``. (Modules of a model that `convert` has been through with
@@ -59,34 +60,55 @@ class _Enabled(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         ours = replacement(func, types, args, kwargs)
-        if ours is None:
-            return func(*args, **kwargs)
-        try:  # the mode is off in here
-            return ours(*args, **kwargs)
-        except REFUSALS:
-            return func(*args, **kwargs)
+        if ours is not None:
+            result = ours(*args, **kwargs)  # the mode is off in here
+            if result is not NotImplemented:
+                return result
+            fallback(func, "ours has no overload with these arguments")
+        return func(*args, **kwargs)
 
 
 def replacement(
     func: Any, types: Iterable[type], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[..., Any] | None:
-    """What is called in place of torch's `func` with these arguments; None: nothing is."""
+    """What is called in place of torch's `func` with these arguments; None: nothing is. It may return
+    NotImplemented, and has done nothing then."""
     ours = product if func in _PRODUCTS and not kwargs and spares(*args) else _TABLE.get(func)
-    if ours is None or not all(kind in _PLAIN for kind in types):
+    if ours is None or not _differentiable([*args, *kwargs.values()]):
         return None
-    return ours if _concerns_us([*args, *kwargs.values()]) else None
+    reason = _reason_for_torch(types, [*args, *kwargs.values()], ours is product)
+    if reason:
+        fallback(func, reason)
+        return None
+    return ours
 
 
-def _concerns_us(values: Iterable[Any]) -> bool:
-    """A gradient may be asked for, and all tensors are dense ones in memory."""
-    differentiable = transformed = beyond_reverse_mode()
-    for value in values:
-        for x in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(x, Tensor):
-                if not transformed and (x.layout != torch.strided or x.is_nested or x.is_quantized or x.is_meta):
-                    return False
-                differentiable = differentiable or x.requires_grad
-    return differentiable and (transformed or torch.is_grad_enabled())
+def _each(values: Iterable[Any]) -> list[Tensor]:
+    return [
+        x
+        for value in values
+        for x in (value if isinstance(value, (list, tuple)) else (value,))
+        if isinstance(x, Tensor)
+    ]
+
+
+def _differentiable(values: Iterable[Any]) -> bool:
+    """A gradient may be asked for."""
+    if beyond_reverse_mode():
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in _each(values))
+
+
+def _reason_for_torch(types: Iterable[type], values: Iterable[Any], plain_only: bool) -> str:
+    """Why the call is torch's, if it is."""
+    for kind in types:
+        if kind not in PLAIN and (plain_only or not has_default_handler(kind)):
+            return f"a {kind.__module__}.{kind.__qualname__}"
+    if tracing_state() is not None:
+        return "torch.jit.trace records torch's functions only"
+    if beyond_reverse_mode():
+        return ""
+    return next((reason for x in _each(values) if (reason := "a meta tensor" if x.is_meta else unusual(x))), "")
 
 
 # --- every name of torch's for what is ours ---
@@ -108,9 +130,14 @@ def _table() -> dict[Any, Callable[..., Any]]:
     }
 
     def enter(name: str, ours: Callable[..., Any], in_order: bool = False) -> None:
-        for theirs in (getattr(space, name, None) for space in _SPACES):
-            if theirs is not None and theirs not in found and (route := _by_schema(name, ours, in_order)):
+        for space in _SPACES:
+            theirs = getattr(space, name, None)
+            if theirs is None or theirs in found:
+                continue
+            if route := _by_schema(name, ours, in_order):
                 found[theirs] = route
+            elif space is not Tensor:  # a method that stands in no namespace is another operation (unfold)
+                found[theirs] = _not_taken
 
     for kernel, ours in registry.stand_ins.items():  # written with the kernel's own order of arguments
         enter(getattr(kernel, "__name__", ""), ours, in_order=True)
@@ -118,6 +145,11 @@ def _table() -> dict[Any, Callable[..., Any]]:
         enter(op.name, op.function)
         enter(f"{op.name}_", _over(op.function))
     return found
+
+
+def _not_taken(*args: Any, **kwargs: Any) -> Any:
+    """torch's function has ours of the same name, but takes other arguments: the call is torch's, and counted."""
+    return NotImplemented
 
 
 def _over(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -169,7 +201,7 @@ def _by_schema(name: str, ours: Callable[..., Any], in_order: bool) -> Callable[
             if values is not None:
                 placed = [values[x.name] for x in overload if x.ours == ""]
                 return ours(*placed, **{x.ours: values[x.name] for x in overload if x.ours})
-        raise TypeError(f"{name}: not as ours is called")
+        return NotImplemented
 
     return call
 
@@ -238,3 +270,10 @@ def _fits(argument: _Argument, value: Any) -> bool:
 
 
 _TABLE = _table()
+
+
+@registry.observers.append
+def _update(torchs: Any) -> None:
+    """An operation has been registered late."""
+    refuse_if_called(torchs)
+    _TABLE.update(_table())

@@ -165,6 +165,29 @@ _table: dict[str, Op] = {}
 stand_ins: dict[Any, Callable[..., Any]] = {}
 """Ours for operations that torch's functions call, and call in ours once bound (see `elementary.stands_for`). What
 torch's function checks, warns of and broadcasts before it calls them needs no copy."""
+observers: list[Callable[[Any], None]] = []
+"""Called with torch's function whenever one has been entered after manualgrad was imported. One may refuse."""
+
+
+def _enter(table: dict[Any, Any], key: Any, value: Any, torchs: Any) -> None:
+    if key in table:
+        raise ValueError(f"{getattr(key, '__name__', key)} is registered already")
+    table[key] = value
+    try:
+        for observe in observers:
+            observe(torchs)
+    except BaseException:
+        del table[key]
+        raise
+
+
+def register_kernel(kernel: Any, ours: Callable[..., Any]) -> None:
+    """Enter ours for an operation that torch's functions call.
+
+    Raises:
+        ValueError: it is registered already, or torch.nn calls it and has been bound to ours already.
+    """
+    _enter(stand_ins, kernel, ours, kernel)
 
 
 def register(
@@ -189,12 +212,16 @@ def register(
         special: ±0, ±inf, nan and the kinks may stand in its floating inputs.
         lacks: laws that do not hold for it ("law-2": on its third sample), each with the reason, shown to users; a
             stale one fails a test.
+
+    Raises:
+        ValueError: one of this name is registered already; or torch.nn calls it, and the modules were bound to our
+            functions when manualgrad was imported.
     """
     name = function if isinstance(function, str) else function.__name__
     theirs = reference or getattr(torch.nn.functional, name, None) or getattr(torch, name)
     area = sys._getframe(1).f_globals["__name__"].rpartition(".")[2]
     op = Op(function, theirs, area, samples, big, random, special, lacks or {})
-    _table[op.name] = op
+    _enter(_table, op.name, op, theirs)
 
 
 def _areas() -> list[ModuleType]:

@@ -65,6 +65,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from manualgrad import fuse, saving
+from manualgrad.fallback import UNRELATED_ERRORS, fallback, tracing_state
 
 
 class Formula(NamedTuple):
@@ -462,6 +463,10 @@ def _entry(rule: type[Rule], thrifty: Any, twin: Any) -> Callable[..., Any]:
     forward = rule.forward
     has_statistics = bool(rule.statistics)
 
+    def traced(*args: Any) -> Any:
+        fallback(rule, "torch.jit.trace records torch's functions only")
+        return forward(*args)
+
     def apply(*args: Any, with_statistics: bool = False) -> Any:
         if _autocasting():
             args = cast(rule, args)
@@ -472,7 +477,8 @@ def _entry(rule: type[Rule], thrifty: Any, twin: Any) -> Callable[..., Any]:
         elif _transformed():
             result = general(*[_Whole(x) if type(x) is tuple else x for x in args])
         elif torch.is_grad_enabled() or _forward_mode():
-            result = direct(*args)
+            # torch.jit.trace records no Function, but torch's functions (77 ns: the state is asked for here only)
+            result = direct(*args) if tracing_state() is None else traced(*args)
         else:
             result = forward(*args)
         return result[0] if has_statistics and not with_statistics else result
@@ -608,6 +614,8 @@ def _among_distributed(compute: Callable[..., Any]) -> Callable[..., Any]:
         try:
             with nullcontext() if on_already else implicit_replication():
                 return compute(*known)
+        except UNRELATED_ERRORS:
+            raise
         except RuntimeError:  # also NotImplementedError: torch has no rule for sharding an operation
             mesh = known[-1].device_mesh
             found = compute(*[x.full_tensor() if isinstance(x, DTensor) else x for x in known])

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import manualgrad
-from manualgrad import convert, enabled, revert
+from manualgrad import adapters, conversion, convert, enabled, revert
 from manualgrad.enabling import replacement
 
 
@@ -524,3 +524,96 @@ def test_backward_inside() -> None:
         (h,) = torch.autograd.grad(g.sum(), x)
     (g0,) = torch.autograd.grad(x.sigmoid().pow(2).sum(), x, create_graph=True)
     assert_close(h, torch.autograd.grad(g0.sum(), x)[0])
+
+
+# --- all or nothing ---
+
+
+class Final(type):
+    """A metaclass whose classes have no subclasses."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], contents: dict[str, Any]) -> Any:
+        if any(isinstance(base, Final) for base in bases):
+            raise TypeError("final")
+        return super().__new__(cls, name, bases, contents)
+
+
+class FinalLinear(nn.Linear, metaclass=Final):
+    pass
+
+
+class Disguised(nn.Linear):
+    """Cannot be given another class."""
+
+    __class__ = property(lambda self: Disguised)  # type: ignore[assignment]
+
+
+class Stubborn(nn.Linear):
+    """With a __setattr__ that refuses."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if vars(self).get("_parameters", {}).keys() == {"weight", "bias"}:
+            raise RuntimeError("nothing may be set")
+        super().__setattr__(name, value)
+
+
+def everything(model: nn.Module) -> list[Any]:
+    return [(type(module), dict(vars(module))) for module in model.modules()]
+
+
+@pytest.mark.parametrize("bad", [FinalLinear, Disguised])
+@pytest.mark.parametrize("functional", [False, True])
+def test_convert_changes_all_or_nothing(bad: type[nn.Module], functional: bool) -> None:
+    first = nn.TransformerEncoderLayer(4, 2, 8, activation=F.gelu)
+    model = nn.Sequential(first, nn.Linear(2, 2), bad(2, 2), nn.ReLU())
+    before = everything(model)
+    with pytest.raises((TypeError, AttributeError)) as caught:
+        convert(model, functional=functional)
+    assert f"at 2 ({bad.__name__}): the model is unchanged" in str(caught.value.__notes__)
+    assert everything(model) == before
+
+
+def test_an_odd_setattr_does_not_matter() -> None:
+    model = nn.Sequential(Stubborn(2, 2), nn.ReLU())
+    before = everything(model)
+    assert issubclass(type(convert(model)[0]), manualgrad.nn.Linear)
+    assert everything(revert(model)) == before
+
+
+@pytest.mark.parametrize("function", [convert, revert])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_stopped_midway(function: Any, error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.TransformerDecoderLayer(4, 2, 8, activation=F.gelu), nn.ReLU())
+    if function is revert:
+        convert(model)
+    before, given, set_class = everything(model), [], conversion._set_class
+
+    def stops(module: nn.Module, kind: type) -> None:
+        given.append(module)
+        set_class(module, kind)
+        if len(given) == 5:
+            raise error
+
+    monkeypatch.setattr(conversion, "_set_class", stops)
+    with pytest.raises(error):
+        function(model)
+    assert everything(model) == before
+
+
+def test_an_adapter_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            return input.relu()
+
+    monkeypatch.setattr(adapters, "_adapters", [])
+    model = nn.Sequential(nn.Linear(2, 2), Odd())
+    before = everything(model)
+    for error in (KeyboardInterrupt(), torch.OutOfMemoryError()):
+
+        @manualgrad.register_adapter("Odd")
+        def adapter(module: Any, input: Tensor, error: BaseException = error) -> Tensor:
+            raise error
+
+        with pytest.raises(type(error)):
+            convert(model)
+        assert everything(model) == before

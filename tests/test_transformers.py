@@ -343,3 +343,75 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     assert_close(other.state_dict(), model.state_dict())
     generated = model.eval().generate(IDS, max_new_tokens=3, do_sample=False)
     assert torch.equal(generated, other.eval().generate(IDS, max_new_tokens=3, do_sample=False))
+
+
+class Wrapper(torch.nn.Module):
+    """Passes on the attributes of the model inside, as PEFT's does."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
+class Scaled(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def small_llama() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def with_peft(model: Any, **settings: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [Wrapper, lambda model: with_peft(model, target_modules=["q_proj"])])
+def test_the_model_in_a_wrapper_is_fused(wrap: Any) -> None:
+    ids = torch.randint(0, 99, (2, 8))
+    torch.manual_seed(0)
+    model = wrap(small_llama())
+    expected = model(input_ids=ids, labels=ids).loss
+    output = manualgrad.convert(model, functional=True, fused_loss=True)(input_ids=ids, labels=ids)
+    assert "logits" not in output
+    torch.testing.assert_close(output.loss, expected)
+    kinds = [type(module) for module in manualgrad.revert(model).modules()]
+    assert not any("_made" in vars(kind) for kind in kinds)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: with_peft(small_llama(), target_modules=["lm_head"]),
+        lambda: with_peft(small_llama(), target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        lambda: _with_scaled_head(small_llama()),
+    ],
+    ids=["LoRA on the head", "a copy of the head", "a head with a forward"],
+)
+def test_another_head_is_refused_before_anything_changes(make: Any) -> None:
+    model = make()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="fused_loss"):
+        manualgrad.convert(model, functional=True, fused_loss=True)
+    assert [type(module) for module in model.modules()] == before
+
+
+def _with_scaled_head(model: Any) -> Any:
+    model.lm_head = Scaled(32, 99, bias=False)
+    return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -11,38 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.registry import stand_ins
+from manualgrad.fallback import Misfit as Misfit
+from manualgrad.fallback import with_torchs_say
+from manualgrad.registry import register_kernel
 from manualgrad.rule import FLOAT32, Rule, nothing_looks_on
 from manualgrad.saving import recipe_of
 
-REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Wrapped = TypeVar("Wrapped", bound=Callable[..., object])
 
 
-class Misfit(Exception):
-    """Shapes past whose end torch's own function would read: a RuntimeError without asking it."""
-
-
 def drop_in(function: Wrapped) -> Wrapped:
-    """A function of torch.nn.functional by ours. Where ours fails torch's own is called, for its error.
-
-    So bad input is refused with torch's type of error and words, whatever stumbled over it here.
-    """
+    """A function of torch.nn.functional by ours. Bad input is refused with torch's type of error and words."""
     return refusing_as(getattr(F, function.__name__, None) or getattr(torch, function.__name__), function)
 
 
 def refusing_as(reference: Callable[..., object], function: Wrapped) -> Wrapped:
-    @functools.wraps(function)
-    def run(*args: object, **kwargs: object) -> object:
-        try:
-            return function(*args, **kwargs)
-        except Misfit as misfit:
-            raise RuntimeError(str(misfit)) from None
-        except REFUSALS:
-            reference(*args, **kwargs)
-            raise
-
-    return run  # type: ignore[return-value]
+    """The same of a function with another name than torch's (see `fallback`)."""
+    return with_torchs_say(reference, function)  # type: ignore[return-value]
 
 
 def stands_for(kernel: Callable[..., object]) -> Callable[[Wrapped], Wrapped]:
@@ -50,7 +34,7 @@ def stands_for(kernel: Callable[..., object]) -> Callable[[Wrapped], Wrapped]:
 
     def enter(ours: Wrapped) -> Wrapped:
         # a rule is called by its apply, and so is a Function
-        stand_ins[kernel] = refusing_as(getattr(kernel, "apply", kernel), getattr(ours, "apply", ours))
+        register_kernel(kernel, refusing_as(getattr(kernel, "apply", kernel), getattr(ours, "apply", ours)))
         return ours
 
     return enter
@@ -74,6 +58,8 @@ def each(numbers: Numbers, n: int) -> tuple[int, ...]:
     """One for each of n dimensions; torch lets one stand for all."""
     if isinstance(numbers, int):
         return (numbers,) * n
+    if len(numbers) not in (1, n):
+        raise RuntimeError(f"expected one number or {n}, but got {tuple(numbers)}")
     return tuple(numbers) * n if len(numbers) == 1 else tuple(numbers)
 
 

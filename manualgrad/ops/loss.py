@@ -383,8 +383,12 @@ def gaussian_nll_loss(
     sizes = input.size(), variance.size()
     if sizes[0][:-1] == sizes[1]:
         variance = variance.unsqueeze(-1)
-    elif len(sizes[0]) != len(sizes[1]) or sum(v for x, v in zip(*sizes, strict=True) if x != v) not in (0, 1):
+    elif sizes[0] != sizes[1] and (
+        len(sizes[0]) != len(sizes[1]) or sum(v for x, v in zip(*sizes, strict=True) if x != v) != 1
+    ):
         raise ValueError("var is of incorrect size")
+    if reduction not in REDUCTIONS:
+        raise ValueError(reduction + " is not valid")
     losses = GaussianNLLLossFunction.apply(*broadcast(input - target, FloorFunction.apply(variance, eps)))
     if full:
         losses = losses + 0.5 * math.log(2 * math.pi)
