@@ -53,6 +53,8 @@ class Order:
     def __init__(self, loader: Loader, counts: bool = True) -> None:
         self.loader, self._indices = _noting(loader)
         self.counts = counts
+        if self._indices is not None:
+            self._indices.notes = counts
         self.begin(0, 0)
 
     @property
@@ -158,6 +160,7 @@ class _Noting:
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
+        self.notes = True
         self.given: deque[bytes | None] = deque()
         self.seed_epoch: tuple[int, int] = (0, 0)
 
@@ -168,7 +171,8 @@ class _Noting:
         self.given.clear()
         indices = iter(self.sampler)
         for item in indices if _draws_at_once(self.sampler) else apart(indices, *self.seed_epoch):
-            self.given.append(_as_bytes(item))
+            if self.notes:
+                self.given.append(_as_bytes(item))
             yield item
 
 
