@@ -146,6 +146,10 @@ def kept_by(node: Any) -> tuple[type[Rule], dict[str, Any]] | None:
     return None
 
 
+_ZERO = "zero_"
+"""What forward mode keeps besides: the gradient 0 of the output, one number in memory. (It needs the output's shape.
+The output itself, if it were kept, nobody could write into.)"""
+
 _LOW = (torch.bfloat16, torch.float16)
 LOWER = {"cpu": "lower", "cuda": "lower"}
 FLOAT32 = {"cpu": "float32", "cuda": "float32"}
@@ -156,7 +160,8 @@ def _complete(rule: type[Rule]) -> None:
     parameters = inspect.signature(rule.forward).parameters
     inputs = tuple(parameters)
     values = (*inputs, "output", *rule.statistics)
-    is_tensor = {name: name not in inputs or "Tensor" in str(parameters[name].annotation) for name in values}
+    every_name = (*values, _ZERO)
+    is_tensor = {name: name not in inputs or "Tensor" in str(parameters[name].annotation) for name in every_name}
     methods = {
         name: Formula(name, method, tuple(inspect.signature(method).parameters))
         for name in dir(rule)
@@ -201,10 +206,10 @@ def _complete(rule: type[Rule]) -> None:
         named = {name for formula in (*formulas, *anew) for name in formula.names}
         if forward_mode:  # any input may have a tangent
             any_of = in_order([name for name in gradients if name in methods], given - moving)
-            named |= {name for formula in any_of for name in formula.names} | {"output"}
+            named |= {name for formula in any_of for name in formula.names} | {_ZERO}
         apart = in_order(["independent"], given) if "independent" in methods else []
         named |= {name for formula in apart for name in formula.names}
-        tensors = [name for name in values if name in named and is_tensor[name]]
+        tensors = [name for name in every_name if name in named and is_tensor[name]]
         settings = [name for name in values if name in named and not is_tensor[name]]
         early = [name for name in rule.keeps if name in named & kept]
         names = (*tensors, *early, *settings)
@@ -212,7 +217,7 @@ def _complete(rule: type[Rule]) -> None:
         early_from = [name for name in values if any(name in formula.names for formula in first)]
         return Plan(
             rule,
-            _taking([values.index(name) for name in tensors]),
+            _taking([every_name.index(name) for name in tensors]),
             _written(first, early_from, early) if early else None,
             _taking([values.index(name) for name in early_from]),
             _taking([values.index(name) for name in settings]),
@@ -239,6 +244,8 @@ def _complete(rule: type[Rule]) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         every = prepared(ctx, inputs, output)
         forward_mode = _forward_mode()
+        if forward_mode:
+            every += (every[n].new_zeros(()).expand(every[n].shape),)
         chosen = plan(ctx.needs_input_grad, forward_mode)
         tensors = chosen.tensors(every)
         ctx.save_for_backward(*tensors)
@@ -363,9 +370,9 @@ def _complete(rule: type[Rule]) -> None:
             moved = [i for i, tangent in enumerate(tangents) if tangent is not None]
             compute = transposed(chosen.names, tuple(gradients[i] for i in moved))
             rounded = [dtypes[i] for i in moved] if dtypes else None
-            output = known[chosen.names.index("output")]
+            zero = known[chosen.names.index(_ZERO)].contiguous()
             pushforward = torch.func.vjp(
-                lambda grad: _computed_in_float32(compute, [*known, grad], rounded), torch.zeros_like(output)
+                lambda grad: _computed_in_float32(compute, [*known, grad], rounded), zero
             )[1]
             tangent = pushforward(tuple(_primal(tangents[i]) for i in moved))[0]
             if 0 in tangent.stride():  # expanded: refused for an output that is a view (F.linear's, of three axes)
@@ -382,7 +389,7 @@ def _complete(rule: type[Rule]) -> None:
 
     rule.function = function(setup_context, writable, jvp=jvp, generate_vmap_rule=True)
     thrifty = function(setup_thriftily, writable, jvp=jvp)
-    rule.apply = staticmethod(_entry(rule, thrifty, function(setup_context, rule.forward)))
+    rule.apply = staticmethod(_entry(rule, thrifty, function(setup_context, writable)))
     if hasattr(rule, "forward_"):
         in_place = _function(rule, forward=forward_in_place, backward=backward_in_place)
         first_alone = (True, *[False] * (n - 1))

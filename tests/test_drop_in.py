@@ -383,6 +383,57 @@ def test_kept_for_backward(op: Op, device: str) -> None:
         assert ours <= torch_s, needed
 
 
+def _without_grad(output: Tensor) -> None:
+    with torch.no_grad():
+        output.add_(1)
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "mul_": lambda output: output.mul_(2),
+    "setitem": lambda output: output.__setitem__(0 if output.dim() else (), 0),
+    "into a view": lambda output: output.unsqueeze(0).add_(1),
+    "without grad": _without_grad,
+    "detached": lambda output: output.detach().add_(1),
+}
+
+
+def written_into(call: Call, function: Callable[..., Any], write: Callable[[Tensor], Any]) -> Any:
+    """Outputs and inputs after a write into each output, and the gradients; or at what the write made torch raise."""
+    leaves = tensors_of(call)
+    inputs, raises = [x * 1 for x in leaves], "write"
+    full = call.replace(call.differentiable(), inputs)
+    outputs = tensors_in(seeded(function)(*full.args, **full.kwargs))
+    try:
+        for output in outputs:
+            write(output)
+        raises = "backward"
+        total = sum((x * like(x, seed)).sum() for seed, x in enumerate([*outputs, *inputs]))
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    except RuntimeError:
+        return raises
+    return outputs, inputs, gradients
+
+
+def test_writes_into_outputs(op: Op, call: Call) -> None:
+    """What torch lets one write into, ours does, with torch's values and gradients. Where torch has kept what was
+    written over, and raises in backward, ours raises, or has the gradients of a write into a copy."""
+
+    def copied(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return [x.clone() for x in tensors_in(op.function(*args, **kwargs))]
+
+    for name, write in WRITES.items():
+        ours, expected = (written_into(call, function, write) for function in (op.function, op.reference))
+        if expected == "backward" and ours != expected:
+            expected = written_into(call, copied, write)
+        if isinstance(ours, str) or isinstance(expected, str):
+            assert ours == expected, f"{name}: ours {ours}, torch {expected}"
+            continue
+        for our, their in zip(tree_leaves(ours), tree_leaves(expected), strict=True):
+            assert (our is None) == (their is None), name
+            if our is not None:
+                assert_close(our, their, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_only_our_rules_in_the_graph(op: Op, call: Call) -> None:
     output = of_tensors(op, call)(*tensors_of(call))
     assert not foreign(output)
