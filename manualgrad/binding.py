@@ -193,8 +193,8 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 class _Module(str):
-    """The ``__module__`` of a class of ours. For an instance it is "torch.nn": torch.fx calls layers of that name as
-    they are and does not trace them."""
+    """The ``__module__`` of a class of ours. For an instance it is "torch.nn": torch.fx calls layers of that name
+    as they are and does not trace them."""
 
     __slots__ = ()
 

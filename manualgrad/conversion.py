@@ -65,8 +65,8 @@ def convert(model: Model, *, functional: bool = False, fused_loss: bool = False)
         language_models = [module for module in plan.modules if adapters.fuses(module)]
         if not language_models:
             raise ValueError(
-                f"fused_loss: in this {type(model).__name__} there is no causal language model of transformers with "
-                "a linear head and the usual loss"
+                f"fused_loss: in this {type(model).__name__} there is no causal language model of transformers "
+                "with a linear head and the usual loss"
             )
         for module in language_models:
             head: Any = module.get_output_embeddings()  # pyright: ignore[reportCallIssue]

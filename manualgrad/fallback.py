@@ -174,14 +174,16 @@ def with_torchs_say(reference: Callable[..., Any], function: Callable[..., Any])
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if has_torch_function_variadic(*args, *kwargs.values()):
-            if reason := reason_for_torch([*args, *kwargs.values()]):
+        values = (*args, *kwargs.values()) if kwargs else args
+        if has_torch_function_variadic(*values):
+            if reason := reason_for_torch(values):
                 fallback(function, reason)
                 return reference(*args, **kwargs)
-            if likes := tensor_likes([*args, *kwargs.values()]):
+            if likes := tensor_likes(values):
                 return handle_torch_function(run, likes, *args, **kwargs)  # Tensor's own handler
-        for x in args[:2] or kwargs.values():
-            if type(x) in PLAIN and (x.layout is not _strided or x.is_nested):
+        for x in values[:2]:  # the input, and a weight or target
+            kind = type(x)
+            if (kind is Tensor or kind is Parameter) and (x.layout is not _strided or x.is_nested):
                 fallback(function, unusual(x))
                 return reference(*args, **kwargs)
         try:
@@ -191,7 +193,7 @@ def with_torchs_say(reference: Callable[..., Any], function: Callable[..., Any])
         except Exception as error:
             if isinstance(error, UNRELATED_ERRORS) or torch.compiler.is_compiling():
                 raise
-            if reason := reason_for_torch([*args, *kwargs.values()]):
+            if reason := reason_for_torch(values):
                 fallback(function, reason)
                 return reference(*args, **kwargs)
             raise_torchs_error(reference, args, kwargs)

@@ -224,7 +224,7 @@ def test_fx_traces_a_converted_model(make: Callable[[], nn.Module], training: bo
     assert_close(step(copy.deepcopy(traced)), expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*is deprecated:FutureWarning")
 def test_jit_trace_records_torchs_functions() -> None:
     model = Calling().eval()
     expected = step(copy.deepcopy(model))
@@ -245,7 +245,9 @@ def test_export_keeps_working() -> None:
     assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Please use quant_min", "ignore:torch.quantize")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:.*is deprecated:FutureWarning", "ignore:Please use", "ignore:torch.quan"
+)
 def test_tools_that_look_at_classes_say_what_to_do() -> None:
     from torch.ao import quantization
     from torch.ao.quantization.quantize_fx import prepare_fx
