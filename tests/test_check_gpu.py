@@ -179,3 +179,20 @@ def test_measured_in_turn() -> None:
     assert (not_run["status"], not_run["detail"]) == (NOT_RUN, "other stops with RuntimeError: no compiler")
     (wrong,) = gpu_stages.measured({"ours": lambda: failing}, "cpu", 0.01, "case")
     assert wrong["status"] == WRONG
+
+
+def test_a_lost_device_needs_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an illegal memory access; an error that leaves the device usable does not."""
+    found: list[dict[str, Any]] = []
+
+    def part() -> list[dict[str, Any]]:
+        raise RuntimeError("too small")
+
+    assert not gpu_stages.tries(part, "cpu", lambda **row: found.append(row))
+
+    def check(device: str) -> None:
+        raise gpu_stages.DeviceLost("an illegal memory access")
+
+    monkeypatch.setattr(gpu_stages, "check_device", check)
+    assert gpu_stages.tries(lambda: [], "cpu", lambda **row: found.append(row))
+    assert [row["detail"] for row in found] == ["RuntimeError: too small", "DeviceLost: an illegal memory access"]
