@@ -111,7 +111,7 @@ def deadline(stage: int, options: argparse.Namespace) -> float:
 # The process that does the work
 
 UNUSABLE, AGAIN = 2, 3
-"""Its exit status where there is no such device, and where it lost the device: another process continues."""
+"""Its exit status for wrong arguments, and where it lost the device: another process continues."""
 
 
 def work(options: argparse.Namespace) -> int:
@@ -129,10 +129,14 @@ def work(options: argparse.Namespace) -> int:
 
     lines = Lines(options.out)
     if not gpu_stages.has(options.device):
-        print(f"torch finds no {options.device} device here", file=sys.stderr)
+        print(f"--device: torch finds no {options.device} device here", file=sys.stderr)
         return UNUSABLE
     lines.put(environment=gpu_stages.environment(options.device))
     stages = {n: gpu_stages.STAGES[n](options) for n in options.stages}
+    names = [name for items in stages.values() for name in items]
+    if unknown := [x for x in options.only if not any(wanted(name, [x]) for name in names)]:
+        print("--only: there is no", ", ".join(unknown), file=sys.stderr)
+        return UNUSABLE
     for n, items in stages.items():
         lines.put(stage=n, items=[name for name in items if wanted(name, options.only)])
     for n, items in stages.items():
@@ -292,13 +296,8 @@ def main() -> int:
     for name in ("lines.jsonl", "log.txt"):
         (options.out / name).write_text("")
     if supervise(options) == UNUSABLE:
-        print("error:", ending(UNUSABLE, options.out / "log.txt"), file=sys.stderr)
-        return 2
-    lines = Lines(options.out)
-    names = [name for n in options.stages for items in lines.of(n, "items") for name in items]
-    if unknown := [x for x in options.only if not any(wanted(name, [x]) for name in names)]:
-        print("error: --only: there is no", ", ".join(unknown), file=sys.stderr)
-        return 2
+        print("error:", (options.out / "log.txt").read_text().splitlines()[-1], file=sys.stderr)
+        return UNUSABLE
     text, status = report(options, finished=True)
     print(f"\n{text}\nwritten to {options.out}: report.md, results.json, lines.jsonl, log.txt")
     return status

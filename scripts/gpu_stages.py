@@ -45,8 +45,8 @@ Items = dict[str, Part]
 """The parts of a stage. A name is that of an operation, module or model, then a comma and how it is tried."""
 
 FACTOR, PLACES, PLACES_APART = 2, 4, 16
-"""The error that is allowed: so many times torch's plus so many units in the last place. Where torch's result is the
-truth, only so many units."""
+"""The error that is allowed: so many times torch's plus so many units in the last place. Where torch's result is
+the truth, only so many units."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAWS = ("double_backward", "forward_mode", "autocast", "vmap")
 LIKELY = (
@@ -193,11 +193,11 @@ def operations() -> dict[str, Op]:
 
 def stage_operations(options: argparse.Namespace) -> Items:
     def samples(op: Op) -> Iterator[Row]:
-        for number, shown in enumerate(op.samples(Maker())):
-            for name, dtype in DTYPES.items():
-                call = list(op.samples(Maker(dtype)))[number]
-                row = compared(of_operation(op, call), options.device, dtype, torch_is_wrong(op))
-                yield {"case": f"sample {number} ({shown}), {name}", **row}
+        calls = {dtype: list(op.samples(Maker(dtype))) for dtype in DTYPES.values()}
+        for number in range(len(calls[torch.float32])):
+            for dtype, samples in calls.items():
+                row = compared(of_operation(op, samples[number]), options.device, dtype, torch_is_wrong(op))
+                yield {"case": f"sample {number} ({samples[number]})", **row}
 
     def laws(op: Op) -> Iterator[Row]:
         call = next(iter(op.samples(Maker())))
@@ -451,7 +451,7 @@ def stage_speed(options: argparse.Namespace) -> Items:
         dtype = DTYPES[name]
         call = op.big(Maker(dtype))
         row = compared(of_operation(op, call), device, dtype, torch_is_wrong(op), truth=device)
-        yield {"case": f"{call}, {name}", **row}
+        yield {"case": str(call), **row}
         functions = {"ours": op.function, "torch": op.reference}
         makers = {who: partial(made, op, function, dtype) for who, function in functions.items()}
         yield from measured(makers, device, seconds, name)
@@ -544,7 +544,7 @@ def stage_models(options: argparse.Namespace) -> Items:
         yield from measured(stepping(case, runs, device, dtype), device, seconds, f"{case.title}, {name}")
 
     compiled = {"ours compiled": "ours_compiled", "torch.compile": "compiled"}
-    items: Items = {case.name: partial(eager, case) for case in cases}
+    items: Items = {f"{case.name}, eager": partial(eager, case) for case in cases}
     return items | {f"{case.name}, compiled": partial(times, case, compiled) for case in cases}
 
 

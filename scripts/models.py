@@ -370,6 +370,10 @@ def geglu() -> nn.Module:
     )
 
 
+def softmax() -> nn.Module:
+    return Layer(lambda x: F.softmax(x, -1), lambda x: liger().liger_softmax(x), (4096, 4096))
+
+
 def cross_entropy() -> nn.Module:
     return Layer(
         lambda x, target: F.cross_entropy(x, target),
@@ -486,6 +490,7 @@ LAYERS = [
     Case("liger_layer_norm", "LayerNorm, 4096x4096", layer_norm, lambda: (), _LAYERS),
     Case("liger_swiglu", "SwiGLU, 4096x11008", swiglu, lambda: (), _LAYERS),
     Case("liger_geglu", "GeGLU, 4096x11008", geglu, lambda: (), _LAYERS),
+    Case("liger_softmax", "softmax, 4096x4096", softmax, lambda: (), _LAYERS),
     Case("liger_cross_entropy", "cross entropy, 4096x32000", cross_entropy, targets(32000), _LAYERS),
     Case(
         *("liger_linear_cross_entropy", "linear cross entropy, 4096x4096, V=32000"),
