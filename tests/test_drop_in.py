@@ -398,7 +398,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 
 
 def written_into(call: Call, function: Callable[..., Any], write: Callable[[Tensor], Any]) -> Any:
-    """Outputs and inputs after a write into each output, and the gradients; or at what the write made torch raise."""
+    """Outputs and inputs after a write into each output, and the gradients; or where it raises."""
     leaves = tensors_of(call)
     inputs, raises = [x * 1 for x in leaves], "write"
     full = call.replace(call.differentiable(), inputs)
