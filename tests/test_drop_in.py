@@ -407,7 +407,7 @@ def written_into(call: Call, function: Callable[..., Any], write: Callable[[Tens
         for output in outputs:
             write(output)
         raises = "backward"
-        total = sum((x * like(x, seed)).sum() for seed, x in enumerate([*outputs, *inputs]))
+        total = joined([(x * like(x, seed)).sum() for seed, x in enumerate([*outputs, *inputs])]).sum()
         gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     except RuntimeError:
         return raises
