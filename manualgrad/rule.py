@@ -147,8 +147,8 @@ def kept_by(node: Any) -> tuple[type[Rule], dict[str, Any]] | None:
 
 
 _ZERO = "zero_"
-"""What forward mode keeps besides: the gradient 0 of the output, one number in memory. (It needs the output's shape.
-The output itself, if it were kept, nobody could write into.)"""
+"""What forward mode keeps for the output's shape: a gradient of zeros, one number in memory. (If the output itself
+were kept, nobody could write into it.)"""
 
 _LOW = (torch.bfloat16, torch.float16)
 LOWER = {"cpu": "lower", "cuda": "lower"}

@@ -398,7 +398,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 
 
 def written_into(call: Call, function: Callable[..., Any], write: Callable[[Tensor], Any]) -> Any:
-    """Outputs and inputs after a write into each output, and the gradients; or at what the write made torch raise."""
+    """Outputs and inputs after a write into each output, and the gradients; or where it raises."""
     leaves = tensors_of(call)
     inputs, raises = [x * 1 for x in leaves], "write"
     full = call.replace(call.differentiable(), inputs)
@@ -407,7 +407,7 @@ def written_into(call: Call, function: Callable[..., Any], write: Callable[[Tens
         for output in outputs:
             write(output)
         raises = "backward"
-        total = sum((x * like(x, seed)).sum() for seed, x in enumerate([*outputs, *inputs]))
+        total = joined([(x * like(x, seed)).sum() for seed, x in enumerate([*outputs, *inputs])]).sum()
         gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     except RuntimeError:
         return raises

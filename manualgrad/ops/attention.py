@@ -38,7 +38,7 @@ class AttentionFunction(Rule):
     dS = σ dQ Kᵀ + σ Q dKᵀ + dM               ∂L/∂Q = σ (∂L/∂S) K     ∂L/∂K = σ (∂L/∂S)ᵀ Q    ∂L/∂M = ∂L/∂S
 
     P is not kept but computed anew, on the CPU for some heads and rows at a time, which stay in the cache. A row
-    that M excludes altogether has y = 0, and sends nothing. (δ = Σ g y as well. But then y would be kept, and nobody
+    that M excludes altogether has y = 0, and sends nothing. (Also δ = Σ g y. But then y would be kept, and nobody
     could write into it, which torch allows wherever it calls no fused kernel.)
 
     Vaswani et al., "Attention Is All You Need", 2017; Dao et al., "FlashAttention", 2022.

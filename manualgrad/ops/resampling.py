@@ -344,7 +344,7 @@ class GridNearestFunction(Rule):
         images = torch.stack([number >> (bits * i) & (2**bits - 1) for i in range(digits)]).to(dtype)
         images = images.reshape(1, digits, *sizes).expand(n, digits, *sizes)
         shown = torch.grid_sampler(images, grid.detach().to(dtype), _NEAREST, padding, aligned).long()
-        return sum(shown[:, i] << (bits * i) for i in range(digits))
+        return torch.stack([shown[:, i] << (bits * i) for i in range(digits)]).sum(0)
 
     def grad_input(grad: Tensor, taken: Tensor, shape: tuple[int, ...]) -> Tensor:
         n, c, *sizes = shape
