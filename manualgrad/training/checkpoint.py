@@ -7,6 +7,7 @@ comment at the end of that zip archive is the SHA-256 of all the bytes before it
 import hashlib
 import os
 import pickle
+import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -166,7 +167,7 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no checkpoint")
     try:
         _check_seal(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = _load(path)
     except Exception as error:  # a file that is none of ours raises half a dozen kinds, all of them meaning this
         reason = str(error).strip().partition("\n")[0]
         if isinstance(error, pickle.UnpicklingError):
@@ -176,6 +177,14 @@ def load(path: Path) -> dict[str, Any]:
         found = payload.get("format") if isinstance(payload, dict) else None
         raise CheckpointError(f"{path} is not a checkpoint of this trainer (format {found!r}, not {FORMAT})")
     return _with_numpys(payload)
+
+
+def _load(file: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # torch tells that it checks sparse tensors: such a file is whole all the same
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _check_seal(path: Path) -> None:
@@ -315,7 +324,7 @@ def _read_back(value: Any, path: str) -> Any:
     try:
         torch.save(value, file)
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return _load(file)
     except Exception as error:  # whatever its methods for pickle raise
         kind = type(value)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
