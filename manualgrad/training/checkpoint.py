@@ -269,8 +269,6 @@ def plain(payload: Mapping[str, Any], copy: bool = True) -> dict[str, Any]:
         return of(key.item() if isinstance(key, np.generic) else key, f"{path}, the key {key!r}", ())
 
     def of_tensor(tensor: Tensor, path: str) -> Tensor:
-        if nn.parameter.is_lazy(tensor):
-            raise CheckpointError(f"{path} has no shape yet: run the model once before it is trained")
         if type(tensor) not in (Tensor, nn.Parameter) and not (isinstance(tensor, DTensor) and not copy):
             return _read_back(tensor.detach().cpu(), path)
         if not copy:
