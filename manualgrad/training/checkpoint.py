@@ -8,6 +8,7 @@ import hashlib
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
@@ -181,7 +182,7 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no checkpoint")
     try:
         _check_seal(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = _load(path)
     except Exception as error:  # a file that is none of ours raises half a dozen kinds, all of them meaning this
         reason = str(error).strip().partition("\n")[0]
         if isinstance(error, pickle.UnpicklingError):
@@ -191,6 +192,14 @@ def load(path: Path) -> dict[str, Any]:
         found = payload.get("format") if isinstance(payload, dict) else None
         raise CheckpointError(f"{path} is not a checkpoint of this trainer (format {found!r}, not {FORMAT})")
     return _with_numpys(payload)
+
+
+def _load(file: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # torch tells that it checks sparse tensors: such a file is whole all the same
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _check_seal(path: Path) -> None:
@@ -275,8 +284,6 @@ def plain(payload: Mapping[str, Any], copy: bool = True) -> dict[str, Any]:
         return of(key.item() if isinstance(key, np.generic) else key, f"{path}, the key {key!r}", ())
 
     def of_tensor(tensor: Tensor, path: str) -> Tensor:
-        if nn.parameter.is_lazy(tensor):
-            raise CheckpointError(f"{path} has no shape yet: run the model once before it is trained")
         if type(tensor) not in (Tensor, nn.Parameter) and not (isinstance(tensor, DTensor) and not copy):
             return _read_back(tensor.detach().cpu(), path)
         if not copy:
@@ -330,7 +337,7 @@ def _read_back(value: Any, path: str) -> Any:
     try:
         torch.save(value, file)
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return _load(file)
     except Exception as error:  # whatever its methods for pickle raise
         kind = type(value)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
