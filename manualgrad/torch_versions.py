@@ -16,6 +16,9 @@ TRIED = ("2.11.0", "2.13.0", "2.14.1", "2.15.0")
 CLAMP_PASSES_AT_ITS_BOUND = torch.__version__ < TorchVersion("2.14")
 """The derivative of clamp where x is the bound: 1 before torch 2.14, 0 since."""
 
+PACKED_LSTM_BY_STEPS = torch.__version__ < TorchVersion("2.13")
+"""On the CPU an LSTM takes packed sequences of equal lengths step by step; since then by oneDNN's kernel."""
+
 PRIVATE = (
     "torch.Tensor._is_view",
     "torch.Tensor._version",

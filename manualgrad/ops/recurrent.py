@@ -15,6 +15,7 @@ from manualgrad.ops.dropout import dropout
 from manualgrad.ops.elementary import Misfit, choose, drop_in, rows
 from manualgrad.registry import Call, Maker, register
 from manualgrad.rule import LOWER, Rule, plain
+from manualgrad.torch_versions import PACKED_LSTM_BY_STEPS
 
 Sizes = tuple[int, ...]
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -198,10 +199,12 @@ def _gru_cell(a: Tensor, m: Tensor, h: Tensor) -> Tensor:
 
 
 def _gru_gates(a: Tensor, m: Tensor) -> Tensors:
-    """r, z, n, mⁿ"""
-    (ar, az, an), (mr, mz, mn) = a.chunk(3, 1), m.chunk(3, 1)
-    r = (mr + ar).sigmoid()
-    return r, (mz + az).sigmoid(), (an + mn * r).tanh(), mn
+    """r, z, n, mⁿ      (r and z out of columns of one tensor, as in torch: the last bit of a sigmoid may depend on
+    how its numbers lie in memory)"""
+    (*_, an), (*_, mn) = a.chunk(3, 1), m.chunk(3, 1)
+    k = 2 * (m.shape[1] // 3)
+    r, z = (x.sigmoid() for x in (m[:, :k] + a[:, :k]).chunk(2, 1))
+    return r, z, (an + mn * r).tanh(), mn
 
 
 class GRUFunction(Recurrence):
@@ -430,7 +433,8 @@ def _layers(rule: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     each, directions = 2 + 2 * biased + projected, 1 + both
     if not sizes or len(params) != each * directions * layers:
         raise RuntimeError("at least one step and as many weights as layers and directions expected")
-    if rule is LSTMFunction and len(set(sizes)) > 1 and not projected:
+    by_steps = len(set(sizes)) > 1 or (packed and PACKED_LSTM_BY_STEPS)
+    if rule is LSTMFunction and by_steps and not projected:
         rule = SteppedLSTMFunction
     if any(len(x) != directions * layers for x in states):
         raise Misfit(f"hidden states of {directions * layers} layers and directions expected")
