@@ -175,7 +175,7 @@ def with_torchs_say(reference: Callable[..., Any], function: Callable[..., Any])
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         values = (*args, *kwargs.values()) if kwargs else args
-        if has_torch_function_variadic(*values):
+        if has_torch_function_variadic(*values) or tracing_state() is not None:
             if reason := reason_for_torch(values):
                 fallback(function, reason)
                 return reference(*args, **kwargs)

@@ -484,7 +484,7 @@ def _entry(rule: type[Rule], thrifty: Any, twin: Any) -> Callable[..., Any]:
         elif _transformed():
             result = general(*[_Whole(x) if type(x) is tuple else x for x in args])
         elif torch.is_grad_enabled() or _forward_mode():
-            # torch.jit.trace records no Function, but torch's functions (77 ns: the state is asked for here only)
+            # torch.jit.trace records no Function, but torch's functions
             result = direct(*args) if tracing_state() is None else traced(*args)
         else:
             result = forward(*args)

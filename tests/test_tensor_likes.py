@@ -225,11 +225,12 @@ def test_fx_traces_a_converted_model(make: Callable[[], nn.Module], training: bo
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*is deprecated:FutureWarning")
-def test_jit_trace_records_torchs_functions() -> None:
+@pytest.mark.parametrize("functional", [False, True])
+def test_jit_trace_records_torchs_functions(functional: bool) -> None:
     model = Calling().eval()
     expected = step(copy.deepcopy(model))
     with record_fallbacks() as fallbacks:
-        traced: Any = torch.jit.trace(convert(model, functional=True), torch.randn(3, 1, 8, 8))
+        traced: Any = torch.jit.trace(convert(model, functional=functional), torch.randn(3, 1, 8, 8))
     assert any("jit.trace" in found.reason for found in fallbacks)
     assert_close(step(traced), expected)
 
