@@ -135,7 +135,9 @@ def network(job: Job) -> nn.Module:
     model.to(torch.float64 if job.plain else torch.float32)
     if job.layers == "converted":
         manualgrad.convert(model)
-    return torch.compile(model) if job.layers == "compiled" else model  # pyright: ignore[reportReturnType]
+    # For each size of a batch one program: by default what a size gets depends on the sizes seen before it, and a
+    # run that goes on has seen others than one that nothing happened to.
+    return torch.compile(model, dynamic=False) if job.layers == "compiled" else model  # pyright: ignore
 
 
 def trainer(

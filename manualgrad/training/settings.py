@@ -36,7 +36,8 @@ class TrainingSettings(CommandLine):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """The precision of autocast; float32 turns autocast off, float16 scales the loss as well."""
     compile: bool = False
-    """Train what torch.compile makes of the model."""
+    """Train what torch.compile makes of the model. A resumed run is then exact to the last bit only where all
+    batches have one size: the program for a second size depends on the sizes that were compiled before it."""
     accumulate: PositiveInt = 1
     """How many batches make one update: their gradient is that of one batch holding them all."""
     clip_norm: PositiveFloat | None = None
