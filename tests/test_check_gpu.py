@@ -194,5 +194,5 @@ def test_a_lost_device_needs_another_process(monkeypatch: pytest.MonkeyPatch) ->
         raise gpu_stages.DeviceLost("an illegal memory access")
 
     monkeypatch.setattr(gpu_stages, "check_device", check)
-    assert gpu_stages.tries(lambda: [], "cpu", lambda **row: found.append(row))
+    assert gpu_stages.tries(list, "cpu", lambda **row: found.append(row))
     assert [row["detail"] for row in found] == ["RuntimeError: too small", "DeviceLost: an illegal memory access"]
