@@ -202,7 +202,6 @@ def nothing_leaks(subject: Subject) -> None:
     """Without the garbage collector, every tensor is gone when the caller lets go of the output. (A module may
     keep what it made, if the next call replaces it.)"""
     subject = subject.in_use()
-    subject = subject.in_use()
     for _ in range(2):  # constants that are cached once stay
         _run_and_forget(subject)
     was_on = gc.isenabled()
