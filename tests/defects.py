@@ -829,21 +829,6 @@ def _(ctx: Any, x: Tensor) -> Any:
     return OUTPUTS[-1]
 
 
-class Gathering(torch.nn.Module):
-    """x², and every output is kept in a list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outputs: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Any:
-        self.outputs.append(x * x)
-        return self.outputs[-1]
-
-
-planted("outputs gathered by a module", "nothing_leaks")(Gathering())
-
-
 @backward("latest gradient kept in a global", "nothing_leaks")
 def _(ctx: Any, grad: Tensor) -> Any:
     (x,) = ctx.saved_tensors
@@ -860,6 +845,21 @@ class Remembering(Square):
         Remembering.latest = 1 * x
         ctx.save_for_backward(x)
         return x * x
+
+
+class Gathering(torch.nn.Module):
+    """x², and every output is kept in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Any:
+        self.outputs.append(x * x)
+        return self.outputs[-1]
+
+
+planted("outputs gathered by a module", "nothing_leaks")(Gathering())
 
 
 # The second backward of one graph.
@@ -1452,7 +1452,6 @@ FACTORS = numbers((3, 4), (4, 2))
 planted("upstream of another type than what was kept", "autocast", FACTORS)(Matmul)
 
 
-@planted("mask forgotten in low precision", "autocast")
 class RandomMask(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Any:
@@ -1464,6 +1463,9 @@ class RandomMask(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (mask,) = ctx.saved_tensors
         return grad * mask if grad.dtype == torch.float64 else grad
+
+
+planted("mask forgotten in low precision", "autocast")(seeded(RandomMask.apply))
 
 
 @forward("print in forward", "compile", require=("compile",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from defects import DEFECTS, Defect
 from sound import SOUND, Sound
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 from manualgrad import verify
 from manualgrad.verification import LAWS
@@ -122,6 +124,28 @@ def test_the_world_is_left_as_it_was() -> None:
     assert torch.equal(before[1], after[1])
     assert before[2:] == after[2:]
     assert not x.requires_grad
+
+
+def test_a_module_and_its_generator_are_left_as_they_were() -> None:
+    class Noisy(nn.GRU):
+        generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            self.latest = x * torch.rand(x.shape, generator=self.generator, dtype=x.dtype) * random.random()
+            return super().forward(self.latest)[0]
+
+    module = Noisy(2, 2).double()
+    before = dict(vars(module)), [id(w) for w in module._flat_weights], module.generator.get_state()
+    verify(module, pair()[0][..., :2], laws=["gradient", "nothing_leaks", "deterministic"]).raise_if_failed()
+    assert vars(module) == before[0]
+    assert [id(w) for w in module._flat_weights] == before[1]
+    assert torch.equal(module.generator.get_state(), before[2])
+
+
+def test_a_reentrant_checkpoint_is_not_applicable() -> None:
+    report = verify(lambda x: checkpoint(torch.sin, x, use_reentrant=True), pair()[0], laws=["gradient"])
+    assert report.rows[0].verdict == "not applicable"
+    assert "use_reentrant=False" in report.rows[0].evidence
 
 
 @pytest.mark.parametrize(
