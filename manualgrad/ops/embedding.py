@@ -134,7 +134,8 @@ class EmbeddingBagFunction(Rule):
     ) -> Tensor | None:
         """The places that the value counts, unless all."""
         inside = index != padding if kernel.has_padding else None
-        if not with_last:
+        seen = index.is_cpu and nothing_looks_on(index, offsets)  # without a wait for another device
+        if not with_last or (seen and int(offsets[-1]) == len(index)):
             return inside
         before = (places < offsets[-1]) | kernel.adds_the_rest(index.device)[0, 0]
         return before if inside is None else inside & before

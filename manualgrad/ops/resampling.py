@@ -140,15 +140,21 @@ class NearestFunction(Rule):
     def grad_input(grad: Tensor, nearest: Nearest) -> Tensor:
         plain = nothing_looks_on(grad)
         layout = suggest_memory_format(grad) if plain else None
-        for axis in range(-1, -len(nearest.shape) - 1, -1):
+        axes = range(-1, -len(nearest.shape) - 1, -1)
+        repeats = {axis: nearest.repeats(axis, grad.shape[axis]) for axis in axes}
+        places: list[Tensor] = []
+        if not all(repeats.values()):
+            places = (_taken if plain else Nearest.taken)(nearest, grad.device)
+            if channels_last(grad):
+                return _collected_pixels(grad, nearest.shape, places)
+        for axis, count in repeats.items():
             n = nearest.shape[axis]
-            if repeats := nearest.repeats(axis, grad.shape[axis]):
+            if count:
                 before, after = grad.shape[:axis], grad.shape[grad.dim() + axis + 1 :]
-                parts = grad.reshape(*before, n, repeats, *after).unbind(axis)
+                parts = grad.reshape(*before, n, count, *after).unbind(axis)
                 grad = functools.reduce(torch.add, parts)
             else:
-                taken = _taken if plain else Nearest.taken
-                grad = _collected(grad, axis, n, taken(nearest, grad.device)[axis])
+                grad = _collected(grad, axis, n, places[axis])
         return grad if layout is None else grad.contiguous(memory_format=layout)
 
 
@@ -156,8 +162,8 @@ def _with_kernel(
     input: Tensor, size: tuple[int, ...] | None, scale: tuple[float, ...] | None, mode: str
 ) -> tuple[Tensor, Nearest]:
     """The input as autocast has it, and the kernel that takes it."""
-    (input,) = cast(NearestFunction, (input,))
     shape = tuple(input.shape[2:])
+    (input,) = cast(NearestFunction, (input,))
     form = _CHANNELS_LAST.get(len(shape))
     eager = not torch.compiler.is_compiling()  # what torch.compile puts in place of a kernel knows no layouts
     innermost = eager and form is not None and not is_batched(input) and input.is_contiguous(memory_format=form)
@@ -168,12 +174,19 @@ def _collected(tensor: Tensor, axis: int, n: int, places: Tensor) -> Tensor:
     """Along an axis each of n places has the sum of what was sent to it."""
     shape = list(tensor.shape)
     shape[axis] = n
-    zeros = tensor.new_zeros(shape)
-    if not nothing_looks_on(tensor):
-        return zeros.index_add(axis, places, tensor)
-    if channels_last(tensor):
-        zeros = zeros.to(memory_format=suggest_memory_format(tensor))
-    return zeros.index_add_(axis, places, tensor)
+    add = torch.Tensor.index_add_ if nothing_looks_on(tensor) else torch.Tensor.index_add
+    return add(tensor.new_zeros(shape), axis, places, tensor)
+
+
+def _collected_pixels(image: Tensor, sizes: tuple[int, ...], places: list[Tensor]) -> Tensor:
+    """The same along all axes in one step, of pixels whose channels lie together."""
+    n, c = image.shape[:2]
+    index = torch.arange(n, device=image.device)
+    for size, along in zip(sizes, places, strict=True):
+        index = index.unsqueeze(-1) * size + along
+    sent = image.movedim(1, -1).reshape(-1, c)
+    found = added(sent.new_zeros(n * math.prod(sizes), c), 0, index.reshape(-1, 1).expand(-1, c), sent)
+    return found.reshape(n, *sizes, c).movedim(-1, 1)
 
 
 _BAND = 64
