@@ -114,7 +114,9 @@ def save(path: Path, payload: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: where it cannot be written.
+        CheckpointError: for what `load` could not read (see `plain`).
     """
+    payload = plain(payload, copy=False)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:  # given a name, torch would not say why it could not write
