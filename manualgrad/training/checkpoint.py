@@ -119,7 +119,9 @@ def save(path: Path, payload: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: where it cannot be written.
+        CheckpointError: for what `load` could not read (see `plain`).
     """
+    payload = plain(payload, copy=False)
     with _replacing(path) as temporary:
         with temporary.open("wb") as file:  # given a name, torch would not say why it could not write
             torch.save({"format": FORMAT, **payload}, file)
