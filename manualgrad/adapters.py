@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
@@ -102,7 +103,12 @@ def _agrees(module: nn.Module, adapter: Adapter) -> bool:
 def _result(forward: Callable[[Any, Tensor], Tensor], module: nn.Module, trial: Tensor) -> Tensor | None:
     """What a forward gives for a trial; None: it refuses it."""
     try:
-        with torch.no_grad(), torch.random.fork_rng([trial.device] if trial.is_cuda else []):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng([trial.device] if trial.is_cuda else []),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
             return forward(module, trial)
     except UNRELATED_ERRORS:
         raise

@@ -9,6 +9,7 @@ modules, parameters, buffers, hooks, optimizers and tied weights stay the object
                                 what becomes of the one beneath
     known to an adapter         a subclass, made here, with the adapter's forward (`manualgrad.adapters`)
     any other, with a forward   if ``functional``, a subclass, made here, whose forward runs inside `enabled`
+    ReLU in place before a pool a subclass, made here, that saves a bit mask: no pool saves what it is given
 
 Functions that modules hold (an ``activation``) are exchanged in the same way. `revert` reads all of it off the
 classes; nothing is kept elsewhere, and a converted model can be copied, pickled and sent to another process.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ from torch.nn.utils import parametrize
 from manualgrad import adapters, binding
 from manualgrad.enabling import enabled
 from manualgrad.nn import functional as our_functional
+from manualgrad.ops.activation import leaky_relu_with_mask, relu_with_mask
 
 Model = TypeVar("Model", bound=nn.Module)
 Class = type[nn.Module]
@@ -61,6 +64,11 @@ def convert(model: Model, *, functional: bool = False, fused_loss: bool = False)
     plan = _Plan(model, _our_functions())
     for module in plan.modules:
         plan.give(module, lambda module: _becomes(module, functional).kind)
+    for module in plan.modules:
+        if isinstance(module, nn.Sequential):
+            for activation, following in itertools.pairwise(module):
+                if isinstance(following, _POOLS) and getattr(activation, "inplace", False):
+                    plan.give(activation, lambda activation: _masked(plan.kinds[activation]))
     if fused_loss:
         language_models = [module for module in plan.modules if adapters.fuses(module)]
         if not language_models:
@@ -207,7 +215,7 @@ def _becomes(module: nn.Module, functional: bool) -> _Fate:
     if parametrize.is_parametrized(module):
         beneath, note = _class_becomes(kind.__bases__[0], functional)
         return _Fate(_over(beneath, kind), note)
-    if _class_was(kind) is kind and (forward := adapters.adapted(module)):
+    if _class_was(kind) is kind and _ours(kind) is kind and (forward := adapters.adapted(module)):
         return _Fate(_adapted(kind, forward))
     return _class_becomes(kind, functional)
 
@@ -337,6 +345,34 @@ def _adapted(kind: Class, adapter: Callable[[Any, Tensor], Tensor]) -> _Contents
         return adapter(self, *args, *kwargs.values())
 
     return (kind,), {"forward": forward, "_note": f"its forward is {adapter.__module__}.{adapter.__qualname__}"}
+
+
+_POOLS = tuple(
+    getattr(nn, f"{kind}Pool{n}d") for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for n in (1, 2, 3)
+)
+
+
+def _masked(kind: Class) -> Class:
+    """What saves a bit mask, if there is such a class for this one of ours."""
+    if kind is _ours(nn.ReLU):
+        return _saving_mask(kind, _relu_with_mask)
+    return _saving_mask(kind, _leaky_relu_with_mask) if kind is _ours(nn.LeakyReLU) else kind
+
+
+def _relu_with_mask(self: Any, input: Tensor) -> Tensor:
+    return relu_with_mask(input) if self.inplace else our_functional.relu(input)
+
+
+def _leaky_relu_with_mask(self: Any, input: Tensor) -> Tensor:
+    if not self.inplace:
+        return our_functional.leaky_relu(input, self.negative_slope)
+    return leaky_relu_with_mask(input, self.negative_slope)
+
+
+@_maker
+def _saving_mask(kind: Class, forward: Callable[..., Tensor]) -> _Contents:
+    """An activation in place before a pool."""
+    return (kind,), {"forward": forward, "_note": "saves a bit mask, as the pool that follows saves no input"}
 
 
 def _fused_once(kind: Class, contents: Callable[[Class], dict[str, Any]]) -> Class:

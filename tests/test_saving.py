@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import manualgrad.nn.functional as F
-from manualgrad import convert, enabled, nn, saved_bytes, saving
+from manualgrad import convert, enabled, nn, revert, saved_bytes, saving
 from manualgrad.ops.elementary import product
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.registry import Maker, Op
@@ -523,6 +524,29 @@ def test_in_place_keeps_no_more(activation: str, small: bool, monkeypatch: pytes
                 for model in (ours, theirs)
             ]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky relu"])
+def test_in_place_before_a_pool(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool saves nothing of its input, so a bit mask is enough."""
+    monkeypatch.setattr(saving, "SMALL", 0)
+    x = torch.randn(2, 2, SIDE, SIDE)
+
+    def network(inplace: bool) -> torch.nn.Module:
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(2, 4, 1), ACTIVATIONS[activation](inplace), torch.nn.MaxPool2d(2)]
+        return torch.nn.Sequential(*layers, torch.nn.Conv2d(4, 2, 1))
+
+    theirs, out_of_place = network(True), convert(network(False))
+    ours = convert(convert(copy.deepcopy(theirs)))
+    assert kept_bytes(ours, x) == kept_bytes(out_of_place, x) < kept_bytes(theirs, x) / 2
+    found, expected = [
+        torch.autograd.grad(run(model, x).sin().sum(), list(model.parameters())) for model in (ours, theirs)
+    ]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    again = pickle.loads(pickle.dumps(ours))
+    assert type(again[1]) is type(ours[1])
+    assert type(revert(ours)[1]) is type(theirs[1])
 
 
 def test_in_place_in_halves_and_channels_last() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from manualgrad.ops.elementary import (
     choose,
     drop_in,
     indicator,
+    refusing_as,
     scaled,
     stands_for,
     times,
@@ -532,6 +534,18 @@ def _relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 relu = _named(_relu, "relu", ReLUFunction)
+
+
+@partial(refusing_as, partial(F.relu, inplace=True))
+def relu_with_mask(input: Tensor) -> Tensor:
+    """`relu` in place that saves a bit mask and not its output: less, if the next layer saves no output either."""
+    return _applied(ReLUFunction, input, inplace=True)
+
+
+@partial(refusing_as, partial(F.leaky_relu, inplace=True))
+def leaky_relu_with_mask(input: Tensor, negative_slope: float) -> Tensor:
+    """`leaky_relu` likewise."""
+    return _applied(LeakyReLUFunction, input, negative_slope, inplace=True)
 
 
 @drop_in
