@@ -1,4 +1,4 @@
-"""The versions of torch that every test was run on, the private names of torch that are used, and their check."""
+"""The versions of torch that were tried, the private names of torch that are used, and their check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
-TRIED = ("2.11.0", "2.13.0", "2.14.1", "2.15.0")
+TRIED = ("2.11.0", "2.13.0", "2.14.1")
 """In ascending order. `scripts/check_versions.py` runs the tests on them."""
 
 CLAMP_PASSES_AT_ITS_BOUND = torch.__version__ < TorchVersion("2.14")
@@ -23,15 +23,20 @@ PRIVATE = (
     "torch.Tensor._is_view",
     "torch.Tensor._version",
     "torch._C._are_functorch_transforms_active",
+    "torch._C._autograd.CreationMeta",
+    "torch._C._autograd._get_creation_meta",
     "torch._C._autograd._get_current_graph_task_keep_graph",
     "torch._C._autograd._top_saved_tensors_default_hooks",
+    "torch._C._disabled_torch_function_impl",
     "torch._C._dispatch_has_kernel_for_dispatch_key",
     "torch._C._functorch.get_unwrapped",
     "torch._C._functorch.is_batchedtensor",
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._C._functorch.is_legacy_batchedtensor",
+    "torch._C._get_tracing_state",
     "torch._C._is_any_autocast_enabled",
     "torch._C._nn.elu",
+    "torch._C._nn.elu_",
     "torch._ctc_loss",
     "torch._functorch.eager_transforms.JVP_NESTING",
     "torch._functorch.utils.unwrap_dead_wrappers",
@@ -40,6 +45,7 @@ PRIVATE = (
     "torch.autograd._get_sequence_nr",
     "torch.autograd.forward_ad._current_level",
     "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    "torch.nn._reduction.legacy_get_string",
     "torch.nn.modules._functions.CrossMapLRN2d",
     "torch.nn.modules._functions.SyncBatchNorm",
     "torch.nn.modules.batchnorm._BatchNorm",
@@ -47,8 +53,10 @@ PRIVATE = (
     "torch.ops.aten._batch_norm_impl_index",
     "torch.ops.aten._embedding_bag",
     "torch.ops.aten._prelu_kernel",
+    "torch.ops.aten._sample_dirichlet",
     "torch.ops.aten._scaled_dot_product_attention_math",
     "torch.ops.aten._sparse_coo_tensor_unsafe",
+    "torch.ops.aten._standard_gamma",
     "torch.ops.aten._unsafe_view",
     "torch.overrides._get_current_function_mode_stack",
     "torch.utils._python_dispatch.TorchDispatchMode",

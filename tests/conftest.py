@@ -13,6 +13,8 @@ import torch
 
 from manualgrad.registry import Maker, Op, ops
 
+os.environ.setdefault("PYTHONWARNINGS", "ignore:manualgrad was not tried with torch")  # in processes of tests
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

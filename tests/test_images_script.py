@@ -24,7 +24,8 @@ from manualgrad.training.checkpoint import all_in, load
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_images.py"
 # Two threads on images this small only wait for each other, and for the other tests.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+WARNINGS = f"error,{os.environ['PYTHONWARNINGS']}"  # of an untried torch: see conftest
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": WARNINGS}
 torch.set_num_threads(1)
 SMALL = ["--width", "4", "--batch-size", "32", "--log-every", "5", "--learning-rate", "0.02"]
 
@@ -467,7 +468,7 @@ def test_several_processes(tmp_path: Path) -> None:
     write(tmp_path / "bars")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, SCRIPT]
     arguments = ["--data", "bars", *SMALL, "--epochs", 2, "--parallel", "fsdp", "--run-dir", "run"]
-    output = process(tmp_path, *torchrun, *arguments, PYTHONWARNINGS="")
+    output = process(tmp_path, *torchrun, *arguments, PYTHONWARNINGS=os.environ["PYTHONWARNINGS"])
     assert list(figures(output)) == ["accuracy", "loss"]
     assert output.count("accuracy:") == 1
     assert {"confusion_matrix/test", "first_layer_filters"} <= set(events(tmp_path / "run").Tags()["images"])

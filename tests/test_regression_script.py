@@ -23,7 +23,8 @@ from manualgrad.training.checkpoint import all_in, load
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_regression.py"
 # Two threads on matrices this small only wait for each other, and for the other tests.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+WARNINGS = f"error,{os.environ['PYTHONWARNINGS']}"  # of an untried torch: see conftest
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": WARNINGS}
 torch.set_num_threads(1)
 SMALL = ["--width", "16", "--depth", "1", "--batch-size", "32", "--log-every", "5", "--learning-rate", "0.01"]
 
