@@ -581,7 +581,8 @@ def has(device: str) -> bool:
 
 def tries(run: Part, device: str, put: Callable[..., None]) -> bool:
     """Put each result of a part; whether the device is lost."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if device != "cpu":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     lost = False
     try:
         for row in run():

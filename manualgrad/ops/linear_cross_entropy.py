@@ -139,8 +139,17 @@ def _right(scores: Tensor, q: Answers) -> Tensor:
     """Σ_c q_c z_c"""
     found = torch.zeros_like(q.mass) if q.soft is None else (scores * q.soft).sum(1)
     if q.place is not None and q.hard is not None:
-        found = found + q.hard * scores.gather(1, q.place.unsqueeze(1)).squeeze(1)
+        found = found + q.hard * _scores_at(q.place, scores)
     return found
+
+
+def _scores_at(place: Tensor, scores: Tensor) -> Tensor:
+    try:
+        return scores.gather(1, place.unsqueeze(1)).squeeze(1)
+    except RuntimeError as error:
+        if "out of bounds" in str(error):  # torch's losses raise an IndexError for such a class
+            raise IndexError(f"a target is no class: {error}") from None
+        raise
 
 
 def _losses(right: Tensor, softmax: Softmax, q: Answers) -> Tensor:

@@ -236,7 +236,7 @@ def _wait_for_a_later_name(folder: Path) -> None:
     """TensorBoard reads the files of a run by name, in which the time counts whole seconds: let one pass."""
     names = [path.name for path in folder.glob("events.out.tfevents.*")]
     newest = max((int(name.split(".")[3]) for name in names), default=0)
-    while int(time.time()) == newest:
+    while int(time.time()) <= newest:  # the clock may have been set back
         time.sleep(0.01)
 
 
