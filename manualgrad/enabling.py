@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from manualgrad import registry
 from manualgrad.binding import refuse_if_called
-from manualgrad.fallback import PLAIN, fallback, has_default_handler, tracing_state, unusual
+from manualgrad.fallback import PLAIN, TRACED, fallback, has_default_handler, tracing_state, unusual
 from manualgrad.nn import functional
 from manualgrad.ops.elementary import product, spares
 from manualgrad.rule import Rule, beyond_reverse_mode
@@ -105,7 +105,7 @@ def _reason_for_torch(types: Iterable[type], values: Iterable[Any], plain_only: 
         if kind not in PLAIN and (plain_only or not has_default_handler(kind)):
             return f"a {kind.__module__}.{kind.__qualname__}"
     if tracing_state() is not None:
-        return "torch.jit.trace records torch's functions only"
+        return TRACED
     if beyond_reverse_mode():
         return ""
     return next((reason for x in _each(values) if (reason := "a meta tensor" if x.is_meta else unusual(x))), "")

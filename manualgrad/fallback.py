@@ -27,6 +27,10 @@ _default_handler: Any = Tensor.__torch_function__
 _strided = torch.strided
 
 
+TRACED = "torch.jit.trace records torch's functions only"
+"""The reason for the calls that it records."""
+
+
 class FallbackError(RuntimeError):
     """A call was given to torch's function where `record_fallbacks` was told to raise an error."""
 
@@ -116,7 +120,7 @@ def reason_for_torch(values: Iterable[Any]) -> str:
     """Why a call with these arguments is torch's; empty if it is ours."""
     values = [*values]
     if tracing_state() is not None:
-        return "torch.jit.trace records torch's functions only"
+        return TRACED
     for x in tensor_likes(values):
         if not has_default_handler(type(x)):
             return f"a {type(x).__module__}.{type(x).__qualname__}"

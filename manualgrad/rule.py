@@ -65,7 +65,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from manualgrad import fuse, saving
-from manualgrad.fallback import UNRELATED_ERRORS, fallback, tracing_state
+from manualgrad.fallback import TRACED, UNRELATED_ERRORS, fallback, tracing_state
 
 
 class Formula(NamedTuple):
@@ -471,7 +471,7 @@ def _entry(rule: type[Rule], thrifty: Any, twin: Any) -> Callable[..., Any]:
     has_statistics = bool(rule.statistics)
 
     def traced(*args: Any) -> Any:
-        fallback(rule, "torch.jit.trace records torch's functions only")
+        fallback(rule, TRACED)
         return forward(*args)
 
     def apply(*args: Any, with_statistics: bool = False) -> Any:

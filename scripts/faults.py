@@ -539,7 +539,7 @@ def checkpoints(row: Row, settings: Settings, place: Path) -> None:
     payload = checkpoint.load(older)
     checkpoint.save(newest, payload | {"format": 99})
     refused("of another version", "format")
-    checkpoint.save(newest, payload | {"model": Malice(f"touch {marker}")})
+    checkpoint.write_unchecked(newest, payload | {"model": Malice(f"touch {marker}")})
     refused("malicious", "plain data")
     torch.save(Malice(f"touch {marker}"), newest)
     refused("malicious", "cut short", "without a seal")

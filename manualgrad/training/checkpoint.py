@@ -102,14 +102,14 @@ class Checkpoints:
         if best:
             self._best = payload
         if self._best is not None:  # first, as the newest must not speak of a best that is not there
-            save(self.folder / BEST, self._best)
+            write_unchecked(self.folder / BEST, self._best)
             self._best = None
         if best:  # the same, and bytes are copied in a fifth of the time
             with _replacing(newest) as temporary:
                 shutil.copyfile(self.folder / BEST, temporary)
                 _to_the_disk(temporary)
         else:
-            save(newest, payload)
+            write_unchecked(newest, payload)
         for old in all_in(self.folder)[self.keep :]:
             old.unlink()
 
@@ -121,7 +121,11 @@ def save(path: Path, payload: Mapping[str, Any]) -> None:
         OSError: where it cannot be written.
         CheckpointError: for what `load` could not read (see `plain`).
     """
-    payload = plain(payload, copy=False)
+    write_unchecked(path, plain(payload, copy=False))
+
+
+def write_unchecked(path: Path, payload: Mapping[str, Any]) -> None:
+    """The same of what `plain` has made: it is not looked at again."""
     with _replacing(path) as temporary:
         with temporary.open("wb") as file:  # given a name, torch would not say why it could not write
             torch.save({"format": FORMAT, **payload}, file)

@@ -236,8 +236,11 @@ def _wait_for_a_later_name(folder: Path) -> None:
     """TensorBoard reads the files of a run by name, in which the time counts whole seconds: let one pass."""
     names = [path.name for path in folder.glob("events.out.tfevents.*")]
     newest = max((int(name.split(".")[3]) for name in names), default=0)
-    while int(time.time()) <= newest:  # the clock may have been set back
+    latest = time.monotonic() + 5  # the clock may have been set back, and by any time
+    while int(time.time()) <= newest and time.monotonic() < latest:
         time.sleep(0.01)
+    if int(time.time()) <= newest:
+        warn(f"{folder}: the clock is behind the newest file of curves: TensorBoard may order the points wrongly")
 
 
 def _verbatim(thing: object) -> str:
