@@ -16,6 +16,9 @@ TRIED = ("2.11.0", "2.13.0", "2.14.1")
 CLAMP_PASSES_AT_ITS_BOUND = torch.__version__ < TorchVersion("2.14")
 """The derivative of clamp where x is the bound: 1 before torch 2.14, 0 since."""
 
+COMPILED_MULTILABEL_MARGIN_IS_WRONG = torch.__version__ < TorchVersion("2.14")
+"""torch.compile replaces its forward by a composition, which gives other values before torch 2.14."""
+
 PACKED_LSTM_BY_STEPS = torch.__version__ < TorchVersion("2.13")
 """On the CPU an LSTM takes packed sequences of equal lengths step by step; since then by oneDNN's kernel."""
 

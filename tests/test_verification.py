@@ -56,6 +56,31 @@ class Doubled(Function):
         return 2 * grad * w, grad * x
 
 
+class Lengths(Function):
+    """The sum of the first numbers of each row, with a wrong gradient."""
+
+    longest_beyond = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        Lengths.longest_beyond = max(Lengths.longest_beyond, int(lengths.max()) - x.shape[1])
+        ctx.save_for_backward(x, lengths)
+        return (x * (torch.arange(x.shape[1]) < lengths.unsqueeze(1))).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, _ = ctx.saved_tensors
+        return grad.unsqueeze(1).expand_as(x) * 1.5, None
+
+
+@pytest.mark.parametrize("lengths", [[4, 3, 2], [2, 2, 1]])
+def test_a_smaller_input_keeps_the_lengths_that_an_argument_counts(lengths: list[int]) -> None:
+    """torch's ctc_loss, of a target cut and its length not, reads past the end and may kill the process."""
+    report = verify(Lengths, torch.randn(3, 4, dtype=torch.float64), torch.tensor(lengths))
+    assert report.failures
+    assert Lengths.longest_beyond <= 0
+
+
 def pair() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)

@@ -80,7 +80,7 @@ def softmin(
 ) -> Tensor:
     """softmax(-x) along `dim`, as `torch.nn.functional.softmin`. Any shape; computed in `dtype` if given."""
     if input.dtype == torch.bool:
-        raise RuntimeError("softmin: a bool tensor has no negative")
+        return F.softmin(input, 0)  # raises what torch raises
     dim = _axis("softmin", input, dim, _stacklevel)
     return SoftminFunction.apply(input if dtype is None else input.to(dtype), dim)
 

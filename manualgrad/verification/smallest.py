@@ -19,7 +19,7 @@ def smallest(law: Law, subject: Subject) -> str:
         return ""
     until = time.perf_counter() + _SECONDS
     for size in (1, 2):
-        for length in [n for n in reversed(subject.lengths()) if n > size]:
+        for length in reversed(subject.lengths(size)):
             subject = _if_it_fails(law, subject, subject.cut(length, size), until)
     for digits in (0, 1):
         rounded = {i: _rounded(subject.leaves[i], digits) for i in subject.places}

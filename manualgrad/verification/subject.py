@@ -213,10 +213,23 @@ class Subject:
         other.parameters = [x for x in given.values() if x.requires_grad]
         return other
 
-    def lengths(self) -> list[int]:
-        """The axes' lengths that may be cut together: a module's parameters keep their shapes."""
+    def lengths(self, size: int) -> list[int]:
+        """The lengths of axes that may be cut to `size`: a module's parameters keep their shapes."""
         of_state = {n for x in self.leaves[self.given :] if isinstance(x, Tensor) for n in x.shape}
-        return sorted({n for x in self.points for n in x.shape if n > 1} - of_state)
+        found = sorted({n for x in self.points for n in x.shape if n > size} - of_state)
+        return [length for length in found if not self._counts_beyond(size, length)]
+
+    def _counts_beyond(self, size: int, length: int) -> bool:
+        """An argument holds an integer above `size`, up to `length`: perhaps a length that the cut axis would not
+        have. Some functions of torch (ctc_loss) then read past the end of a tensor, and the process may die."""
+        for x in self.leaves:
+            if isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+                counts = x.device.type != "meta" and bool(((x > size) & (x <= length)).any())
+            else:
+                counts = isinstance(x, (tuple, list)) and any(type(n) is int and size < n <= length for n in x)
+            if counts:
+                return True
+        return False
 
     def cut(self, length: int, size: int) -> Subject:
         """All axes of one length cut to `size`: a batch, a feature or a time axis."""

@@ -150,7 +150,7 @@ def _lost(subject: Subject, k: int, form: torch.memory_format) -> list[int] | No
 
 
 def _thinned(subject: Subject) -> list[tuple[str, Subject]]:
-    return [(f"axes of {length} cut to 1", subject.cut(length, 1)) for length in subject.lengths()]
+    return [(f"axes of {length} cut to 1", subject.cut(length, 1)) for length in subject.lengths(1)]
 
 
 @law("a reduction, division or view that has no meaning for no elements")
