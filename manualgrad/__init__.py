@@ -3,13 +3,14 @@
     import manualgrad.nn as nn      # instead of import torch.nn as nn
     manualgrad.convert(model)       # or a model that exists, in place; `revert` gives it back
     with manualgrad.enabled(): ...  # or torch's own functions, called in here
+    print(manualgrad.show(nn.GELU)) # the derivation, the gradient as written, and the program made of it
 
 Each layer and loss is a `torch.autograd.Function` whose gradient is written by hand, its derivation beside it
 (`manualgrad.ops`). `Rule` makes one from pure functions; `registry.ops` lists them all; `verify` tries the laws
 that they hold on anyone's; `saved_bytes` counts what any model keeps for its backward, layer by layer.
 """
 
-import manualgrad.torch_versions  # noqa: F401  # isort: skip  (first: it checks what the others need)
+import manualgrad.rule.torch_internals  # noqa: F401  # isort: skip  (first: it checks what the others need)
 from manualgrad import nn, registry
 from manualgrad.adapters import register_adapter
 from manualgrad.conversion import conversion_report, convert, revert
@@ -17,6 +18,7 @@ from manualgrad.enabling import enabled
 from manualgrad.fallback import FallbackError, record_fallbacks
 from manualgrad.meter import saved_bytes
 from manualgrad.rule import Rule
+from manualgrad.show import show
 from manualgrad.verification import verify
 
 __version__ = "0.1.0"
@@ -33,5 +35,6 @@ __all__ = [
     "registry",
     "revert",
     "saved_bytes",
+    "show",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""python -m manualgrad verify PACKAGE.MODULE:FUNCTION --inputs PACKAGE.MODULE:MAKER, or coverage [NAME ...]."""
+"""python -m manualgrad show [NAME], coverage [NAME ...], or verify PACKAGE.MODULE:FUNCTION --inputs ..."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 
 from manualgrad import coverage
 from manualgrad.registry import ops
+from manualgrad.show import catalog, show
 from manualgrad.verification import LAWS, verify
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m manualgrad", description="Gradients by hand.")
     commands = parser.add_subparsers(dest="command", required=True)
+    text = commands.add_parser("show", help="the gradient of an operation: derivation, formulas, program")
+    text.add_argument("name", nargs="?", metavar="NAME", help="a function or a module of torch.nn; none: list all")
+    text.add_argument("--standalone", action="store_true", help="as a Python file that imports only torch")
     page = commands.add_parser("coverage", help="every name of torch.nn with what is known of its gradient")
     page.add_argument("names", nargs="*", metavar="NAME", help="only these functions")
     check = commands.add_parser(
@@ -34,6 +38,8 @@ def main() -> int:
     check.add_argument("--surrogate", action="store_true", help="the gradient is by definition not the derivative")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args()
+    if given.command == "show":
+        return _show(given.name, given.standalone)
     if given.command == "coverage":
         return _coverage(given.names)
     try:
@@ -51,6 +57,15 @@ def main() -> int:
         return 2
     print(report.to_json() if given.json else report)
     return 0 if report.ok else 1
+
+
+def _show(name: str | None, standalone: bool) -> int:
+    try:
+        print(catalog() if name is None else show(name, standalone=standalone))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def _coverage(names: list[str]) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import types
 import warnings
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from typing_extensions import deprecated
 
 from manualgrad import registry
 from manualgrad.fallback import fallback, reason_for_torch
-from manualgrad.rule import beyond_reverse_mode
+from manualgrad.rule.torch_internals import beyond_reverse_mode
 
 _get_fastpath_enabled = torch.backends.mha.get_fastpath_enabled
 _NAMESPACES = (
@@ -232,6 +233,11 @@ def _looks_at_classes(what: str, module: object) -> RuntimeError:
     )
 
 
+def _doc_of(original: type[nn.Module]) -> str:
+    how = f"The gradient is derived by hand. To read it: python -m manualgrad show {original.__name__}"
+    return f"{inspect.cleandoc(original.__doc__ or '')}\n\n{how}"
+
+
 def derived(original: type[nn.Module]) -> type[nn.Module]:
     """A class of torch's as its own subclass, with ours for what its methods call; itself, if they call none."""
     if original in _bound:
@@ -250,7 +256,7 @@ def derived(original: type[nn.Module]) -> type[nn.Module]:
     parents = [base for base in original.__bases__ if issubclass(base, nn.Module) and base is not nn.Module]
     bases = [base for base in map(derived, parents) if base not in original.__mro__]
     if changed or bases:
-        about = {"__module__": _Module("manualgrad.nn"), "__doc__": original.__doc__}
+        about = {"__module__": _Module("manualgrad.nn"), "__doc__": _doc_of(original)}
         about |= {"__qualname__": original.__qualname__, "qconfig": _NoQuantization(), **NOT_SCRIPTABLE}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # a deprecated class warns who inherits from it

@@ -56,7 +56,7 @@ def missing() -> list[str]:
         *(
             name
             for name, value in _modules(torch.nn).items()
-            if name not in derived and (getattr(nn, name) is value or not _called(getattr(nn, name)) & derived)
+            if name not in derived and (getattr(nn, name) is value or not called(getattr(nn, name)) & derived)
         ),
     ]
 
@@ -74,7 +74,7 @@ def _modules(space: ModuleType) -> dict[str, type[torch.nn.Module]]:
 
 
 @cache
-def _called(module: type[torch.nn.Module]) -> set[str]:
+def called(module: type[torch.nn.Module]) -> set[str]:
     """Names of the functions that a module's methods call, by themselves or through a namespace."""
     names: set[str] = set()
     for function in (value for base in module.__mro__ for value in vars(base).values()):
@@ -176,7 +176,7 @@ def row(op: Op) -> Row:
         warnings.simplefilter("ignore")
         ours, torch_s = orders(op)
         kept, kept_by_torch = (_kept(op, function) for function in (op.function, op.reference))
-    return Row(op.name, _modules_of(op), f"`{op.area}.py`", ours, torch_s, kept, kept_by_torch, dict(op.lacks))
+    return Row(op.name, modules_of(op), f"`{op.area}.py`", ours, torch_s, kept, kept_by_torch, dict(op.lacks))
 
 
 def _kept(op: Op, function: Callable[..., Any]) -> float:
@@ -186,8 +186,8 @@ def _kept(op: Op, function: Callable[..., Any]) -> float:
     return saved_bytes(function, *args, **kwargs).everything / call[call.differentiable()[0]].numel()
 
 
-def _modules_of(op: Op) -> list[str]:
-    return sorted(name for name, value in _modules(nn).items() if op.name in _called(value))
+def modules_of(op: Op) -> list[str]:
+    return sorted(name for name, value in _modules(nn).items() if op.name in called(value))
 
 
 def summary(marks: Sequence[tuple[str, str]]) -> str:

@@ -25,7 +25,8 @@ from manualgrad.binding import refuse_if_called
 from manualgrad.fallback import PLAIN, TRACED, fallback, has_default_handler, tracing_state, unusual
 from manualgrad.nn import functional
 from manualgrad.ops.elementary import product, spares
-from manualgrad.rule import Rule, beyond_reverse_mode
+from manualgrad.rule import Rule
+from manualgrad.rule.torch_internals import beyond_reverse_mode
 
 _PRODUCTS = frozenset((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__))
 

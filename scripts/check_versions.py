@@ -21,7 +21,7 @@ import time
 import venv
 from pathlib import Path
 
-from manualgrad.torch_versions import TRIED
+from manualgrad.rule.torch_internals import TRIED
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = ("passed", "failed", "error", "xfailed", "skipped")

@@ -30,7 +30,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import manualgrad.nn
 from manualgrad.meter import SHRUNK, add_picture, bars
-from manualgrad.rule import Rule, kept_by
+from manualgrad.rule import Rule, saved_by
+from manualgrad.show import derivation
 from manualgrad.training import CommandLine, fail, parse_settings
 
 WIDTH = 96
@@ -241,7 +242,7 @@ def run_backward(model: nn.Module, value: Tensor, layers: list[Layer]) -> list[P
         passages.append(Passage(place(node), label(node), rule, arrived, used, arrows))
 
     for node in behind(value.grad_fn, ()):
-        node.register_hook(partial(seen, node, kept_by(node)))
+        node.register_hook(partial(seen, node, saved_by(node)))
     value.backward()
     return passages
 
@@ -272,18 +273,6 @@ def quantities(rule: type[Rule], kept: Mapping[str, Any], grad: Tensor, names: I
     return {name: find(name) for name, value in known.items() if isinstance(value, Tensor) and name != "grad"}
 
 
-def derivation(rule: type[Rule]) -> str:
-    """The docstring of a rule, and of those that it has a formula from."""
-    texts = []
-    for part in rule.__mro__[: rule.__mro__.index(Rule)]:
-        formulas = vars(part).keys() - {"forward", "independent", "recompute"}
-        methods = [name for name in formulas if isinstance(vars(part)[name], staticmethod)]
-        shared = any(getattr(rule, name) is getattr(part, name) for name in methods)
-        if (part is rule or shared) and part.__doc__:
-            texts.append(inspect.cleandoc(part.__doc__))
-    return "\n\n".join(texts)
-
-
 class Checked(NamedTuple):
     """The gradient of a parameter by hand, and by its two judges; each of the parameter's shape."""
 
@@ -305,7 +294,7 @@ def check(model: nn.Module, loss: nn.Module, input: Tensor, target: Tensor) -> l
     torchs, torchs_loss = manualgrad.revert(deepcopy(model)), manualgrad.revert(deepcopy(loss))
     torchs.zero_grad()
     value = run(torchs, torchs_loss, input, target)
-    if ours := [label(node) for node in behind(value.grad_fn, ()) if kept_by(node)]:
+    if ours := [label(node) for node in behind(value.grad_fn, ()) if saved_by(node)]:
         raise RuntimeError(f"the network in torch.nn still calls {ours[0]}")
     value.backward()
     return [
@@ -405,7 +394,7 @@ def told_forward(layers: list[Layer], digits: int) -> list[Step]:
 
 def formula(node: Any) -> str:
     """How the derivation begins; of a node of torch's own its name."""
-    found = kept_by(node)
+    found = saved_by(node)
     return label(node) if found is None else derivation(found[0]).partition("\n")[0].partition("      ")[0]
 
 

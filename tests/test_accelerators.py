@@ -1,13 +1,14 @@
-"""Vendor kernels in a formula's place: the same gradients, only where nothing looks on, and only in one file."""
+"""Vendor kernels in a formula's place: the same gradients, and only where nothing observes the backward."""
 
 from __future__ import annotations
 
+import ast
 import itertools
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import manualgrad
 import manualgrad.nn.functional as F
 from manualgrad import accelerators
+from manualgrad.rule import Rule
 
 
 class Seen(TorchDispatchMode):
@@ -105,7 +107,7 @@ def test_convolution_weight(name: str, case: Case, dtype: torch.dtype, last: boo
     assert all(gradient.is_contiguous(memory_format=form) for gradient in found)
 
 
-def test_convolution_by_the_formula_where_something_looks_on() -> None:
+def test_convolution_by_the_formula_where_something_observes() -> None:
     x, w = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
     with Seen() as seen:
         torch.autograd.grad(F.conv2d(x, w).square().sum(), w, create_graph=True)
@@ -155,9 +157,26 @@ def test_the_environment_sets_the_switch(value: str) -> None:
     assert shown.stdout.strip() == str(value == "1")
 
 
-def test_no_other_file_of_the_package_names_a_backward_of_torchs() -> None:
+def rules(of: type[Rule] = Rule) -> Iterator[type[Rule]]:
+    for found in of.__subclasses__():
+        yield found
+        yield from rules(found)
+
+
+def test_only_vendor_kernels_name_a_backward_kernel() -> None:
+    """No other function of the package calls a backward of torch's, or autograd."""
     named = re.compile(r"aten\.\w*backward|\w(?<!save_for)(?<!last)_backward\(|torch\.nn\.grad|autograd\.grad\(")
     root = Path(manualgrad.__file__).parent
-    files = [root / "rule.py", *(root / "ops").glob("*.py"), *(root / "nn").glob("*.py"), root / "accelerators.py"]
-    found = {path.name for path in files if named.search(path.read_text())}
-    assert found == {"accelerators.py"}
+    directories = ("rule", "ops", "nn")
+    files = [path for name in directories for path in (root / name).glob("*.py")] + [root / "accelerators.py"]
+    found = set()
+    for path in files:
+        text = path.read_text()
+        for function in (x for x in ast.walk(ast.parse(text)) if isinstance(x, ast.FunctionDef)):
+            if named.search(ast.unparse(function)):
+                found.add((path.stem, function.name))
+        assert not any(named.search(ast.unparse(x)) for x in ast.parse(text).body if isinstance(x, ast.Assign))
+    kernels = [kernel for rule in rules() for kernel in rule.vendor_kernels.values()]
+    allowed = {(kernel.__module__.rpartition(".")[2], kernel.__name__) for kernel in kernels}
+    assert ("convolution", "_weight_by_kernel") in found
+    assert found <= allowed

@@ -273,9 +273,7 @@ class LateLinear(LinearFunction):
     """Right in all but one number, and that by little."""
 
     def grad_bias(grad: Tensor) -> Tensor:
-        found = grad.sum(0)
-        found[-1] *= 1 + 1e-5
-        return found
+        return grad.sum(0) * (1 + 1e-5 * (torch.arange(grad.shape[1]) == grad.shape[1] - 1))
 
 
 class NoSlopeLinear(LinearFunction):

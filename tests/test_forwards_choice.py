@@ -143,3 +143,17 @@ def test_embedding_bag_with_any_number_behind_the_last_offset() -> None:
     assert found[0].sum(1).tolist() == [0, 4, 4, 0, 4, 0, 0, 0, 0, 0]
     assert_close(found[1][:3], weight.detach()[index[:3]].sum(1))
     assert found[1][3:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding", [None, 0, 2])
+def test_a_frequency_counts_the_places_of_its_own_row(mode: str, padding: int | None) -> None:
+    """``scale_grad_by_freq`` divides each row by how often it occurs. (torch before 2.14 counts another.)"""
+    index = torch.tensor([[0, 2, 2, 1], [3, 2, 0, 0]])
+    gradients = []
+    for scaled in (True, False):
+        weight = torch.arange(12, dtype=torch.float64).reshape(4, 3).requires_grad_()
+        output = F.embedding_bag(index, weight, mode=mode, scale_grad_by_freq=scaled, padding_idx=padding)
+        gradients += torch.autograd.grad(output.sum(), weight)
+    counts = torch.bincount(index.flatten()).unsqueeze(1)
+    assert_close(gradients[0], gradients[1] / counts)

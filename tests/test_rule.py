@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,10 +17,10 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp
 from torch.testing import assert_close
 
-from manualgrad import registry, rule
+from manualgrad import registry
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.ops.normalization import LayerNormFunction
-from manualgrad.rule import Rule
+from manualgrad.rule import Rule, torch_internals
 
 
 class CubeFunction(Rule):
@@ -184,7 +186,7 @@ BY_HAND = {
     **dict.fromkeys(("hinge_embedding_loss", "triplet_margin_loss"), "cast before it is composed"),
     "cross_map_lrn2d": "torch's pow writes into a buffer, which autocast leaves alone",
 }
-if not rule.cuda_autocasts("rms_norm"):
+if not torch_internals.cuda_autocasts("rms_norm"):
     BY_HAND["rms_norm"] = "torch 2.11 composes it inside of one operation"
 
 
@@ -203,7 +205,7 @@ def test_cuda_autocast_as_torch_registers_it(op: registry.Op) -> None:
         events = getattr(profile, "function_events")  # noqa: B009
         run |= {event.name.removeprefix("aten::") for event in events}
     sums = {"sum", "cumsum"}  # plain arithmetic, which ours does by torch's operations too
-    expected = {name for name in run - sums if any(map(rule.cuda_autocasts, overloads(name)))}
+    expected = {name for name in run - sums if any(map(torch_internals.cuda_autocasts, overloads(name)))}
     assert bool(ours) == bool(expected) or op.name in BY_HAND, (ours, expected)
 
 
@@ -214,6 +216,12 @@ def overloads(name: str) -> list[str]:
     return [schema for schema in schemas if torch._C._dispatch_has_kernel(f"aten::{schema}")]
 
 
+def test_the_import_does_not_load_dynamo() -> None:
+    """It takes as long to import as the rest of torch."""
+    code = "import sys, torch, manualgrad; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
+
+
 # --- the private names of torch, each with what is taken from it ---
 
 
@@ -221,7 +229,13 @@ def test_private_modes() -> None:
     seen: list[tuple[bool, bool, bool]] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append((rule._transformed(), rule._forward_mode(), rule._nested_forward_mode()))
+        seen.append(
+            (
+                torch_internals.is_transformed(),
+                torch_internals.in_forward_mode(),
+                torch_internals.in_nested_forward_mode(),
+            )
+        )
         return x * x
 
     one = torch.ones(())
@@ -238,16 +252,16 @@ def test_private_modes() -> None:
         (True, True, True),
         (False, True, False),
     ]
-    assert not rule._autocasting()
+    assert not torch_internals.is_any_autocast_enabled()
     with torch.autocast("cpu"):
-        assert rule._autocasting()
+        assert torch_internals.is_any_autocast_enabled()
 
 
 def test_private_nothing_looks_on() -> None:
     seen: list[bool] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(rule.nothing_looks_on(x, x))
+        seen.append(torch_internals.inplace_is_safe(x, x))
         return x
 
     x = torch.ones(3)
@@ -262,7 +276,7 @@ def test_private_nothing_looks_on() -> None:
     y.register_hook(look)
     torch.autograd.grad(y, x, retain_graph=True)
     torch.autograd.grad(y, x, torch.ones(2), is_grads_batched=True)
-    assert seen == [False, True, False, False, False, True, False]
+    assert seen == [False, True, True, False, False, True, False]
 
 
 def test_nested_forward_mode_through_a_plain_function_still_loses_its_outer_tangent() -> None:

@@ -19,7 +19,7 @@ from manualgrad import convert, enabled, nn, revert, saved_bytes, saving
 from manualgrad.ops.elementary import product
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.registry import Maker, Op
-from manualgrad.rule import kept_by
+from manualgrad.rule import saved_by
 
 Model = Callable[[Tensor], Tensor]
 
@@ -175,7 +175,7 @@ def test_what_a_node_has_kept_is_told_by_name(x: Tensor) -> None:
     first, second = linear(), linear()
     hidden = F.gelu(first(x))
     output = second(hidden)
-    (rule, values), below = kept_by(output.grad_fn) or (None, {}), kept_by(hidden.grad_fn)
+    (rule, values), below = saved_by(output.grad_fn) or (None, {}), saved_by(hidden.grad_fn)
     assert rule is LinearFunction
     assert values.keys() == {"input", "weight"}
     torch.testing.assert_close(values["input"], hidden)
@@ -183,14 +183,14 @@ def test_what_a_node_has_kept_is_told_by_name(x: Tensor) -> None:
     assert below is not None
     torch.testing.assert_close(below[1], {"input": first(x)})
     sloped = F.leaky_relu(hidden, 0.2)
-    rectified = kept_by(sloped.grad_fn)
+    rectified = saved_by(sloped.grad_fn)
     assert rectified is not None
     torch.testing.assert_close(rectified[1], {"positive": hidden > 0, "negative_slope": 0.2})
     output.sum().backward()
     torch.testing.assert_close(second.weight.grad, hidden.sum(0).expand(WIDTH, WIDTH))
     with pytest.raises(RuntimeError, match="saved"):
-        kept_by(output.grad_fn)
-    assert kept_by(None) is kept_by((hidden + 1).grad_fn) is None
+        saved_by(output.grad_fn)
+    assert saved_by(None) is saved_by((hidden + 1).grad_fn) is None
 
 
 def test_a_gate_within_enabled() -> None:

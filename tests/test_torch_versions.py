@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import manualgrad
-from manualgrad import nn, torch_versions
+from manualgrad import nn
+from manualgrad.rule import torch_internals
 
 ours: Any = nn.functional
 LOADED_ON_USE = ("torch.distributed", "torch._dynamo")
@@ -64,21 +65,21 @@ def test_every_private_name_is_listed() -> None:
     paths = Path(manualgrad.__file__).parent.rglob("*.py")
     used = {name for path in paths for name in private_names(path.read_text())}
     needed = {name for name in used if name and not name.startswith(LOADED_ON_USE)}
-    assert needed | OF_VALUES == set(torch_versions.PRIVATE)
+    assert needed | OF_VALUES == set(torch_internals.PRIVATE)
 
 
 def test_a_missing_private_name_is_named() -> None:
     with pytest.raises(ImportError, match=r"torch\._C\._gone, which torch .* does not have"):
-        torch_versions.check(["torch._C._nn", "torch._C._gone"])
+        torch_internals.check(["torch._C._nn", "torch._C._gone"])
 
 
 def test_a_newer_torch_gives_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     major, minor, *_ = torch.__version__.split(".")
-    monkeypatch.setattr(torch_versions, "TRIED", (f"{major}.{int(minor) - 1}.0",))
+    monkeypatch.setattr(torch_internals, "TRIED", (f"{major}.{int(minor) - 1}.0",))
     with pytest.warns(UserWarning, match=rf"not tried with torch {major}\.{minor}"):
-        torch_versions.check()
-    monkeypatch.setattr(torch_versions, "TRIED", (f"{major}.{minor}.0",))
-    torch_versions.check()  # another patch of it, no warning (which would be an error here)
+        torch_internals.check()
+    monkeypatch.setattr(torch_internals, "TRIED", (f"{major}.{minor}.0",))
+    torch_internals.check()  # another patch of it, no warning (which would be an error here)
 
 
 @pytest.mark.parametrize("at", [0.0, 1.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import functional as _torch
@@ -21,6 +22,11 @@ for _op in registry.ops().values():
         globals()[f"{_op.name}_"] = partial(_op.function, inplace=True)
 if not hasattr(_torch, "linear_cross_entropy"):  # torch has it since 2.13
     from manualgrad.ops.linear_cross_entropy import linear_cross_entropy  # noqa: F401
+for _op in registry.ops().values():
+    _function = globals().get(_op.name)
+    if isinstance(_function, FunctionType) and _function is not vars(_torch).get(_op.name):
+        _where = f"Gradient: manualgrad/ops/{_op.area}.py. To read it: python -m manualgrad show {_op.name}"
+        _function.__doc__ = f"{_function.__doc__ or ''}\n\n{_where}"
 
 
 def __getattr__(name: str) -> Any:

@@ -10,25 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import (
-    Elementwise,
-    Pointwise,
-    choose,
-    drop_in,
-    indicator,
-    refusing_as,
-    scaled,
-    stands_for,
-    times,
-)
+from manualgrad.ops.elementary import Elementwise, Pointwise, drop_in, refusing_as, stands_for
 from manualgrad.registry import Call, register
-from manualgrad.rule import LOWER, Rule, nothing_looks_on
+from manualgrad.rule import LOWER, Rule, replaces
 from manualgrad.saving import large, usable_recipe_of
 
 _elu = torch._C._nn.elu  # F.elu with its two scales  # pyright: ignore[reportAttributeAccessIssue]
 _elu_ = torch._C._nn.elu_  # pyright: ignore[reportAttributeAccessIssue]
 LOG2_E = math.log2(math.e)
-"""eˣ = 2^(x log₂ e), and on the CPU exp2 takes a third of exp's time."""
+"""eˣ = 2^(x log₂ e). On the CPU torch's exp2 takes less time than its exp."""
 
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  # α and scale
 
@@ -36,15 +26,15 @@ _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  
 def _applied(
     rule: type[Rule], input: Tensor, *settings: float, inplace: bool, from_output: type[Rule] | None = None
 ) -> Tensor:
-    """The rule's output, or with `inplace` the input that it was written into.
+    """The output of the rule, or with `inplace` the input, which it is written into.
 
-    Where the input can be made again, the rule keeps what it keeps in any case. Else the gradient comes from the
-    output, if there is a rule for that: torch keeps the output too, and so does the next layer.
+    If the input can be recomputed, the rule saves what it saves in any case. Otherwise the gradient is computed
+    from the output, if there is a rule for that: torch saves the output too, and so does the next layer.
     """
     if not inplace:
         return rule.apply(input, *settings)
-    remade = not torch.compiler.is_compiling() and large(input) and usable_recipe_of(input) is not None
-    return (rule if remade or from_output is None else from_output).apply_(input, *settings)
+    recomputed = not torch.compiler.is_compiling() and large(input) and usable_recipe_of(input) is not None
+    return (rule if recomputed or from_output is None else from_output).apply_(input, *settings)
 
 
 def _activation(name: str, rule: type[Rule]) -> Callable[[Tensor], Tensor]:
@@ -57,7 +47,7 @@ def _activation(name: str, rule: type[Rule]) -> Callable[[Tensor], Tensor]:
 
 
 def _activation_inplace(name: str, rule: type[Rule]) -> Callable[..., Tensor]:
-    """The same of one that may be told to write over its input."""
+    """The same, with the option to write the output over the input."""
 
     def function(input: Tensor, inplace: bool = False) -> Tensor:
         return _applied(rule, input, inplace=inplace)
@@ -75,7 +65,7 @@ def _named(function: Callable[..., Tensor], name: str, rule: type[Rule]) -> Call
 class SigmoidFunction(Pointwise):
     r"""y = σ(x) = 1 / (1 + e⁻ˣ)      y′ = y (1 - y)"""
 
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor) -> Tensor:
         return input.sigmoid()
@@ -84,13 +74,13 @@ class SigmoidFunction(Pointwise):
         return input.sigmoid_()
 
     def derivative(output: Tensor) -> Tensor:
-        return (1 - output).mul_(output)
+        return output * (1 - output)
 
 
 class TanhFunction(Pointwise):
     r"""y = tanh x      y′ = 1 - y²"""
 
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor) -> Tensor:
         return input.tanh()
@@ -105,14 +95,14 @@ class TanhFunction(Pointwise):
 class TanhshrinkFunction(Pointwise):
     r"""y = x - tanh x      y′ = tanh² x"""
 
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor) -> Tensor:
         return F.tanhshrink(input)
 
     def derivative(input: Tensor) -> Tensor:
         t = input.tanh()
-        return times(t, t)
+        return t * t
 
 
 class LogSigmoidFunction(Pointwise):
@@ -122,25 +112,34 @@ class LogSigmoidFunction(Pointwise):
         return F.logsigmoid(input)
 
     def derivative(input: Tensor) -> Tensor:
-        return (-input).sigmoid_()
+        return torch.sigmoid(-input)
 
 
-class SoftsignFunction(Elementwise):
+class SoftsignFunction(Pointwise):
+    r"""y = x r,  r = 1 / (1 + |x|)      for real x: dr = -r² sgn(x) dx,  so  y′ = r - r² |x| = r²"""
+
+    def forward(input: Tensor) -> Tensor:
+        return F.softsign(input)
+
+    def derivative(input: Tensor) -> Tensor:
+        r = 1 / (1 + input.abs())
+        return r * r
+
+
+class ComplexSoftsignFunction(Elementwise):
     r"""y = x r,  r = 1 / (1 + |x|)
 
-    d|x| = ⟨sgn x, dx⟩,  dr = -r² d|x|      ∂L/∂x = r g - r² ⟨x, g⟩ sgn x      (for real x: r² g)
+    d|x| = ⟨sgn x, dx⟩,  dr = -r² d|x|      ∂L/∂x = r g - r² ⟨x, g⟩ sgn x
     """
 
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor) -> Tensor:
         return F.softsign(input)
 
     def grad_input(grad: Tensor, input: Tensor) -> Tensor:
         r = 1 / (1 + input.abs())
-        if not input.is_complex():
-            return times(r * r, grad)
-        return r * grad - (r * r * (input.conj() * grad).real) * input.sgn()
+        return r * grad - r * r * (input.conj() * grad).real * input.sgn()
 
 
 class SiLUFunction(Pointwise):
@@ -154,7 +153,7 @@ class SiLUFunction(Pointwise):
 
     def derivative(input: Tensor) -> Tensor:
         s = torch.sigmoid(input)
-        return (1 - s).mul_(input).add_(1).mul_(s)
+        return s * (1 + input * (1 - s))
 
 
 class SwishFunction(Pointwise):
@@ -189,22 +188,50 @@ class MishFunction(Pointwise):
     def derivative(input: Tensor) -> Tensor:
         s = torch.sigmoid(input)
         q = 1 - s
-        square = q * q
-        r = (1 + square).reciprocal_()
-        return square.mul_(r).mul_(input).mul_(4).add_(q).add_(1).mul_(r).mul_(s)
+        r = 1 / (1 + q * q)
+        return s * r * (1 + q + 4 * input * (q * q * r))
 
 
 sigmoid = _activation("sigmoid", SigmoidFunction)
 tanh = _activation("tanh", TanhFunction)
 tanhshrink = _activation("tanhshrink", TanhshrinkFunction)
 logsigmoid = _activation("logsigmoid", LogSigmoidFunction)
-softsign = _activation("softsign", SoftsignFunction)
 silu = _activation_inplace("silu", SiLUFunction)
 mish = _activation_inplace("mish", MishFunction)
 
 
+@drop_in
+def softsign(input: Tensor) -> Tensor:
+    """x / (1 + |x|), as `torch.nn.functional.softsign`. Any shape."""
+    return (ComplexSoftsignFunction if input.is_complex() else SoftsignFunction).apply(input)
+
+
+def normal_cdf(x: Tensor) -> Tensor:
+    """Φ(x) = ½ (1 + erf(x / √2)), the normal distribution function."""
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+@replaces(normal_cdf)
+def _normal_cdf_by_gelu(x: Tensor) -> Tensor:
+    """gelu(x) / x. On the CPU torch's erf takes longer than its gelu, x Φ(x)."""
+    if not x.is_cpu:
+        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    shifted = x + 1e-20  # not quite zero
+    return F.gelu(shifted).div_(shifted).nan_to_num_(0.5)
+
+
+def normal_density(x: Tensor) -> Tensor:
+    """φ(x) = e^(-x²/2) / √2π"""
+    return torch.exp(-0.5 * (x * x)) / math.sqrt(2 * math.pi)
+
+
+@replaces(normal_density)
+def _normal_density_by_exp2(x: Tensor) -> Tensor:
+    return (x * x).mul_(-0.5 * LOG2_E).exp2_().mul_(1 / math.sqrt(2 * math.pi))
+
+
 class GELUFunction(Pointwise):
-    r"""y = x Φ(x),  Φ the normal distribution function, Φ′ = φ = e^(-x²/2) / √2π      y′ = Φ(x) + x φ(x)
+    r"""y = x Φ(x),  Φ the normal distribution function, Φ′ = φ      y′ = Φ(x) + x φ(x)
 
     Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
     """
@@ -213,14 +240,7 @@ class GELUFunction(Pointwise):
         return F.gelu(input)
 
     def derivative(input: Tensor) -> Tensor:
-        bell = (input * input).mul_(-0.5 * LOG2_E).exp2_()
-        if input.is_cpu and nothing_looks_on(input):
-            # torch's erf takes three times as long as its gelu, which is s Φ(s); s: x, but not quite zero
-            off_zero = input + 1e-20
-            cumulative = F.gelu(off_zero).div_(off_zero).nan_to_num_(0.5)
-        else:
-            cumulative = (input * math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
-        return cumulative.addcmul_(input, bell, value=1 / math.sqrt(2 * math.pi))
+        return normal_cdf(input) + input * normal_density(input)
 
 
 class GELUTanhFunction(Pointwise):
@@ -233,10 +253,9 @@ class GELUTanhFunction(Pointwise):
         return F.gelu(input, approximate="tanh")
 
     def derivative(input: Tensor) -> Tensor:
-        twice, c = 2 * math.sqrt(2 / math.pi), 0.044715
-        square = input * input
-        s = (square * (twice * c)).add_(twice).mul_(input).sigmoid_()
-        return square.mul_(3 * twice * c).add_(twice).mul_(input).mul_(1 - s).add_(1).mul_(s)
+        k, c, square = math.sqrt(2 / math.pi), 0.044715, input * input
+        s = torch.sigmoid(input * (2 * k + 2 * k * c * square))
+        return s * (1 + input * (1 - s) * (2 * k + 6 * k * c * square))
 
 
 @drop_in
@@ -258,8 +277,8 @@ class SoftplusFunction(Pointwise):
         return F.softplus(input, beta, threshold)
 
     def derivative(input: Tensor, beta: float, threshold: float) -> Tensor:
-        z = scaled(input, beta)
-        return torch.sigmoid(z).clamp(min=indicator(torch.gt, z, threshold))
+        z = beta * input
+        return torch.where(z > threshold, 1, torch.sigmoid(z))
 
 
 @drop_in
@@ -271,7 +290,7 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 class ELUFunction(Pointwise):
     r"""y = s x where x > 0, else s α (e^(κx) - 1)      y′ = s where x > 0, else c e^(κx),  c = s α κ
 
-    So y′ = c e^(κ min(x, 0)) + (s - c) [x > 0]: the branch not taken stays finite, and so do its derivatives.
+    The exponent is κ min(x, 0): the branch that is not taken stays finite, and so do its derivatives.
     ELU has s = κ = 1, CELU s = α κ = 1, SELU the α and s that keep mean 0 and variance 1.
 
     Clevert, Unterthiner and Hochreiter, "Fast and Accurate Deep Network Learning by ELUs", 2016. Barron,
@@ -287,27 +306,35 @@ class ELUFunction(Pointwise):
 
     def derivative(input: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
         c = scale * alpha * input_scale
-        falling = input.clamp(max=0).mul_(input_scale * LOG2_E).exp2_()
-        if c == scale:
-            return scaled(falling, c)
-        return indicator(torch.gt, input, 0).mul_(scale - c).add_(falling, alpha=c)
+        return elu_derivative(input, c, scale, input_scale)
+
+
+def elu_derivative(x: Tensor, c: float, s: float, k: float) -> Tensor:
+    """s where x > 0, else c e^(κx)"""
+    return torch.where(x > 0, s, c * torch.exp(k * x.clamp(max=0)))
+
+
+@replaces(elu_derivative)
+def _elu_derivative_by_exp2(x: Tensor, c: float, s: float, k: float) -> Tensor:
+    """c e^(κ min(x, 0)) + (s - c) [x > 0]"""
+    falling = x.clamp(max=0).mul_(k * LOG2_E).exp2_().mul_(c)
+    return falling if c == s else torch.gt(x, 0, out=torch.empty_like(x)).mul_(s - c).add_(falling)
 
 
 class ELUFromOutputFunction(ELUFunction):
-    r"""The same from y, for α κ ≥ 0: y > 0 where x > 0, and s α e^(κx) = y + s α elsewhere
+    r"""ELU from y, for α κ ≥ 0: y > 0 where x > 0, and s α e^(κx) = y + s α elsewhere
 
-    y′ = s where y > 0, else κ y + c      or  κ min(y, 0) + c + (s - c) [y > 0]
+    y′ = s where y > 0, else κ y + c
     """
 
     def derivative(output: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
         c = scale * alpha * input_scale
-        falling = output.clamp(max=0).mul_(input_scale).add_(c)
-        return falling if c == scale else falling.add_(indicator(torch.gt, output, 0), alpha=scale - c)
+        return torch.where(output > 0, scale, input_scale * output + c)
 
 
 def _elu_applied(input: Tensor, alpha: float, scale: float, input_scale: float, inplace: bool) -> Tensor:
-    told = ELUFromOutputFunction if alpha * input_scale >= 0 else None
-    return _applied(ELUFunction, input, alpha, scale, input_scale, inplace=inplace, from_output=told)
+    from_output = ELUFromOutputFunction if alpha * input_scale >= 0 else None
+    return _applied(ELUFunction, input, alpha, scale, input_scale, inplace=inplace, from_output=from_output)
 
 
 @drop_in
@@ -337,8 +364,8 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
 class LeakyReLUFunction(Rule):
     r"""y = x where x > 0, else s x      ∂L/∂x = g where x > 0, else s g"""
 
-    keeps = ("positive",)
-    cheap = True
+    save_instead = ("positive",)
+    recomputable = True
 
     def forward(input: Tensor, negative_slope: float) -> Tensor:
         return F.leaky_relu(input, negative_slope)
@@ -347,26 +374,26 @@ class LeakyReLUFunction(Rule):
         return F.leaky_relu(input, negative_slope, inplace=True)
 
     def positive(input: Tensor) -> Tensor:
-        return indicator(torch.gt, input, 0).bool()
+        return input > 0
 
     def grad_input(grad: Tensor, positive: Tensor, negative_slope: float) -> Tensor:
-        return choose(positive, grad, grad * negative_slope)
+        return torch.where(positive, grad, grad * negative_slope)
 
 
 class LeakyReLUFromOutputFunction(LeakyReLUFunction):
-    r"""The same from y, for s ≥ 0: y > 0 where x > 0"""
+    r"""Leaky ReLU from y, for s ≥ 0: y > 0 where x > 0"""
 
-    keeps = ()
+    save_instead = ()
 
     def positive(output: Tensor) -> Tensor:
-        return indicator(torch.gt, output, 0)
+        return output > 0
 
 
 @drop_in
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """x where x > 0, else s x, as `torch.nn.functional.leaky_relu`. Any shape."""
-    told = LeakyReLUFromOutputFunction if negative_slope >= 0 else None
-    return _applied(LeakyReLUFunction, input, negative_slope, inplace=inplace, from_output=told)
+    from_output = LeakyReLUFromOutputFunction if negative_slope >= 0 else None
+    return _applied(LeakyReLUFunction, input, negative_slope, inplace=inplace, from_output=from_output)
 
 
 class PReLUFunction(Rule):
@@ -378,16 +405,16 @@ class PReLUFunction(Rule):
     """
 
     autocast = LOWER
-    cheap = True
+    recomputable = True
 
     def forward(input: Tensor, weight: Tensor) -> Tensor:
         return torch.ops.aten._prelu_kernel(input, weight)
 
     def grad_input(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-        return choose(indicator(torch.gt, input, 0), grad, grad * weight)
+        return torch.where(input > 0, grad, grad * weight)
 
     def grad_weight(grad: Tensor, input: Tensor) -> Tensor:
-        return choose(indicator(torch.gt, input, 0), None, grad * input)
+        return torch.where(input > 0, 0, grad * input)
 
 
 @drop_in
@@ -433,7 +460,7 @@ def rrelu(
     """x where x > 0, else a x with a drawn for each x (outside of training their mean), as
     `torch.nn.functional.rrelu`. Any shape.
 
-    Draws the same slopes as torch does from the same random state.
+    Draws the same slopes as torch from the same random state.
 
     Raises:
         RuntimeError: `lower` is above `upper`.
@@ -449,23 +476,24 @@ def rrelu(
 
 
 class Gate(Rule):
-    r"""y′ = 0 or 1      the rule gives ``stops``: where y′ = 0
+    r"""y′ = 0 or 1      the rule gives ``is_zero``: where y′ = 0
 
-    Chosen, not multiplied: √relu(x) has g = ∞ where y = 0, and must get 0 there. nan is not stopped.
+    ∂L/∂x = 0 where y′ = 0, else g: not the product g y′, because √relu(x) has g = ∞ where y = 0, and its gradient
+    is 0 there. Where x is nan, y′ = 1.
     """
 
-    keeps = ("stops",)
-    cheap = True
+    save_instead = ("is_zero",)
+    recomputable = True
 
-    def grad_input(grad: Tensor, stops: Tensor) -> Tensor:
-        return choose(stops, None, grad)
+    def grad_input(grad: Tensor, is_zero: Tensor) -> Tensor:
+        return torch.where(is_zero, 0, grad)
 
 
 class ReLUFunction(Rule):
     r"""y = max(x, 0)      y′ = 1 where y ≠ 0, else 0      (at x = 0: 0, as torch)"""
 
-    keeps = ("passes",)
-    cheap = True
+    save_instead = ("positive",)
+    recomputable = True
 
     def forward(input: Tensor) -> Tensor:
         return F.relu(input)
@@ -473,17 +501,17 @@ class ReLUFunction(Rule):
     def forward_(input: Tensor) -> Tensor:
         return F.relu(input, inplace=True)
 
-    def passes(output: Tensor) -> Tensor:
-        return output.bool()
+    def positive(output: Tensor) -> Tensor:
+        return output.bool()  # nan too
 
-    def grad_input(grad: Tensor, passes: Tensor) -> Tensor:
-        return choose(passes, grad)
+    def grad_input(grad: Tensor, positive: Tensor) -> Tensor:
+        return torch.where(positive, grad, 0)
 
 
 class ReLUFromOutputFunction(ReLUFunction):
-    """The same, keeping y itself, which is there anyway."""
+    """ReLU that saves y itself, as the next layer does."""
 
-    keeps = ()
+    save_instead = ()
 
 
 class ThresholdFunction(Gate):
@@ -495,8 +523,8 @@ class ThresholdFunction(Gate):
     def forward_(input: Tensor, threshold: float, value: float) -> Tensor:
         return torch.threshold_(input, threshold, value)
 
-    def stops(input: Tensor, threshold: float) -> Tensor:
-        return indicator(torch.le, input, threshold).bool()
+    def is_zero(input: Tensor, threshold: float) -> Tensor:
+        return input <= threshold
 
 
 class HardtanhFunction(Gate):
@@ -508,8 +536,8 @@ class HardtanhFunction(Gate):
     def forward_(input: Tensor, low: float, high: float) -> Tensor:
         return F.hardtanh(input, low, high, inplace=True)
 
-    def stops(input: Tensor, low: float, high: float) -> Tensor:
-        return indicator(torch.le, input, low).add_(indicator(torch.ge, input, high)).bool()
+    def is_zero(input: Tensor, low: float, high: float) -> Tensor:
+        return (input <= low) | (input >= high)
 
 
 class HardshrinkFunction(Gate):
@@ -518,8 +546,8 @@ class HardshrinkFunction(Gate):
     def forward(input: Tensor, lambd: float) -> Tensor:
         return F.hardshrink(input, lambd)
 
-    def stops(input: Tensor, lambd: float) -> Tensor:
-        return input.abs().le_(lambd).bool()
+    def is_zero(input: Tensor, lambd: float) -> Tensor:
+        return input.abs() <= lambd
 
 
 class SoftshrinkFunction(HardshrinkFunction):
@@ -592,7 +620,7 @@ class HardsigmoidFunction(Elementwise):
     Howard et al., "Searching for MobileNetV3", 2019, as the next.
     """
 
-    keeps = ("rising",)
+    save_instead = ("rising",)
 
     def forward(input: Tensor) -> Tensor:
         return F.hardsigmoid(input)
@@ -601,14 +629,14 @@ class HardsigmoidFunction(Elementwise):
         return F.hardsigmoid(input, inplace=True)
 
     def rising(input: Tensor) -> Tensor:
-        return input.abs().lt_(3).bool()
+        return input.abs() < 3
 
     def grad_input(grad: Tensor, rising: Tensor) -> Tensor:
-        return times(choose(rising, grad), 1 / 6)
+        return torch.where(rising, grad, 0) * (1 / 6)
 
 
 class HardswishFunction(Elementwise):
-    r"""y = x h,  h = x/6 + 1/2, clamped to [0, 1]      y′ = 0 where x ≤ -3, x/3 + 1/2 between, 1 where x ≥ 3"""
+    r"""y = x h,  h = x/6 + 1/2, clamped to [0, 1]      y′ = 0 where x ≤ -3, else x/3 + 1/2 where x < 3, else 1"""
 
     def forward(input: Tensor) -> Tensor:
         return F.hardswish(input)
@@ -617,9 +645,18 @@ class HardswishFunction(Elementwise):
         return F.hardswish(input, inplace=True)
 
     def grad_input(grad: Tensor, input: Tensor) -> Tensor:
-        between = times((input / 3).add_(0.5), grad)
-        outside = choose(indicator(torch.le, input, -3), None, grad)
-        return choose(input.abs().lt_(3), between, outside)
+        return torch.where(input <= -3, 0, grad * hardswish_derivative(input))
+
+
+def hardswish_derivative(x: Tensor) -> Tensor:
+    """x/3 + 1/2 where x < 3, else 1      (for x > -3)"""
+    return torch.where(x < 3, x / 3 + 0.5, 1)
+
+
+@replaces(hardswish_derivative)
+def _hardswish_derivative_by_threshold(x: Tensor) -> Tensor:
+    """On the CPU torch's threshold is vectorized: for x ≥ 3 or nan it takes x = 1.5, where the result is 1."""
+    return torch.threshold_(-x, -3, -1.5).nan_to_num_(-1.5).mul_(-1 / 3).add_(0.5)
 
 
 hardsigmoid = _activation_inplace("hardsigmoid", HardsigmoidFunction)
@@ -632,7 +669,7 @@ class GLUFunction(Rule):
     Dauphin, Fan, Auli and Grangier, "Language Modeling with Gated Convolutional Networks", 2017.
     """
 
-    cheap = True
+    recomputable = True
 
     def forward(input: Tensor, dim: int) -> Tensor:
         return F.glu(input, dim)
@@ -641,7 +678,7 @@ class GLUFunction(Rule):
         a, b = input.chunk(2, dim)
         s = b.sigmoid()
         grad_a = grad * s
-        return torch.cat([grad_a, times(1 - s, grad_a) * a], dim)
+        return torch.cat([grad_a, grad_a * a * (1 - s)], dim)
 
 
 @drop_in
@@ -711,7 +748,7 @@ register(
     big=lambda t: Call(t(1024, 1024), training=True),
     random=True,
     lacks={
-        "vmap": "torch draws for x ≤ 0 alone, so what one example is given depends on those before it, and not "
+        "vmap": "torch draws only for x ≤ 0, so what one example is given depends on those before it, and not "
         'even `randomness="same"` gives what a loop does'
     },
 )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,33 +12,26 @@ from torch import Tensor
 
 from manualgrad import fuse
 from manualgrad.ops.dropout import kept_scale
-from manualgrad.ops.elementary import choose, drop_in, plus, times
+from manualgrad.ops.elementary import drop_in, unflatten
 from manualgrad.registry import Call, Maker, register
-from manualgrad.rule import LOWER, Rule, nothing_looks_on
+from manualgrad.rule import LOWER, Rule, replaces
 
-
-class Part(NamedTuple):
-    """What some heads and rows of an attention give and are sent."""
-
-    query: Tensor  # σ Q
-    key: Tensor
-    value: Tensor
-    grad: Tensor
-    added: Tensor | None  # M
-    drawn: Tensor | None  # where k is not 0
-    factor: float  # what k is there
+Products = tuple[Tensor, Tensor, Tensor]
+Dropout = tuple[Tensor | None, float]
+"""What k ∘ x is: x where the mask is true (None: everywhere), else 0, times the factor."""
 
 
 class AttentionFunction(Rule):
     r"""y = P V,   P = softmax(S) along rows,   S = σ Q Kᵀ + M        Q: (*, L, E)   K: (*, S, E)   V: (*, S, F)
 
     dy = dP V + P dV                          ∂L/∂V = Pᵀ g            ∂L/∂P = g Vᵀ
-    dP = P ∘ (dS - Σ P dS)                    ∂L/∂S = P ∘ (g Vᵀ - δ),   δ = Σ P ∘ (g Vᵀ)  (of each row)
-    dS = σ dQ Kᵀ + σ Q dKᵀ + dM               ∂L/∂Q = σ (∂L/∂S) K     ∂L/∂K = σ (∂L/∂S)ᵀ Q    ∂L/∂M = ∂L/∂S
+    dP = P ∘ (dS - Σ P dS)                    ∂L/∂S = P ∘ (∂L/∂P - δ),   δ = Σ P ∘ ∂L/∂P  (of each row)
+    dS = σ dQ Kᵀ + σ Q dKᵀ + dM               ∂L/∂Q = σ (∂L/∂S) K     ∂L/∂K = (∂L/∂S)ᵀ (σ Q)     ∂L/∂M = ∂L/∂S
 
-    P is not kept but computed anew, on the CPU for some heads and rows at a time, which stay in the cache. A row
-    that M excludes altogether has y = 0, and sends nothing. (Also δ = Σ g y. But then y would be kept, and nobody
-    could write into it, which torch allows wherever it calls no fused kernel.)
+    A row that M excludes completely has y = 0, so its gradient is 0: for it g and M are replaced by 0.
+
+    P is not saved: the backward computes it again. (δ is also Σ g y. But if y were saved, no operation could write
+    into it, which torch allows where it calls no fused kernel.)
 
     Vaswani et al., "Attention Is All You Need", 2017; Dao et al., "FlashAttention", 2022.
     """
@@ -57,145 +49,56 @@ class AttentionFunction(Rule):
     ) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=shared)
 
-    def heads(query: Tensor, key: Tensor, shared: bool) -> int:
-        """How many heads of queries each head of keys and values serves."""
-        return query.shape[-3] // key.shape[-3] if shared else 1
-
     def sigma(query: Tensor, scale: float | None) -> float:
         return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
+    def n(query: Tensor, key: Tensor, shared: bool) -> int:
+        """How many heads of queries share a head of keys and values."""
+        return query.shape[-3] // key.shape[-3] if shared else 1
+
+    def Q(query: Tensor, sigma: float) -> Tensor:
+        """σ Q"""
+        return query * sigma
+
+    def K(key: Tensor, n: int) -> Tensor:
+        return _repeat_heads(key, n)
+
+    def V(value: Tensor, n: int) -> Tensor:
+        return _repeat_heads(value, n)
+
     def added(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-        """M: 0 where attended, -∞ where not."""
-        if causal:
-            mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        if mask is None or mask.is_floating_point():
-            return mask
-        return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -math.inf)
+        return _additive(_causal(query, key) if causal else mask, query)
 
     def attended(added: Tensor | None, causal: bool) -> Tensor | None:
-        """The rows that attend to anything, unless all do."""
+        """The rows that attend to anything, None for all."""
         return None if added is None or causal else (added > -math.inf).any(-1, keepdim=True)
 
-    def dropped() -> tuple[Tensor | None, float]:
+    def M(added: Tensor | None, attended: Tensor | None) -> Tensor | None:
+        return added if added is None or attended is None else torch.where(attended, added, 0)
+
+    def g(grad: Tensor, attended: Tensor | None) -> Tensor:
+        return grad if attended is None else torch.where(attended, grad, 0)
+
+    def k() -> Dropout:
         return None, 1.0
 
-    def part(
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        added: Tensor | None,
-        attended: Tensor | None,
-        dropped: tuple[Tensor | None, float],
-        heads: int,
-        sigma: float,
-    ) -> Part:
-        """The whole."""
-        if added is not None and attended is not None:
-            added, grad = (choose(attended.expand_as(x), x) for x in (added, grad))
-        return Part(query * sigma, _each(key, heads), _each(value, heads), grad, added, *dropped)
+    def products(
+        Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: Dropout, g: Tensor, causal: bool
+    ) -> Products:
+        return products(Q, K, V, M, k, g, causal)
 
-    def products(part: Part, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(∂L/∂S) K,  (∂L/∂S)ᵀ σ Q  and  (k ∘ P)ᵀ g:  together, as one P serves them all."""
-        if _in_blocks(part):
-            return _by_blocks(part, causal)
-        weight, sent = _weights(part)
-        return sent @ part.key, sent.mT @ part.query, weight.mT @ part.grad
+    def grad_query(products: Products, query: Tensor, sigma: float) -> Tensor:
+        return (products[0] * sigma).sum_to_size(query.shape)
 
-    def grad_query(products: tuple[Tensor, Tensor, Tensor], query: Tensor, sigma: float) -> Tensor:
-        return _summed(times(products[0], sigma), query.shape)
+    def grad_key(products: Products, key: Tensor, n: int) -> Tensor:
+        return _sum_heads(products[1], n).sum_to_size(key.shape)
 
-    def grad_key(products: tuple[Tensor, Tensor, Tensor], key: Tensor, heads: int) -> Tensor:
-        return _gathered(products[1], heads, key.shape)
+    def grad_value(products: Products, value: Tensor, n: int) -> Tensor:
+        return _sum_heads(products[2], n).sum_to_size(value.shape)
 
-    def grad_value(products: tuple[Tensor, Tensor, Tensor], value: Tensor, heads: int) -> Tensor:
-        return _gathered(products[2], heads, value.shape)
-
-    def grad_mask(part: Part, mask: Tensor) -> Tensor:
-        """By itself, as it may be as large as all scores."""
-        return _summed(_weights(part)[1], mask.shape).to(mask.dtype)
-
-
-def _weights(part: Part, room: Sequence[Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:
-    """k ∘ P, and ∂L/∂S, in this room if some is given."""
-    query, key, value, grad, added, drawn, factor = part
-    scores = torch.matmul(query, key.mT, out=room[0])
-    probability = torch.softmax(scores if added is None else plus(scores, added), -1, out=room[0])
-    along, kept = torch.matmul(grad, value.mT, out=room[1]), None
-    if drawn is not None:
-        kept = drawn.to(probability.dtype) * factor
-        along = times(along, kept)
-    sent = times(along, probability)
-    sent = plus(sent, probability, -sent.sum(-1, keepdim=True))
-    return probability if kept is None else times(probability, kept), sent
-
-
-_ROWS = 128
-"""How many rows are in a block where a row attends to those before it alone: half of all scores are not needed."""
-
-
-def _in_blocks(part: Part) -> bool:
-    """Blocks are worth while (there are several, none of them tiny) and allowed (one batch, nothing looks on)."""
-    query, key, value, grad, added, *_ = part
-    size = fuse.size()
-    scores = query.shape[-3:-1].numel() * key.shape[-2]  # of one example
-    return (
-        size is not None
-        and query.is_cpu
-        and query.dim() > 2
-        and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-        and scores >= size // 2
-        and query.shape[:-3].numel() * scores > 2 * size
-        and (added is None or added.dim() > 1)
-        and nothing_looks_on(query, key, value, grad)
-    )
-
-
-def _by_blocks(part: Part, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, grad, added, drawn, factor = part
-    batch, (length, columns) = query.shape[:-2], (query.shape[-2], key.shape[-2])
-    rows = min(_ROWS, length) if causal else length
-    heads = min(batch[-1], max(1, (fuse.size() or 0) // (rows * columns)))
-    to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    room = query.new_empty(2, heads * rows * columns)
-    masks = [x if x is None else x.expand(*batch, length, columns) for x in (added, drawn)]
-    for example in product(*map(range, batch[:-1])):
-        for head, row in product(range(0, batch[-1], heads), range(0, length, rows)):
-            across = (*example, slice(head, head + heads))
-            down = (*across, slice(row, row + rows))
-            if causal:  # what comes later is not attended to
-                across = (*across, slice(row + rows))
-            few, seen = query[down], key[across]
-            shape = (*few.shape[:2], seen.shape[1])
-            added, drawn = (x if x is None else x[(*down, slice(shape[2]))] for x in masks)
-            part = Part(few, seen, value[across], grad[down], added, drawn, factor)
-            weight, sent = _weights(part, room[:, : math.prod(shape)].view(2, *shape).unbind())
-            torch.bmm(sent, part.key, out=to_query[down])
-            to_key[across].baddbmm_(sent.mT, part.query)
-            to_value[across].baddbmm_(weight.mT, part.grad)
-    return to_query, to_key, to_value
-
-
-def _each(tensor: Tensor, heads: int) -> Tensor:
-    """Each head of a tensor (*, H, S, E) so many times over."""
-    if heads == 1:
-        return tensor
-    repeated = tensor.unsqueeze(-3).expand(*tensor.shape[:-2], heads, *tensor.shape[-2:])
-    return repeated.reshape(*tensor.shape[:-3], tensor.shape[-3] * heads, *tensor.shape[-2:])
-
-
-def _gathered(tensor: Tensor, heads: int, shape: torch.Size) -> Tensor:
-    """The adjoint of `_each`."""
-    if heads > 1:
-        tensor = tensor.reshape(*tensor.shape[:-3], tensor.shape[-3] // heads, heads, *tensor.shape[-2:]).sum(-3)
-    return _summed(tensor, shape)
-
-
-def _summed(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """The adjoint of broadcasting from a shape."""
-    extra = tensor.dim() - len(shape)
-    axes = [i for i, n in enumerate(tensor.shape) if i < extra or (shape[i - extra] == 1 and n != 1)]
-    return tensor.sum(axes, keepdim=True).reshape(shape) if axes else tensor
+    def grad_mask(Q: Tensor, K: Tensor, V: Tensor, M: Tensor, k: Dropout, g: Tensor, mask: Tensor) -> Tensor:
+        """By itself: it may be as large as all scores."""
+        return weights(Q, K, V, M, k, g)[1].sum_to_size(mask.shape).to(mask.dtype)
 
 
 class DroppedAttentionFunction(AttentionFunction):
@@ -219,10 +122,117 @@ class DroppedAttentionFunction(AttentionFunction):
         output, weight = torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, mask, p, causal, None, scale=scale, enable_gqa=shared
         )
-        return output, weight.bool()  # where P itself is 0, k counts for nothing
+        return output, weight.bool()  # where P itself is 0, k has no influence
 
-    def dropped(drawn: Tensor, p: float) -> tuple[Tensor, float]:
+    def k(drawn: Tensor, p: float) -> tuple[Tensor, float]:
         return drawn, kept_scale(p)
+
+
+def weights(Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: Dropout, g: Tensor) -> tuple[Tensor, Tensor]:
+    """k ∘ P and ∂L/∂S"""
+    S = Q @ K.mT if M is None else Q @ K.mT + M
+    P = torch.softmax(S, -1)
+    grad_P = dropped(g @ V.mT, k)
+    delta = (P * grad_P).sum(-1, keepdim=True)
+    return dropped(P, k), P * (grad_P - delta)
+
+
+def dropped(x: Tensor, k: Dropout) -> Tensor:
+    """k ∘ x"""
+    return x if k[0] is None else x * k[0] * k[1]
+
+
+def products(Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: Dropout, g: Tensor, causal: bool) -> Products:
+    """(∂L/∂S) K,  (∂L/∂S)ᵀ Q  and  (k ∘ P)ᵀ g"""
+    kP, grad_S = weights(Q, K, V, M, k, g)
+    return grad_S @ K, grad_S.mT @ Q, kP.mT @ g
+
+
+@replaces(weights)
+def _weights_in(
+    Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: Dropout, g: Tensor, space: Any = (None, None)
+) -> tuple[Tensor, Tensor]:
+    """The same, written into two tensors, new ones unless given."""
+    S = torch.matmul(Q, K.mT, out=space[0])
+    P = torch.softmax(S if M is None else S + M if space[0] is None else S.add_(M), -1, out=space[0])
+    grad_P = torch.matmul(g, V.mT, out=space[1])
+    kept = None if k[0] is None else k[0].to(P.dtype) * k[1]
+    grad_P = grad_P if kept is None else grad_P.mul_(kept)
+    grad_S = grad_P.mul_(P)
+    grad_S = grad_S.addcmul_(P, grad_S.sum(-1, keepdim=True), value=-1)
+    return P if kept is None else P.mul_(kept), grad_S
+
+
+@replaces(products)
+def _products_by_blocks(
+    Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: Dropout, g: Tensor, causal: bool
+) -> Products:
+    """The same for some heads and rows at a time, if that pays: their scores stay in the cache."""
+    if not _pays(Q, K, V, M):
+        kP, grad_S = _weights_in(Q, K, V, M, k, g)
+        return grad_S @ K, grad_S.mT @ Q, kP.mT @ g
+    batch, (length, columns) = Q.shape[:-2], (Q.shape[-2], K.shape[-2])
+    rows = min(_ROWS, length) if causal else length
+    heads = min(batch[-1], max(1, (fuse.size() or 0) // (rows * columns)))
+    of_query, of_key, of_value = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
+    space = Q.new_empty(2, heads * rows * columns)
+    masks = [x if x is None else x.expand(*batch, length, columns) for x in (M, k[0])]
+    for example in product(*map(range, batch[:-1])):
+        for head, row in product(range(0, batch[-1], heads), range(0, length, rows)):
+            across = (*example, slice(head, head + heads))
+            down = (*across, slice(row, row + rows))
+            if causal:  # no row attends to later columns
+                across = (*across, slice(row + rows))
+            q, key = Q[down], K[across]
+            shape = (*q.shape[:2], key.shape[1])
+            mask, drawn = (x if x is None else x[(*down, slice(shape[2]))] for x in masks)
+            two = space[:, : math.prod(shape)].view(2, *shape).unbind()
+            kP, grad_S = _weights_in(q, key, V[across], mask, (drawn, k[1]), g[down], two)
+            torch.bmm(grad_S, key, out=of_query[down])
+            of_key[across].baddbmm_(grad_S.mT, q)
+            of_value[across].baddbmm_(kP.mT, g[down])
+    return of_query, of_key, of_value
+
+
+_ROWS = 128
+"""How many rows a block has if each row attends only to those before it: half of all scores are not needed."""
+
+
+def _pays(Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None) -> bool:
+    """Blocks are faster (there are several, and none is tiny) and possible (no head or example broadcasts)."""
+    size = fuse.size()
+    scores = Q.shape[-3:-1].numel() * K.shape[-2]  # of one example
+    return (
+        size is not None
+        and Q.is_cpu
+        and Q.dim() > 2
+        and Q.shape[:-2] == K.shape[:-2] == V.shape[:-2]
+        and scores >= size // 2
+        and Q.shape[:-3].numel() * scores > 2 * size
+        and (M is None or M.dim() > 1)
+    )
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """Each row attends to the columns up to its own number."""
+    return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """M of a mask: 0 where attended, -∞ where not."""
+    if mask is None or mask.is_floating_point():
+        return mask
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -math.inf)
+
+
+def _repeat_heads(tensor: Tensor, n: int) -> Tensor:
+    """Each head of a tensor (*, H, S, E) n times."""
+    return tensor if n == 1 else tensor.repeat_interleave(n, -3)
+
+
+def _sum_heads(tensor: Tensor, n: int) -> Tensor:
+    """The adjoint of `_repeat_heads`."""
+    return tensor if n == 1 else unflatten(tensor, -3, (tensor.shape[-3] // n, n)).sum(-3)
 
 
 @drop_in
@@ -293,5 +303,4 @@ register(
         _multi_head(t, t(4, 2), t(3, 2), attn_mask=t.fixed(4, 3), average_attn_weights=False, bias=False),
     ],
     big=lambda t: _multi_head(t, t(128, 8, 256), t(128, 8, 256), heads=8, need_weights=False),
-    special=False,  # as above
 )

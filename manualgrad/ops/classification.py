@@ -1,64 +1,64 @@
-"""Losses of classes: each row of scores has one right answer, or a probability for each."""
+"""Losses of classes: each row of scores has one right class, or a probability for each class."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import added, choose, stands_for, times
-from manualgrad.ops.loss import MEAN, NONE, Loss, _nn
+from manualgrad.ops.elementary import stands_for
+from manualgrad.ops.loss import MEAN, NONE, _nn
 from manualgrad.ops.softmax import log_softmax
 from manualgrad.registry import Call, register
-from manualgrad.rule import cast, nothing_looks_on
+from manualgrad.rule import FLOAT32, Rule, cast, replaces
 
 
-def _class_axis(input: Tensor) -> int:
-    return min(input.dim() - 1, 1)
+class ClassLoss(Rule):
+    r"""L = reduction of wᵢ ℓᵢ      i: a row   t: the index of its class   wᵢ = w[t], 0 where t is ignored
 
-
-class ClassLoss(Loss):
-    r"""A loss of rows, each with an index t of its class: L = reduction of wᵢ ℓᵢ,  wᵢ = w[tᵢ], 0 where ignored
-
-    reduction          "none": Lᵢ = wᵢ ℓᵢ     "sum": L = Σ wᵢ ℓᵢ     "mean": L = Σ wᵢ ℓᵢ / Σ wᵢ
-    each wᵢ ℓᵢ is sent           gᵢ                    g                      g / Σ wᵢ            =: sent
+    reduction            "none": Lᵢ = wᵢ ℓᵢ     "sum": L = Σ wᵢ ℓᵢ     "mean": L = Σ wᵢ ℓᵢ / Σ wᵢ
+    γᵢ = ∂L/∂(wᵢ ℓᵢ)           gᵢ                    g                      g / Σ wᵢ           (0 where ignored)
     """
+
+    autocast = FLOAT32
+
+    def axis(input: Tensor) -> int:
+        """Of the classes."""
+        return min(input.dim() - 1, 1)
 
     def valid(target: Tensor, ignore_index: int) -> Tensor:
         return target != ignore_index
 
-    def place(target: Tensor, valid: Tensor) -> Tensor:
-        return target * valid  # an ignored index may lie outside the classes
+    def t(target: Tensor, valid: Tensor) -> Tensor:
+        return target * valid  # an ignored index may be no class
 
-    def row_weight(input: Tensor, weight: Tensor | None, place: Tensor, valid: Tensor) -> Tensor:
-        return _row_weight(input, weight, place, valid)
+    def w(input: Tensor, weight: Tensor | None, t: Tensor, valid: Tensor) -> Tensor:
+        return weight_of(t, valid, weight, input)
 
-    def sent(grad: Tensor, row_weight: Tensor, valid: Tensor, reduction: int) -> Tensor:
-        if reduction == MEAN:
-            grad = grad / row_weight.sum()
-        return choose(valid, grad.expand_as(row_weight).contiguous())
+    def gamma(grad: Tensor, w: Tensor, valid: Tensor, reduction: int) -> Tensor:
+        return torch.where(valid, grad / w.sum() if reduction == MEAN else grad, 0)
 
 
-def _row_weight(input: Tensor, weight: Tensor | None, place: Tensor, valid: Tensor) -> Tensor:
-    # take, for weight[place] with one place is an integer's indexing, which torch.compile refuses
-    return valid.to(input.dtype) if weight is None else choose(valid, weight.take(place).to(input.dtype))
+def weight_of(t: Tensor, valid: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:
+    """w[t], 0 where ignored, in a dtype."""
+    # take, for weight[t] with one t is indexing by an integer, which torch.compile refuses
+    return valid.to(like.dtype) if weight is None else torch.where(valid, weight.take(t).to(like.dtype), 0)
 
 
 @stands_for(_nn.nll_loss_nd)
 class NLLLossFunction(ClassLoss):
-    r"""ℓ = -x[t]        x: (N, C, ...) of log-probabilities   t: (N, ...)      ∂L/∂x[t] = -sent w[t]"""
+    r"""ℓ = -x[t]        x: (N, C, ...) of log-probabilities   t: (N, ...)      ∂L/∂x[t] = -γ w,  else 0"""
 
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
         return _nn.nll_loss_nd(input, target, weight, reduction, ignore_index)
 
-    def grad_input(input: Tensor, place: Tensor, sent: Tensor, row_weight: Tensor) -> Tensor:
-        axis = _class_axis(input)
-        return added(torch.zeros_like(input), axis, place.unsqueeze(axis), (-sent * row_weight).unsqueeze(axis))
+    def grad_input(input: Tensor, t: Tensor, gamma: Tensor, w: Tensor, axis: int) -> Tensor:
+        return torch.zeros_like(input).scatter_add(axis, t.unsqueeze(axis), (-gamma * w).unsqueeze(axis))
 
 
 class CrossEntropyLossFunction(ClassLoss):
     r"""w[t] ℓ = -Σ_c q_c log p_c,    p = softmax x,   q = (1-ε) w[t] 1_t + (ε/C) w      (ε: label smoothing)
 
-    log p_c = x_c - log Σ e^x,  d log p = dx - ⟨p, dx⟩:      ∂L/∂x = sent (p Σ q - q)
+    log p_c = x_c - log Σ e^x,   d log p = dx - ⟨p, dx⟩:      ∂L/∂x = γ (p Σq - q),   Σq = (1-ε) w[t] + ε mean w
 
     Szegedy, Vanhoucke, Ioffe, Shlens and Wojna, "Rethinking the Inception Architecture for Computer Vision", 2016.
     """
@@ -73,53 +73,60 @@ class CrossEntropyLossFunction(ClassLoss):
     ) -> Tensor:
         return _nn.cross_entropy_loss(input, target, weight, reduction, ignore_index, label_smoothing)
 
+    def p(input: Tensor, valid: Tensor, axis: int) -> Tensor:
+        return softmax_of_valid(input, valid.unsqueeze(axis), axis)
+
+    def q_t(w: Tensor, label_smoothing: float) -> Tensor:
+        """(1-ε) w[t]"""
+        return w * (1 - label_smoothing) if label_smoothing else w
+
+    def soft(input: Tensor, weight: Tensor | None, label_smoothing: float, axis: int) -> Tensor | float:
+        """(ε/C) w"""
+        epsilon = label_smoothing / max(input.shape[axis], 1)
+        return epsilon if weight is None else epsilon * _along(weight, input)
+
+    def sum_q(q_t: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+        return q_t + label_smoothing * (1 if weight is None else weight.mean()) if label_smoothing else q_t
+
     def grad_input(
-        input: Tensor,
-        weight: Tensor | None,
-        valid: Tensor,
-        place: Tensor,
-        sent: Tensor,
-        row_weight: Tensor,
+        p: Tensor,
+        sum_q: Tensor,
+        q_t: Tensor,
+        soft: Tensor | float,
+        gamma: Tensor,
+        t: Tensor,
+        axis: int,
         label_smoothing: float,
     ) -> Tensor:
-        axis = _class_axis(input)
-        hard = mass = row_weight  # without a weight Σ q = 1
-        if label_smoothing:
-            hard = row_weight * (1 - label_smoothing)
-            mass = row_weight if weight is None else hard + weight.mean() * label_smoothing
-        gradient = _p_less_q(torch.softmax(input, axis), axis, place, sent * mass, sent * hard)
-        if label_smoothing:
-            soft = (sent * (label_smoothing / input.shape[axis])).unsqueeze(axis)
-            gradient = gradient - (soft if weight is None else soft * _along(weight, input))
-        if input.is_cpu and nothing_looks_on(gradient, sent) and valid.all():
-            return gradient
-        return choose(valid.unsqueeze(axis).expand_as(gradient), gradient)  # zero, though an ignored row hold inf
+        dense = p * (gamma * sum_q).unsqueeze(axis)
+        hard = dense.scatter_add(axis, t.unsqueeze(axis), (-gamma * q_t).unsqueeze(axis))
+        return hard - gamma.unsqueeze(axis) * soft if label_smoothing else hard
 
 
-def _p_less_q(p: Tensor, axis: int, place: Tensor, mass: Tensor, hard: Tensor) -> Tensor:
-    """p · mass, of which each row loses `hard` at its class."""
-    return added(times(p, mass.unsqueeze(axis)), axis, place.unsqueeze(axis), -hard.unsqueeze(axis))
+def softmax_of_valid(x: Tensor, valid: Tensor, axis: int) -> Tensor:
+    """Of zeros in ignored rows: γ = 0 there, but 0 p is not 0 if x holds inf."""
+    return torch.softmax(torch.where(valid, x, 0), axis)
+
+
+@replaces(softmax_of_valid)
+def _softmax_of_valid(x: Tensor, valid: Tensor, axis: int) -> Tensor:
+    return torch.softmax(x if x.is_cpu and valid.all() else torch.where(valid, x, 0), axis)
 
 
 def _along(weight: Tensor, input: Tensor) -> Tensor:
-    """A weight for each class, shaped to broadcast along the class axis."""
+    """A weight for each class, in a shape that broadcasts along the class axis."""
     return weight.reshape(-1, *[1] * (input.dim() - 2))
 
 
 @stands_for(_nn.cross_entropy_loss)
 def cross_entropy_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    """-Σ_c q_c log p_c: of class indices one rule, of class probabilities composed, as torch does."""
+    """-Σ_c q_c log p_c: one rule for class indices, composed for class probabilities, as in torch."""
     if target.shape != input.shape or not target.is_floating_point() or ignore_index >= 0:
         return CrossEntropyLossFunction.apply(input, target, weight, reduction, ignore_index, label_smoothing)
-    input, target, weight = cast(Loss, (input, target, weight))
-    axis = _class_axis(input)
+    input, target, weight = cast(ClassLoss, (input, target, weight))
+    axis = ClassLoss.axis(input)  # pyright: ignore[reportAttributeAccessIssue]
     classes = input.shape[axis]
     if label_smoothing > 0:
         target = target * (1 - label_smoothing) + label_smoothing / classes

@@ -10,11 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from manualgrad import accelerators
-from manualgrad.ops.elementary import Numbers, drop_in, each, in_format_of, of_dimensions, rows
+from manualgrad.ops.elementary import Numbers, drop_in, each, of_dimensions, rows, unflatten
 from manualgrad.ops.padding import pad
 from manualgrad.registry import Call, Maker, register
-from manualgrad.rule import LOWER, Rule
+from manualgrad.rule import LOWER, Rule, replaces
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,25 @@ class Geometry:
         )
 
 
+def _weight_by_kernel(grad: Tensor, input: Tensor, geometry: Geometry) -> Tensor | None:
+    """The gradient of the weight by oneDNN, cuDNN or what else torch has."""
+    at = geometry
+    # with a longer rest the kernel would count more windows than the convolution has
+    fits = at.transposed or all(rest < step for rest, step in zip(at.rest, at.stride, strict=True))
+    if not (fits and grad.is_floating_point()):
+        return None
+    rows, columns = (input, grad) if at.transposed else (grad, input)
+    weight = grad.new_empty((rows.shape[1], columns.shape[1] // at.groups, *at.kernel))  # only its shape is read
+    beyond = at.rest if at.transposed else (0,) * len(at.kernel)
+    how = (at.stride, at.padding, at.dilation, at.transposed, beyond, at.groups)
+    return torch.ops.aten.convolution_backward(grad, input, weight, None, *how, (False, True, False))[1]
+
+
 class ConvolutionFunction(Rule):
     r"""y[n, o, i] = Σ_c Σ_k x[n, c, s i + d k - p] W[o, c, k] + b[o]      i, k: a number for each dimension
 
-    It is linear in x and linear in W. Write C for x ↦ y without b, and Cᵀ for its transpose, which sends each y[i]
-    back to where it came from, x[s i + d k - p] += W[k] y[i]: the transposed convolution.
+    It is linear in x and linear in W. Write C for x ↦ y without b, and Cᵀ for its transpose, the transposed
+    convolution, which adds W[k] y[i] to x[s i + d k - p].
 
     differential      dy = C dx + Σ x dW + db
     pair with g       ⟨g, C dx⟩ = ⟨Cᵀ g, dx⟩                                     ∂L/∂x = Cᵀ g
@@ -60,8 +73,10 @@ class ConvolutionFunction(Rule):
     """
 
     autocast = LOWER
-    in_float32 = False  # products accumulate in float32 as they are
-    complex = True
+    upcast_gradients = False  # products accumulate in float32 as they are
+    supports_complex = True
+    vendor_kernels = {"grad_weight": _weight_by_kernel}
+    format_of_grad = ("grad_weight",)
 
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         n, at = len(geometry.kernel), geometry
@@ -78,11 +93,9 @@ class ConvolutionFunction(Rule):
         return ConvolutionFunction.apply(grad, weight.conj(), None, geometry.transpose())
 
     def grad_weight(grad: Tensor, input: Tensor, geometry: Geometry) -> Tensor:
-        found = accelerators.convolution_weight(grad, input, geometry)
-        if found is None:
-            large, small = (grad, input.conj()) if geometry.transposed else (input.conj(), grad)
-            found = correlation(large, small, geometry)
-        return in_format_of(grad, found)
+        x = input.conj()
+        large, small = (grad, x) if geometry.transposed else (x, grad)
+        return correlation(large, small, geometry)
 
     def grad_bias(grad: Tensor) -> Tensor:
         return grad.sum([axis for axis in range(grad.dim()) if axis != 1])
@@ -91,36 +104,35 @@ class ConvolutionFunction(Rule):
 def correlation(large: Tensor, small: Tensor, geometry: Geometry) -> Tensor:
     r"""W[o, c, k] = Σ_n Σ_i large[n, c, s i + d k - p] small[n, o, i]
 
-    Three ways to the same sum; which is fastest, the shapes tell. In low precision only the first rounds once.
+    Read with k as the window and i as an index into the kernel, this is a convolution again: stride and dilation
+    have changed places, and so have batch and channels.
     """
+    n, c, groups = len(large), large.shape[1] // geometry.groups, geometry.groups
+    if n == 0:
+        return large.new_zeros(small.shape[1], c, *geometry.kernel)
+    channels = unflatten(large, 1, (groups, c)).transpose(0, 2).reshape(c, groups * n, *large.shape[2:])
+    found = ConvolutionFunction.apply(channels, small.transpose(0, 1), None, geometry.exchanged())
+    return found.transpose(0, 1).contiguous()
+
+
+@replaces(correlation)
+def _correlation_by_shape(large: Tensor, small: Tensor, geometry: Geometry) -> Tensor:
+    """The fastest of three ways to the same sum. In low precision only the convolution rounds once."""
     samples, channels = large.shape[:2]
-    kernel = geometry.kernel
-    if samples == 0:
-        return large.new_zeros(small.shape[1], channels // geometry.groups, *kernel)
-    if large.element_size() < 4:
-        return _exchanged(large, small, geometry)
-    if channels == geometry.groups:  # depthwise: to take each sample for a group of its own sums less at a time
-        alone = replace(geometry, groups=samples * channels)
+    if samples == 0 or large.element_size() < 4:
+        return correlation(large, small, geometry)
+    if channels == geometry.groups:  # depthwise: a group for each sample, so that fewer products are summed
+        separate = replace(geometry, groups=samples * channels)
         large, small = (x.reshape(1, -1, *x.shape[2:]) for x in (large, small))
-        found = _exchanged(large, small, alone)
+        found = correlation(large, small, separate)
         return found.reshape(samples, -1, *found.shape[1:]).sum(0)
-    if len(kernel) == 1 or math.prod(kernel) <= 9:
+    if len(geometry.kernel) == 1 or math.prod(geometry.kernel) <= 9:
         return _unfolded(large, small, geometry)
-    return _exchanged(large, small, geometry)
-
-
-def _exchanged(large: Tensor, small: Tensor, geometry: Geometry) -> Tensor:
-    """Read with k as the window and i as an index into the kernel, the correlation is a convolution again: stride
-    and dilation have changed places, and so have batch and channels."""
-    n, c, *sizes = large.shape
-    groups = geometry.groups
-    grouped = large.reshape(n, groups, c // groups, *sizes).transpose(0, 2)
-    channels = grouped.reshape(c // groups, groups * n, *sizes)
-    return ConvolutionFunction.apply(channels, small.transpose(0, 1), None, geometry.exchanged()).transpose(0, 1)
+    return correlation(large, small, geometry)
 
 
 _BLOCK = 2**18
-"""Elements that are unfolded at a time: what stays in the cache."""
+"""Elements that are unfolded at a time, so that they stay in the cache."""
 
 
 def _unfolded(large: Tensor, small: Tensor, geometry: Geometry) -> Tensor:
@@ -207,8 +219,8 @@ def _conv_transpose(n: int) -> Callable[..., Tensor]:
         (N, O, *sizes) or (O, *sizes).
         """
         if _without_batch(n, input, weight):
-            alone = input.unsqueeze(0)
-            return conv_transpose(alone, weight, bias, stride, padding, output_padding, groups, dilation).squeeze(
+            batch = input.unsqueeze(0)
+            return conv_transpose(batch, weight, bias, stride, padding, output_padding, groups, dilation).squeeze(
                 0
             )
         kernel, windows = tuple(weight.shape[2:]), tuple(input.shape[2:])
@@ -245,20 +257,22 @@ class TimeBatchChannelsFunction(Rule):
 
     def grad_input(grad: Tensor, weight: Tensor, pad: int) -> Tensor:
         before = len(weight) - 1 - pad
-        grad = grad[-before:before] if before < 0 else grad  # no x is so far out
+        g = grad[-before:before] if before < 0 else grad  # no x is so far out
         bias = weight.new_zeros(weight.shape[1])
-        return TimeBatchChannelsFunction.apply(grad, weight.flip(0).mT, bias, max(before, 0))
+        return TimeBatchChannelsFunction.apply(g, weight.flip(0).mT, bias, max(before, 0))
 
     def grad_weight(grad: Tensor, input: Tensor, weight: Tensor, pad: int) -> Tensor:
-        taps = []
-        for shift in range(-pad, len(weight) - pad):
-            first = max(0, -shift)
-            end = max(first, min(len(grad), len(input) - shift))
-            taps.append(rows(input[first + shift : end + shift]).mT @ rows(grad[first:end]))
-        return torch.stack(taps)
+        return torch.stack([correlation_in_time(input, grad, shift - pad) for shift in range(len(weight))])
 
     def grad_bias(grad: Tensor) -> Tensor:
         return rows(grad).sum(0)
+
+
+def correlation_in_time(x: Tensor, g: Tensor, shift: int) -> Tensor:
+    """Σ x[t + shift]ᵀ g[t]"""
+    first = max(0, -shift)
+    end = max(first, min(len(g), len(x) - shift))
+    return rows(x[first + shift : end + shift]).mT @ rows(g[first:end])
 
 
 @drop_in

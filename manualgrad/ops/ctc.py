@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import added, choose, stands_for
+from manualgrad.ops.elementary import stands_for
 from manualgrad.ops.loss import MEAN, NONE, reduced
 from manualgrad.registry import Call, register
-from manualgrad.rule import Rule, differentiated
+from manualgrad.rule import Rule, replaces
 
 _NEVER = -1e30  # log 0: finite, so that differences of two stay numbers, and so do all derivatives
 _forward = torch._ctc_loss  # pyright: ignore[reportPrivateImportUsage]
@@ -22,8 +22,8 @@ _forward = torch._ctc_loss  # pyright: ignore[reportPrivateImportUsage]
 class CTCLossFunction(Rule):
     r"""ℓ = -log P,   P = Σ_π Π_t y_t(π_t)      over the paths π that read as the labels
 
-    y_t(k) = e^(x_tk)      x: (T, N, C)      A path walks along l = _ a _ b _ … _ (the labels with blanks between
-    them): each step it stays, goes on by one, or skips a blank between two different labels.
+    y_t(k) = e^(x_tk)      x: (T, N, C)      A path follows l = _ a _ b _ … _ (the labels with blanks between
+    them): each step it stays, moves on by one, or skips a blank between two different labels.
 
     α_t(s)   all paths that are at l_s at time t, up to and with t:      α_t(s) = y_t(l_s) Σ α_{t-1}(s, s-1, s-2)
     β_t(s)   all paths from there on, with t:      α of the sequence read backwards in time and labels
@@ -49,7 +49,8 @@ class CTCLossFunction(Rule):
         losses = _forward(log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)[0]
         return torch.where(losses == float("inf"), 0, losses) if zero_infinity else losses
 
-    def inputs(log_probs: Tensor, input_lengths: Tensor) -> Tensor:
+    def lengths(log_probs: Tensor, input_lengths: Tensor) -> Tensor:
+        """Steps of each sequence."""
         return input_lengths.reshape(-1).to(log_probs.device, torch.int64)
 
     def ends(log_probs: Tensor, target_lengths: Tensor) -> Tensor:
@@ -57,60 +58,91 @@ class CTCLossFunction(Rule):
         return 2 * target_lengths.reshape(-1).to(log_probs.device, torch.int64)
 
     def path(log_probs: Tensor, targets: Tensor, ends: Tensor, blank: int) -> Tensor:
-        """l of each sequence: (N, S); what stands behind its end is any class."""
-        labels = targets.to(log_probs.device, torch.int64)
-        if labels.dim() == 1:  # one after the other
-            first = (ends.cumsum(0) - ends) // 2
-            reach = torch.arange(int(ends.max()) // 2, device=labels.device)
-            labels = labels[(first.unsqueeze(1) + reach).clamp(max=max(len(labels) - 1, 0))]
-        labels = labels.clamp(0, log_probs.shape[-1] - 1)
-        pairs = torch.stack([torch.full_like(labels, blank), labels], -1).flatten(1)
+        """l of each sequence: (N, S). What stands behind its end is any class."""
+        labels = _labels(targets.to(log_probs.device, torch.int64), ends).clamp(0, log_probs.shape[-1] - 1)
+        pairs = torch.stack([torch.full_like(labels, blank), labels], -1).reshape(len(labels), 2 * labels.shape[1])
         return F.pad(pairs, (0, 1), value=blank)
 
-    def through(log_probs: Tensor, path: Tensor, inputs: Tensor, ends: Tensor, blank: int) -> Tensor:
-        """log γ + log P: (T, N, S)."""
-        times, places = (torch.arange(n, device=path.device) for n in (len(log_probs), path.shape[1]))
-        shape = (*log_probs.shape[:2], path.shape[1])
-        early = (inputs - 1 - times.unsqueeze(1)).clamp(min=0).unsqueeze(-1).expand(shape)
-        back = (ends.unsqueeze(1) - places).clamp(min=0)
+    def step(log_probs: Tensor, lengths: Tensor) -> Tensor:
+        """t, for all sequences: (T, 1)."""
+        return torch.arange(len(log_probs), device=lengths.device).unsqueeze(1)
 
-        def backwards(along: Tensor) -> Tensor:
-            return along.gather(0, early).gather(2, back.expand(shape))
+    def alive(step: Tensor, lengths: Tensor, path: Tensor, ends: Tensor) -> Tensor:
+        """The sequence has this step, and l this place: (T, N, S)."""
+        place = torch.arange(path.shape[1], device=path.device)
+        return (step < lengths).unsqueeze(-1) & (place <= ends.unsqueeze(1))
 
-        emitted = log_probs.gather(2, path.expand(shape)).clamp(min=_NEVER)
-        both = _walked(torch.cat([emitted, backwards(emitted)], 1), torch.cat([path, path.gather(1, back)]), blank)
-        ahead, behind = both.chunk(2, 1)
-        through = ahead + backwards(behind) - emitted
-        alive = (times.unsqueeze(1) < inputs).unsqueeze(-1) & (places <= ends.unsqueeze(1))
-        return choose(alive, through, torch.full_like(through, _NEVER))
+    def backwards(step: Tensor, lengths: Tensor, path: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """For t and s the step and the place that are read there if a sequence is read backwards."""
+        place = torch.arange(path.shape[1], device=path.device)
+        return (lengths - 1 - step).clamp(min=0), (ends.unsqueeze(1) - place).clamp(min=0)
+
+    def log_y(log_probs: Tensor, path: Tensor) -> Tensor:
+        """log y_t(l_s)"""
+        return log_probs.gather(2, path.expand(len(log_probs), *path.shape)).clamp(min=_NEVER)
+
+    def log_alpha_beta(log_y: Tensor, path: Tensor, backwards: tuple[Tensor, Tensor], blank: int) -> Tensor:
+        """log α and log β, one after the other: both by one recursion, for twice as many sequences."""
+        twice = torch.cat([log_y, _read(log_y, backwards)], 1)
+        alpha, beta = _log_alpha(twice, torch.cat([path, path.gather(1, backwards[1])]), blank).chunk(2, 1)
+        return torch.stack([alpha, _read(beta, backwards)])
+
+    def log_gamma(log_alpha_beta: Tensor, log_y: Tensor, alive: Tensor) -> Tensor:
+        """log γ + log P"""
+        return torch.where(alive, log_alpha_beta[0] + log_alpha_beta[1] - log_y, _NEVER)
 
     def grad_log_probs(
-        grad: Tensor, log_probs: Tensor, path: Tensor, through: Tensor, inputs: Tensor, zero_infinity: bool
+        grad: Tensor,
+        log_probs: Tensor,
+        path: Tensor,
+        log_gamma: Tensor,
+        step: Tensor,
+        lengths: Tensor,
+        zero_infinity: bool,
     ) -> Tensor:
-        share = torch.softmax(through, -1)
-        gradient = added(log_probs.exp(), 2, path.expand(share.shape), -share) * grad.unsqueeze(-1)
-        possible = (through.amax((0, 2)) > _NEVER / 2).unsqueeze(-1).expand_as(gradient)
-        gradient = choose(possible, gradient, torch.full_like(gradient, 0 if zero_infinity else float("nan")))
-        alive = torch.arange(len(log_probs), device=inputs.device).unsqueeze(1) < inputs
-        return choose(alive.unsqueeze(-1).expand_as(gradient), gradient)
+        gamma = torch.softmax(log_gamma, -1)
+        derivative = log_probs.exp().scatter_add(2, path.expand(gamma.shape), -gamma)
+        possible = (log_gamma.amax((0, 2)) > _NEVER / 2).unsqueeze(-1)
+        of_all = torch.where(possible, derivative * grad.unsqueeze(-1), 0 if zero_infinity else math.nan)
+        return torch.where((step < lengths).unsqueeze(-1), of_all, 0)
 
 
-def _walked(emitted: Tensor, path: Tensor, blank: int) -> Tensor:
-    """log α: (T, N, S), from log y_t(l_s) and l."""
-    apart = F.pad((path[:, 2:] != blank) & (path[:, 2:] != path[:, :-2]), (min(2, path.shape[1]), 0))
-    skip = (1.0 - apart.to(emitted.dtype)) * _NEVER
-    start = (torch.arange(path.shape[1], device=path.device) >= 2).to(emitted.dtype) * _NEVER
-    first, *others = emitted.unbind(0)
-    walked = [first + start]
-    for each in others:
-        before = F.pad(walked[-1], (2, 0), value=_NEVER)
-        walked.append(_log_sum(walked[-1], before[..., 1:-1], before[..., :-2] + skip) + each)
-    return torch.stack(walked)
+def _labels(labels: Tensor, ends: Tensor) -> Tensor:
+    """(N, L), also of targets that stand one after the other."""
+    if labels.dim() > 1:
+        return labels
+    first = (ends.cumsum(0) - ends) // 2
+    reach = torch.arange(int(ends.max()) // 2, device=labels.device)
+    return labels[(first.unsqueeze(1) + reach).clamp(max=max(len(labels) - 1, 0))]
 
 
-def _log_sum(*ways: Tensor) -> Tensor:
-    """log Σ e^way. The faster logaddexp has higher derivatives that are nan where it overflows."""
-    return torch.logsumexp(torch.stack(ways), 0) if differentiated() else functools.reduce(torch.logaddexp, ways)
+def _read(tensor: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
+    """(T, N, S), read at other steps and places."""
+    return tensor.gather(0, at[0].unsqueeze(-1).expand(tensor.shape)).gather(2, at[1].expand(tensor.shape))
+
+
+def _log_alpha(log_y: Tensor, path: Tensor, blank: int) -> Tensor:
+    """log α: (T, N, S), by the recursion in t."""
+    skips = F.pad((path[:, 2:] != blank) & (path[:, 2:] != path[:, :-2]), (min(2, path.shape[1]), 0))
+    skip = (1.0 - skips.to(log_y.dtype)) * _NEVER
+    start = (torch.arange(path.shape[1], device=path.device) >= 2).to(log_y.dtype) * _NEVER
+    first, *others = log_y.unbind(0)
+    alpha = [first + start]
+    for y in others:
+        before = F.pad(alpha[-1], (2, 0), value=_NEVER)
+        alpha.append(_log_sum(alpha[-1], before[..., 1:-1], before[..., :-2] + skip) + y)
+    return torch.stack(alpha)
+
+
+def _log_sum(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """log (eᵃ + eᵇ + eᶜ)"""
+    return torch.logsumexp(torch.stack([a, b, c]), 0)
+
+
+@replaces(_log_sum)
+def _log_sum_in_pairs(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Faster, but its higher derivatives are nan where it overflows."""
+    return torch.logaddexp(torch.logaddexp(a, b), c)
 
 
 @stands_for(torch.ctc_loss)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import PlainDifferenceFunction, broadcast, choose, drop_in
+from manualgrad.ops.elementary import PlainDifferenceFunction, broadcast, drop_in
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -18,19 +18,18 @@ Axes = int | tuple[int, ...]
 class VectorNormFunction(Rule):
     r"""n = ‖x‖ = (Σ |x|ᵖ)^(1/p)      along one axis or several
 
-    n^(p-1) dn = Σ |x|^(p-1) ⟨sgn x, dx⟩      ∂L/∂x = g n′,   n′ = sgn(x) |x/n|^(p-1)
+    n^(p-1) dn = Σ |x|^(p-1) ⟨sgn x, dx⟩      ∂L/∂x = g n′,   n′ = sgn(u) |u|^(p-1),  u = x/n
     """
 
     autocast = {"cuda": "float32"}
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor, p: float, dim: Axes, keepdim: bool) -> Tensor:
         return torch.linalg.vector_norm(input, p, dim, keepdim)
 
     def grad_input(grad: Tensor, input: Tensor, output: Tensor, p: float, dim: Axes, keepdim: bool) -> Tensor:
-        if not keepdim:
-            grad, output = _with_axes(grad, dim), _with_axes(output, dim)
-        return grad * _slope(input / choose(output != 0, output, torch.ones_like(output)), p, dim)
+        g, n = (grad, output) if keepdim else (_with_axes(grad, dim), _with_axes(output, dim))
+        return g * norm_gradient(input / torch.where(n != 0, n, 1), p, dim)
 
 
 def _with_axes(tensor: Tensor, dim: Axes) -> Tensor:
@@ -41,22 +40,22 @@ def _with_axes(tensor: Tensor, dim: Axes) -> Tensor:
     return tensor
 
 
-def _slope(unit: Tensor, p: float, dim: Axes) -> Tensor:
+def norm_gradient(u: Tensor, p: float, dim: Axes) -> Tensor:
     r"""n′ = sgn(u) |u|^(p-1) of u = x/n      (p = ∞: shared by the largest; p = 0 or x = 0: 0, as torch)"""
     if p == 2:
-        return unit
+        return u
     if p == 0:
-        return torch.zeros_like(unit)
+        return torch.zeros_like(u)
     if p == 1:
-        return unit.sgn()
-    size = unit.abs()
+        return u.sgn()
+    size = u.abs()
     if math.isinf(p):
         extreme = size.amax(dim, keepdim=True) if p > 0 else size.amin(dim, keepdim=True)
-        among = size == extreme
-        return unit.sgn() * (among / among.sum(dim, keepdim=True))
+        is_extreme = size == extreme
+        return u.sgn() * (is_extreme / is_extreme.sum(dim, keepdim=True))
     if p < 1:
-        size = choose(size != 0, size, torch.ones_like(size))
-    return unit.sgn() * size ** (p - 1)
+        size = torch.where(size != 0, size, 1)
+    return u.sgn() * size ** (p - 1)
 
 
 def norm(input: Tensor, p: float, dim: Axes = -1, keepdim: bool = False) -> Tensor:
@@ -81,7 +80,7 @@ register(
         Call(t(3), t(3), p=math.inf),
     ],
     big=lambda t: Call(t(4096, 256), t(4096, 256)),
-    special=False,  # between infinities which is the largest is for each to say
+    special=False,  # which of several infinities is the largest is not defined
 )
 
 
@@ -89,7 +88,7 @@ class PdistFunction(Rule):
     r"""yᵢⱼ = ‖xᵢ - xⱼ‖ for i < j      ∂L/∂xᵢ = Σⱼ gᵢⱼ n′(xᵢ - xⱼ),   g and y as symmetric matrices
 
     p = 2:  n′ = (xᵢ - xⱼ) / yᵢⱼ,  so with W = g / y  ∂L/∂x = (diag(W 1) - W) x,  the Laplacian of the graph of
-    weights W. It takes no notice of the mean of x, which is left out of the sums.
+    weights W. It does not depend on the mean of x, which is subtracted for accuracy.
     """
 
     autocast = {"cuda": "float32"}
@@ -98,20 +97,31 @@ class PdistFunction(Rule):
         return torch.pdist(input, p)
 
     def grad_input(grad: Tensor, input: Tensor, output: Tensor, p: float) -> Tensor:
-        n = len(input)
-        length = choose(output != 0, output, torch.ones_like(output))
-        if p == 2:
-            weights, x = _symmetric(grad / length, n), input - input.mean(0)
-            return weights.sum(1, keepdim=True) * x - weights @ x
-        some = max(1, 2**18 // max(input.numel(), 1))  # rows at once: all differences are never there together
-        parts = (
-            z.split(some) for z in (input, _symmetric(grad, n), _symmetric(length, n) + torch.eye(n).to(input))
-        )
-        found = []
-        for x, g, y in zip(*parts, strict=True):
-            unit = (x.unsqueeze(1) - input) / y.unsqueeze(2)
-            found.append((g.unsqueeze(2) * _slope(unit, p, -1)).sum(1))
-        return torch.cat(found)
+        y = torch.where(output != 0, output, 1)
+        return _laplacian_product(grad / y, input) if p == 2 else _pair_sums(grad, input, y, p)
+
+
+def _laplacian_product(w: Tensor, input: Tensor) -> Tensor:
+    W, x = _symmetric(w, len(input)), input - input.mean(0)
+    return W.sum(1, keepdim=True) * x - W @ x
+
+
+def _pair_sums(grad: Tensor, input: Tensor, y: Tensor, p: float) -> Tensor:
+    """Σⱼ gᵢⱼ n′(xᵢ - xⱼ), for some i at a time: the differences of all pairs take too much memory."""
+    n = len(input)
+    step = max(1, 2**18 // max(input.numel(), 1))
+    rows = zip(
+        input.split(step),
+        _symmetric(grad, n).split(step),
+        (_symmetric(y, n) + torch.eye(n).to(input)).split(step),
+        strict=True,
+    )
+    return torch.cat([_pair_sum(x, g, y, input, p) for x, g, y in rows])
+
+
+def _pair_sum(x: Tensor, g: Tensor, y: Tensor, input: Tensor, p: float) -> Tensor:
+    u = (x.unsqueeze(1) - input) / y.unsqueeze(2)
+    return (g.unsqueeze(2) * norm_gradient(u, p, -1)).sum(1)
 
 
 def _symmetric(pairs: Tensor, n: int) -> Tensor:
@@ -142,31 +152,34 @@ register(
 class NormalizeFunction(Rule):
     r"""u = x / n,   n = max(‖x‖, ε)
 
-    du = (dx - u dn) / n,   dn = Σ ⟨n′, dx⟩ where ‖x‖ > ε, else 0      ∂L/∂x = (g - n′ Σ ⟨u, g⟩) / n
+    du = (dx - u dn) / n,   dn = Σ ⟨n′, dx⟩ where ‖x‖ > ε, else 0
+    ∂L/∂x = (g - s n′) / n,   s = Σ ⟨u, g⟩ where ‖x‖ > ε, else 0
     """
 
     autocast = {"cuda": "float32"}
-    complex = True
+    supports_complex = True
     statistics = ("n",)
 
     def n(input: Tensor, p: float, dim: Axes, eps: float) -> Tensor:
-        return _length(input, p, dim, eps)
+        return _bounded_norm(input, p, dim, eps)
 
     def forward(input: Tensor, p: float, dim: Axes, eps: float) -> tuple[Tensor, Tensor]:
-        n = _length(input, p, dim, eps)
+        n = _bounded_norm(input, p, dim, eps)
         return input / n, n
 
     def grad_input(grad: Tensor, input: Tensor, n: Tensor, p: float, dim: Axes, eps: float) -> Tensor:
-        return _through_normalize(grad, input / n, n, p, dim, eps)
+        return normalize_gradient(grad, input / n, n, p, dim, eps)
 
 
-def _length(input: Tensor, p: float, dim: Axes, eps: float) -> Tensor:
+def _bounded_norm(input: Tensor, p: float, dim: Axes, eps: float) -> Tensor:
+    """max(‖x‖, ε)"""
     return norm(input, p, dim, keepdim=True).clamp(min=eps)
 
 
-def _through_normalize(grad: Tensor, unit: Tensor, n: Tensor, p: float, dim: Axes, eps: float) -> Tensor:
-    along = choose(n > eps, (unit.conj() * grad).real.sum(dim, keepdim=True))
-    return (grad - along * _slope(unit, p, dim)) / n
+def normalize_gradient(grad: Tensor, u: Tensor, n: Tensor, p: float, dim: Axes, eps: float) -> Tensor:
+    """(g - s n′) / n"""
+    s = torch.where(n > eps, (u.conj() * grad).real.sum(dim, keepdim=True), 0)
+    return (grad - s * norm_gradient(u, p, dim)) / n
 
 
 @drop_in
@@ -189,7 +202,7 @@ register(
 class CosineSimilarityFunction(Rule):
     r"""y = ⟨u₁, u₂⟩,   u = x / n,   n = max(‖x‖, ε)
 
-    dy = ⟨du₁, u₂⟩ + ⟨u₁, du₂⟩:   ∂L/∂x₁ is what normalize makes of g u₂, that is g (u₂ - y u₁) / n₁
+    dy = ⟨du₁, u₂⟩ + ⟨u₁, du₂⟩:   ∂L/∂u₁ = g u₂,  and ∂L/∂x₁ the gradient of normalize for it: g (u₂ - y u₁) / n₁
     """
 
     autocast = {"cuda": "float32"}
@@ -198,22 +211,22 @@ class CosineSimilarityFunction(Rule):
         return torch.cosine_similarity(input1, input2, dim, eps)
 
     def n1(input1: Tensor, dim: int, eps: float) -> Tensor:
-        return _length(input1, 2, dim, eps)
+        return _bounded_norm(input1, 2, dim, eps)
 
     def n2(input2: Tensor, dim: int, eps: float) -> Tensor:
-        return _length(input2, 2, dim, eps)
+        return _bounded_norm(input2, 2, dim, eps)
 
-    def unit1(input1: Tensor, n1: Tensor) -> Tensor:
+    def u1(input1: Tensor, n1: Tensor) -> Tensor:
         return input1 / n1
 
-    def unit2(input2: Tensor, n2: Tensor) -> Tensor:
+    def u2(input2: Tensor, n2: Tensor) -> Tensor:
         return input2 / n2
 
-    def grad_input1(grad: Tensor, unit1: Tensor, unit2: Tensor, n1: Tensor, dim: int, eps: float) -> Tensor:
-        return _through_normalize(grad.unsqueeze(dim) * unit2, unit1, n1, 2, dim, eps)
+    def grad_input1(grad: Tensor, u1: Tensor, u2: Tensor, n1: Tensor, dim: int, eps: float) -> Tensor:
+        return normalize_gradient(grad.unsqueeze(dim) * u2, u1, n1, 2, dim, eps)
 
-    def grad_input2(grad: Tensor, unit1: Tensor, unit2: Tensor, n2: Tensor, dim: int, eps: float) -> Tensor:
-        return _through_normalize(grad.unsqueeze(dim) * unit1, unit2, n2, 2, dim, eps)
+    def grad_input2(grad: Tensor, u1: Tensor, u2: Tensor, n2: Tensor, dim: int, eps: float) -> Tensor:
+        return normalize_gradient(grad.unsqueeze(dim) * u1, u2, n2, 2, dim, eps)
 
 
 @drop_in

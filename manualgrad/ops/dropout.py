@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import choose, drop_in, times
+from manualgrad.ops.elementary import drop_in
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
@@ -19,13 +19,13 @@ class DropoutFunction(Rule):
     r"""y = m x / (1 - p)      m: 1 with probability 1 - p, else 0
 
     Given m the map is diagonal:      ∂L/∂x = m g / (1 - p)
-    The mask is a constant statistic: what the forward drew is what every derivative uses.
+    The mask is a constant statistic: every derivative uses the one that the forward drew.
 
     Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout", JMLR 2014.
     """
 
     statistics = ("mask",)
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
         return _with_mask(input, p)
@@ -35,10 +35,10 @@ class DropoutFunction(Rule):
         return input.copy_(output), mask
 
     def grad_input(grad: Tensor, mask: Tensor, p: float) -> Tensor:
-        return times(choose(mask, grad), kept_scale(p))
+        return torch.where(mask, grad, 0) * kept_scale(p)
 
     def recompute(input: Tensor, mask: Tensor, p: float) -> Tensor:
-        return times(choose(mask, input), kept_scale(p))
+        return torch.where(mask, input, 0) * kept_scale(p)
 
 
 def _with_mask(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -49,19 +49,19 @@ def _with_mask(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def kept_scale(p: float) -> float:
-    """What dropout multiplies by what it does not drop."""
+    """1 / (1 - p), or 0 where nothing is kept."""
     return 0 if p == 1 else 1 / (1 - p)
 
 
 def _dropped(rule: type[Rule], input: Tensor, p: float, training: bool, inplace: bool, *settings: int) -> Tensor:
-    """What the rule makes of the input while training, or with `inplace` the input that it was written into."""
+    """The output of the rule while training, or with `inplace` the input, which it is written into."""
     if not isinstance(training, bool):
         raise TypeError(f"training must be a bool, but is {training!r}")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if input.numel() == 0 or p == 0 or not training:
         return input
-    return (rule.apply_ if inplace else rule.apply)(input, p, *settings)
+    return rule.apply_(input, p, *settings) if inplace else rule.apply(input, p, *settings)
 
 
 @drop_in
@@ -101,7 +101,7 @@ class NoiseFunction(Rule):
     """
 
     statistics = ("slope",)
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor, p: float, leading: int, alpha: bool) -> tuple[Tensor, Tensor]:
         return _with_slope(input, p, leading, alpha)

@@ -1,4 +1,4 @@
-"""What several areas share: sums over rows, a choice between two tensors, pointwise functions."""
+"""What several areas share: sums over rows, a choice, pointwise functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from manualgrad.fallback import Misfit as Misfit
 from manualgrad.fallback import with_torchs_say
 from manualgrad.registry import register_kernel
-from manualgrad.rule import FLOAT32, Rule, nothing_looks_on
+from manualgrad.rule import FLOAT32, Rule
+from manualgrad.rule.torch_internals import inplace_is_safe
 from manualgrad.saving import recipe_of
 
 Wrapped = TypeVar("Wrapped", bound=Callable[..., object])
@@ -63,9 +64,6 @@ def each(numbers: Numbers, n: int) -> tuple[int, ...]:
     return tuple(numbers) * n if len(numbers) == 1 else tuple(numbers)
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
-
-
 def rows(tensor: Tensor, k: int = 1) -> Tensor:
     """All axes but the last k as one."""
     if tensor.dim() == k + 1:
@@ -73,97 +71,43 @@ def rows(tensor: Tensor, k: int = 1) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[: tensor.dim() - k]), *tensor.shape[tensor.dim() - k :])
 
 
+def flatten(tensor: Tensor, first: int = 0, last: int = -1) -> Tensor:
+    """`torch.flatten`, which the older vmap (of gradcheck) does not support. Also of no numbers at all."""
+    first, last = first % tensor.dim(), last % tensor.dim()
+    shape = tensor.shape
+    return tensor.reshape(*shape[:first], math.prod(shape[first : last + 1]), *shape[last + 1 :])
+
+
+def unflatten(tensor: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
+    """`torch.unflatten` likewise."""
+    axis = axis % tensor.dim()
+    return tensor.reshape(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :])
+
+
 def channels_last(tensor: Tensor) -> bool:
     """It is an image (or a volume) whose channels lie innermost in memory, and nothing looks on."""
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if form is None or not nothing_looks_on(tensor) or tensor.is_contiguous():
+    if form is None or not inplace_is_safe(tensor) or tensor.is_contiguous():
         return False
     return tensor.is_contiguous(memory_format=form)
 
 
-def in_format_of(other: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, channels_last if `other` is."""
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last(other) else tensor
-
-
 class ChooseFunction(Rule):
-    r"""y = a where m, else b      m: a mask of booleans; a, b: tensors of its shape (b may be None: zero)
+    r"""y = a where m, else 0      m: a mask of booleans of a's shape      ∂L/∂a = g where m, else 0"""
 
-    dy = m da + (1 - m) db,  so  ∂L/∂a = g where m, else 0,  and  ∂L/∂b = 0 where m, else g.
-    """
-
-    def forward(mask: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
-        return torch.where(mask, a, 0 if b is None else b)
+    def forward(mask: Tensor, a: Tensor) -> Tensor:
+        return torch.where(mask, a, 0)
 
     def grad_a(grad: Tensor, mask: Tensor) -> Tensor:
-        return choose(mask, grad)
-
-    def grad_b(grad: Tensor, mask: Tensor) -> Tensor:
-        return choose(mask.logical_not(), grad)
-
-
-def indicator(compare: Callable[..., Tensor], a: Tensor, b: float) -> Tensor:
-    """1 where compare(a, b), else 0, in a's dtype. On the CPU a comparison that writes numbers is vectorized, and
-    one that writes booleans is not."""
-    if a.is_cpu and nothing_looks_on(a):
-        return compare(a, b, out=torch.empty_like(a))
-    return compare(a, b).to(a.dtype)
-
-
-def choose(mask: Tensor, a: Tensor | None, b: Tensor | None = None) -> Tensor:
-    """`a` where `mask`, else `b` (None: zero). Unlike a product with the mask, exact for inf and nan.
-
-    The mask: booleans, or an `indicator` of a's dtype, which may be written over.
-    """
-    one = b if a is None else a
-    assert one is not None
-    if mask.is_cpu and one.is_floating_point() and nothing_looks_on(mask, one):
-        # torch.where is scalar on the CPU (10 times the memory's speed is lost). Integer arithmetic on the bits is
-        # vectorized and as exact: whatever is not chosen, infinities and nan too, leaves no trace.
-        bits = _INTEGERS[one.element_size()]
-        if mask.dtype == torch.bool:
-            chosen = (mask.logical_not() if a is None else mask).to(bits)
-        else:
-            chosen = mask.view(bits).eq_(0) if a is None else mask.view(bits).ne_(0)
-        if a is None or b is None:
-            return chosen.mul_(one.view(bits)).view(one.dtype)
-        return chosen.mul_(a.view(bits) - b.view(bits)).add_(b.view(bits)).view(a.dtype)
-    mask = mask.bool()
-    return ChooseFunction.apply(mask.logical_not(), b, None) if a is None else ChooseFunction.apply(mask, a, b)
-
-
-def times(temporary: Tensor, factor: Tensor | float) -> Tensor:
-    """temporary · factor, written over `temporary`, which the caller has just made, where nothing looks on.
-
-    On the CPU the pages of one more fresh tensor cost as much as the product.
-    """
-    if isinstance(factor, Tensor):
-        writes = temporary.dtype == factor.dtype and nothing_looks_on(temporary, factor)
-    else:
-        writes = nothing_looks_on(temporary)
-    return temporary.mul_(factor) if writes else temporary * factor
-
-
-def added(temporary: Tensor, dim: int, index: Tensor, addends: Tensor) -> Tensor:
-    """`temporary` with the addends added along `dim` where `index` says, written over it likewise."""
-    if temporary.dtype == addends.dtype and nothing_looks_on(temporary, addends):
-        return temporary.scatter_add_(dim, index, addends)
-    return temporary.scatter_add(dim, index, addends)
-
-
-def plus(temporary: Tensor, term: Tensor, factor: Tensor | None = None) -> Tensor:
-    """temporary + term · factor, written over `temporary` likewise."""
-    if temporary.dtype == term.dtype and nothing_looks_on(temporary, term):
-        return temporary.add_(term) if factor is None else temporary.addcmul_(term, factor)
-    return temporary + (term if factor is None else term * factor)
+        return torch.where(mask, grad, 0)
 
 
 class Elementwise(Rule):
     """Each number of the output comes from the numbers in its place alone: cheap, and any of them apart."""
 
-    cheap = True
+    recomputable = True
 
-    def independent(grad: Tensor) -> int:
+    def batch_dims(grad: Tensor) -> int:
         return grad.dim()
 
 
@@ -174,24 +118,20 @@ class Pointwise(Elementwise):
     """
 
     def grad_input(grad: Tensor, derivative: Tensor) -> Tensor:
-        return times(derivative.conj(), grad)
-
-
-def scaled(tensor: Tensor, scale: complex) -> Tensor:
-    return tensor if scale == 1 else tensor * scale
+        return grad * derivative.conj()
 
 
 @stands_for(torch.abs)
 class AbsoluteFunction(Rule):
     r"""y = |x|      ∂L/∂x = g sign x      (at 0: 0; for complex x: sign x = x / |x|)"""
 
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor) -> Tensor:
         return torch.abs(input)
 
     def grad_input(grad: Tensor, input: Tensor) -> Tensor:
-        return times(input.sgn(), grad)
+        return grad * input.sgn()
 
 
 @stands_for(torch.pow)
@@ -199,21 +139,20 @@ class PowerFunction(Pointwise):
     r"""y = xⁿ      y′ = n xⁿ⁻¹      n: a number"""
 
     autocast = {"cuda": "float32"}
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor, exponent: float) -> Tensor:
         return torch.pow(input, exponent)
 
     def derivative(input: Tensor, exponent: float) -> Tensor:
-        # 0 everywhere for n = 0, and not 0 · 0⁻¹ at 0
-        return exponent * input ** (exponent - 1) if exponent else torch.zeros_like(input)
+        return exponent * input ** (exponent - 1) if exponent else torch.zeros_like(input)  # not 0 · 0⁻¹ at 0
 
 
 class DifferenceFunction(Rule):
     r"""y = a - b      ∂L/∂a = g,   ∂L/∂b = -g      (keeps nothing)"""
 
     autocast = FLOAT32
-    complex = True
+    supports_complex = True
 
     def forward(a: Tensor, b: Tensor) -> Tensor:
         return a - b
@@ -237,7 +176,7 @@ class ElementwiseProductFunction(Elementwise):
     torch's own product does the same; this one keeps its factors, and is itself kept, by their recipes.
     """
 
-    complex = True
+    supports_complex = True
 
     def forward(a: Tensor, b: Tensor) -> Tensor:
         return a * b

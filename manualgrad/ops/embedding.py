@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import choose, stands_for
+from manualgrad.ops.elementary import stands_for
 from manualgrad.registry import Call, register
-from manualgrad.rule import Rule, nothing_looks_on
+from manualgrad.rule import Rule, replaces
+from manualgrad.rule.torch_internals import beyond_reverse_mode
 
 # torch.sparse_coo_tensor without its checks, nor torch 2.11's warning of them: the forward has checked the indices
 _sparse = torch.ops.aten._sparse_coo_tensor_unsafe
@@ -18,8 +19,8 @@ _sparse = torch.ops.aten._sparse_coo_tensor_unsafe
 class EmbeddingFunction(Rule):
     r"""yᵢ = W[tᵢ]        W: (count, d)   t: (*) of indices   y: (*, d)
 
-    ⟨g, dy⟩ = Σᵢ ⟨gᵢ, dW[tᵢ]⟩:  each row of W collects the g of every place it was used at,
-    ∂L/∂W[r] = Σ gᵢ over tᵢ = r      (left out for the padding index; by frequency: divided by how many)
+    ⟨g, dy⟩ = Σᵢ ⟨gᵢ, dW[tᵢ]⟩:  each row of W receives the sum of g over the places that read it,
+    ∂L/∂W[r] = Σ gᵢ over tᵢ = r      (for the padding index 0; by frequency: divided by the number of them)
     """
 
     def forward(
@@ -30,26 +31,32 @@ class EmbeddingFunction(Rule):
     def grad_weight(
         grad: Tensor, index: Tensor, count: int, padding: int, by_frequency: bool, sparse: bool
     ) -> Tensor:
-        index = index.reshape(-1)
-        sent = grad.reshape(index.numel(), grad.shape[-1])
-        counted = index != padding if padding >= 0 else None
-        return _collected(sent, index, counted, count, by_frequency, sparse)
+        t = index.reshape(-1)
+        g = grad.reshape(len(t), grad.shape[-1])
+        return rows_summed(g, t, count, padding, by_frequency, sparse)
 
 
-def _collected(
-    sent: Tensor, index: Tensor, counted: Tensor | None, count: int, by_frequency: bool, sparse: bool
-) -> Tensor:
-    """The table of `count` rows in which each has the sum of what was sent to it, from the places counted."""
+def rows_summed(g: Tensor, t: Tensor, count: int, padding: int, by_frequency: bool, sparse: bool) -> Tensor:
+    """The table of `count` rows, of which row r is Σ gᵢ over tᵢ = r."""
     if sparse:
-        if counted is not None:
-            index, sent = index[counted], sent[counted]
-        return _sparse(index.long().unsqueeze(0), sent, (count, sent.shape[-1]))
+        counted = t != padding if padding >= 0 else slice(None)
+        return _sparse(t[counted].long().unsqueeze(0), g[counted], (count, g.shape[-1]))
     if by_frequency:
-        sent = sent / torch.bincount(index, minlength=count)[index].unsqueeze(-1)
-    if counted is not None:
-        sent = choose(counted.unsqueeze(-1).expand_as(sent), sent)
-    table = sent.new_zeros(count, sent.shape[-1])
-    return table.index_add_(0, index, sent) if nothing_looks_on(table, sent) else table.index_add(0, index, sent)
+        g = g / torch.bincount(t, minlength=count).index_select(0, t).unsqueeze(-1)
+    return rows_added(g, t, count, padding)
+
+
+def rows_added(g: Tensor, t: Tensor, count: int, padding: int) -> Tensor:
+    counted = g if padding < 0 else torch.where((t != padding).unsqueeze(-1), g, 0)
+    return g.new_zeros(count, g.shape[-1]).index_add(0, t, counted)
+
+
+@replaces(rows_added)
+def _rows_added_then_padded(g: Tensor, t: Tensor, count: int, padding: int) -> Tensor:
+    table = g.new_zeros(count, g.shape[-1]).index_add_(0, t, g)
+    if padding >= 0:
+        table[padding] = 0
+    return table
 
 
 @stands_for(torch.embedding)
@@ -74,11 +81,10 @@ _SUM, _MEAN, _MAX = range(3)  # torch's numbers for the modes
 
 @dataclass(frozen=True)
 class BagKernel:
-    """What torch goes by when it chooses a kernel for sums of rows.
+    """What torch chooses a kernel for sums of rows by.
 
-    With `include_last_offset` the last offset may stand before the end of the indices. What comes behind it, most
-    kernels add to the last bag. The fastest one leaves it out (of the sum: a mean is divided by its number all the
-    same).
+    With `include_last_offset` there may be indices after the last offset. Most kernels add their rows to the last
+    bag. The fastest one leaves them out of the sum, but still divides a mean by their number.
     """
 
     dtype: torch.dtype
@@ -88,7 +94,7 @@ class BagKernel:
     has_padding: bool
 
     def adds_the_rest(self, device: torch.device) -> Tensor:
-        """Whether it adds what comes behind the last offset: asked of it, with a bag of a 0, and a 1 behind."""
+        """Whether it adds the rows after the last offset: its sum of a bag with a row 0, and a row 1 after it."""
         values = torch.tensor([0, 1, 0], dtype=self.dtype, device=device)
         table = values.unsqueeze(1).repeat(1, 2) if self.rows_are_dense else values.repeat(2, 1).T
         factor, offsets = torch.ones(4, dtype=self.dtype, device=device), torch.arange(2, device=device)
@@ -114,6 +120,7 @@ class EmbeddingBagFunction(Rule):
         by_frequency: bool,
         sparse: bool,
         with_last: bool,
+        has_rest: bool,
         kernel: BagKernel,
     ) -> Tensor:
         padded = padding if kernel.has_padding else None
@@ -125,49 +132,60 @@ class EmbeddingBagFunction(Rule):
         return torch.arange(len(index), device=index.device, dtype=offsets.dtype)
 
     def bag(places: Tensor, offsets: Tensor, with_last: bool) -> Tensor:
-        """Of each place, its bag."""
+        """b(i)"""
         begins = offsets[:-1] if with_last else offsets
         return torch.searchsorted(begins.contiguous(), places, right=True) - 1
 
     def counted(
-        index: Tensor, places: Tensor, offsets: Tensor, padding: int, with_last: bool, kernel: BagKernel
+        index: Tensor, places: Tensor, offsets: Tensor, padding: int, has_rest: bool, kernel: BagKernel
     ) -> Tensor | None:
-        """The places that the value counts, unless all."""
+        """Which places the value counts, None for all."""
         inside = index != padding if kernel.has_padding else None
-        seen = index.is_cpu and nothing_looks_on(index, offsets)  # without a wait for another device
-        if not with_last or (seen and int(offsets[-1]) == len(index)):
-            return inside
-        before = (places < offsets[-1]) | kernel.adds_the_rest(index.device)[0, 0]
-        return before if inside is None else inside & before
+        return places_before(inside, places, offsets[-1], kernel) if has_rest else inside
 
-    def rows(index: Tensor, counted: Tensor | None) -> Tensor:
-        """t, 0 at places that are not counted: any number may stand there."""
-        return index if counted is None else index * counted
+    def t(index: Tensor, counted: Tensor | None, has_rest: bool) -> Tensor:
+        """tᵢ; 0 after the last offset, where the index may be any number."""
+        return index * counted if has_rest and counted is not None else index
 
-    def sent(grad: Tensor, index: Tensor, bag: Tensor, padding: int, kernel: BagKernel) -> Tensor:
-        """What each place is sent."""
-        if len(grad) == 0:
-            return grad.new_zeros(len(index), grad.shape[1])
-        if kernel.mode == _MEAN:
-            size = torch.zeros_like(grad[:, 0]).index_add(0, bag, (index != padding).to(grad.dtype))
-            grad = grad / size.clamp(min=1).unsqueeze(-1)
-        return grad[bag]
+    def g(grad: Tensor, index: Tensor, bag: Tensor, padding: int, kernel: BagKernel) -> Tensor:
+        """cᵢ g_b(i), without sᵢ"""
+        return of_bags(grad, index, bag, padding, kernel.mode)
 
     def grad_weight(
-        sent: Tensor,
-        rows: Tensor,
+        g: Tensor,
+        t: Tensor,
         counted: Tensor | None,
         factor: Tensor | None,
         count: int,
+        padding: int,
         by_frequency: bool,
         sparse: bool,
+        has_rest: bool,
     ) -> Tensor:
-        sent = sent if factor is None else sent * factor.unsqueeze(-1)
-        return _collected(sent, rows, counted, count, by_frequency, sparse)
+        weighted = g if factor is None else g * factor.unsqueeze(-1)
+        return rows_summed(
+            torch.where(counted.unsqueeze(-1), weighted, 0) if has_rest and counted is not None else weighted,
+            *(t, count, padding, by_frequency, sparse),
+        )
 
-    def grad_factor(sent: Tensor, weight: Tensor, rows: Tensor, counted: Tensor | None) -> Tensor:
-        products = (weight[rows] * sent).sum(-1)
-        return products if counted is None else choose(counted, products)
+    def grad_factor(g: Tensor, weight: Tensor, t: Tensor, counted: Tensor | None) -> Tensor:
+        products = (weight.index_select(0, t) * g).sum(-1)
+        return products if counted is None else torch.where(counted, products, 0)
+
+
+def places_before(inside: Tensor | None, places: Tensor, end: Tensor, kernel: BagKernel) -> Tensor:
+    """Of the places inside, those before the end, or all if the kernel adds the rest."""
+    before = (places < end) | kernel.adds_the_rest(places.device)[0, 0]
+    return before if inside is None else inside & before
+
+
+def of_bags(grad: Tensor, index: Tensor, bag: Tensor, padding: int, mode: int) -> Tensor:
+    if len(grad) == 0:
+        return grad.new_zeros(len(index), grad.shape[1])
+    if mode == _MEAN:
+        size = torch.zeros_like(grad[:, 0]).index_add(0, bag, (index != padding).to(grad.dtype))
+        grad = grad / size.clamp(min=1).unsqueeze(-1)
+    return grad.index_select(0, bag)
 
 
 class EmbeddingBagMaxFunction(Rule):
@@ -182,11 +200,18 @@ class EmbeddingBagMaxFunction(Rule):
         return output, row, size
 
     def grad_weight(grad: Tensor, row: Tensor, size: Tensor, count: int) -> Tensor:
-        filled = (size > 0).unsqueeze(-1).expand_as(grad)
-        return grad.new_zeros(count, grad.shape[1]).scatter_add(0, row, choose(filled, grad))
+        filled = (size > 0).unsqueeze(-1)
+        return grad.new_zeros(count, grad.shape[1]).scatter_add(0, row, torch.where(filled, grad, 0))
 
 
 _bags = torch.ops.aten._embedding_bag
+
+
+def _reaches_the_end(offsets: Tensor, index: Tensor) -> bool:
+    """The last offset is known, without waiting for another device, to be the number of indices."""
+    if torch.compiler.is_compiling() or beyond_reverse_mode() or type(offsets) is not Tensor:
+        return False
+    return offsets.is_cpu and int(offsets[-1]) == len(index)
 
 
 @stands_for(torch.embedding_bag)
@@ -210,8 +235,9 @@ def embedding_bag(
     else:
         dense = None if factor is None else factor.stride(0) == 1
         kernel = BagKernel(weight.dtype, mode, weight.stride(1) == 1, dense, padding >= 0)
+        has_rest = with_last and not _reaches_the_end(offsets, index)
         output = EmbeddingBagFunction.apply(
-            weight, index, offsets, factor, count, padding, by_frequency, sparse, with_last, kernel
+            weight, index, offsets, factor, count, padding, by_frequency, sparse, with_last, has_rest, kernel
         )
     return output, None, None, None
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import choose, drop_in, rows, scaled, stands_for
+from manualgrad.ops.elementary import drop_in, rows, stands_for
 from manualgrad.registry import Call, register
 from manualgrad.rule import LOWER, Rule
 
@@ -22,8 +22,8 @@ class LinearFunction(Rule):
     """
 
     autocast = LOWER
-    in_float32 = False  # products accumulate in float32 as they are
-    complex = True
+    upcast_gradients = False  # products accumulate in float32 as they are
+    supports_complex = True
 
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
@@ -130,38 +130,53 @@ register(
 
 
 class ProductFunction(Rule):
-    r"""Y = α A B + β C, of each matrix of a batch      ∂L/∂A = α g Bᵀ      ∂L/∂B = α Aᵀ g      ∂L/∂C = β g
-
-    (complex: the factors conjugated)"""
+    r"""Y = A B, of each matrix of a batch      ∂L/∂A = g Bᴴ      ∂L/∂B = Aᴴ g"""
 
     autocast = LOWER
-    in_float32 = False  # products accumulate in float32 as they are
-    complex = True
+    upcast_gradients = False  # products accumulate in float32 as they are
+    supports_complex = True
 
-    def forward(a: Tensor, b: Tensor, c: Tensor | None, alpha: complex, beta: complex) -> Tensor:
-        return torch.bmm(a, b) if c is None else torch.baddbmm(c, a, b, alpha=alpha, beta=beta)
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b)
+
+    def grad_a(grad: Tensor, b: Tensor) -> Tensor:
+        return grad @ b.mH
+
+    def grad_b(grad: Tensor, a: Tensor) -> Tensor:
+        return a.mH @ grad
+
+
+class ProductAndSumFunction(Rule):
+    r"""Y = α A B + β C, of each matrix of a batch      ∂L/∂A = ᾱ g Bᴴ      ∂L/∂B = ᾱ Aᴴ g      ∂L/∂C = β̄ g"""
+
+    autocast = LOWER
+    upcast_gradients = False  # products accumulate in float32 as they are
+    supports_complex = True
+
+    def forward(a: Tensor, b: Tensor, c: Tensor, alpha: complex, beta: complex) -> Tensor:
+        return torch.baddbmm(c, a, b, alpha=alpha, beta=beta)
 
     def grad_a(grad: Tensor, b: Tensor, alpha: complex) -> Tensor:
-        return scaled(grad @ b.mH, alpha.conjugate())
+        return alpha.conjugate() * (grad @ b.mH)
 
     def grad_b(grad: Tensor, a: Tensor, alpha: complex) -> Tensor:
-        return scaled(a.mH @ grad, alpha.conjugate())
+        return alpha.conjugate() * (a.mH @ grad)
 
     def grad_c(grad: Tensor, beta: complex) -> Tensor:
-        return scaled(grad, beta.conjugate())
+        return beta.conjugate() * grad
 
 
 @drop_in
 def bmm(input: Tensor, mat2: Tensor) -> Tensor:
     """A B of each matrix of a batch, (N, l, m) and (N, m, n), as `torch.bmm`."""
-    return ProductFunction.apply(input, mat2, None, 1, 0)
+    return ProductFunction.apply(input, mat2)
 
 
 @drop_in
 def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: complex = 1, alpha: complex = 1) -> Tensor:
     """β C + α A B of each matrix of a batch, as `torch.baddbmm`. C broadcasts; α and β may be complex."""
     whole = input.expand(*batch1.shape[:2], batch2.shape[2])
-    return ProductFunction.apply(batch1, batch2, whole, alpha, beta)
+    return ProductAndSumFunction.apply(batch1, batch2, whole, alpha, beta)
 
 
 register(
@@ -183,12 +198,12 @@ class GroupedProductFunction(Rule):
 
     differential      dY_g = dA_g B_g + A_g dB_g
     pair with G       ∂L/∂A_g = G_g B_gᵀ            ∂L/∂B_g = A_gᵀ G_g
-    Both are grouped products of the same groups again; what lies behind the last group is sent nothing.
+    Both are grouped products of the same groups. What lies behind the last group has the gradient 0.
 
     Gale, Narayanan, Young and Zaharia, "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts", 2023.
     """
 
-    in_float32 = False  # products accumulate in float32 as they are
+    upcast_gradients = False  # products accumulate in float32 as they are
 
     def forward(
         a: Tensor, b: Tensor, ends: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
@@ -196,10 +211,12 @@ class GroupedProductFunction(Rule):
         return F.grouped_mm(a, b, offs=ends, bias=bias, out_dtype=out_dtype)
 
     def grad_a(grad: Tensor, a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
-        return _within(_grouped(grad, b.mT, ends), ends, (1 if b.dim() == 2 else 0) if a.dim() == 2 else None)
+        product = _grouped(grad, b.mT, ends)
+        return _zero_behind(product, ends, (1 if b.dim() == 2 else 0) if a.dim() == 2 else None)
 
     def grad_b(grad: Tensor, a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
-        return _within(_grouped(a.mT, grad, ends), ends, (0 if a.dim() == 2 else 1) if b.dim() == 2 else None)
+        product = _grouped(a.mT, grad, ends)
+        return _zero_behind(product, ends, (0 if a.dim() == 2 else 1) if b.dim() == 2 else None)
 
 
 def _grouped(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
@@ -207,12 +224,12 @@ def _grouped(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
     return GroupedProductFunction.apply(a.contiguous(), b.mT.contiguous().mT, ends, None, None)
 
 
-def _within(tensor: Tensor, ends: Tensor | None, axis: int | None) -> Tensor:
-    """Zero behind the last group, which the kernel leaves as the memory happens to be."""
+def _zero_behind(tensor: Tensor, ends: Tensor | None, axis: int | None) -> Tensor:
+    """Zero behind the last group along the axis, where the kernel leaves the memory as it is."""
     if ends is None or axis is None:
         return tensor
     inside = torch.arange(tensor.shape[axis], device=tensor.device) < ends[-1]
-    return choose((inside.unsqueeze(1) if axis == 0 else inside).expand_as(tensor), tensor)
+    return torch.where(inside.unsqueeze(1) if axis == 0 else inside, tensor, 0)
 
 
 @stands_for(F.grouped_mm)

@@ -1,7 +1,7 @@
 """Cross entropy of the scores that a linear map gives: a language model's head and its loss, without the scores.
 
-N rows and C classes have N·C scores, for a vocabulary more than all else that a step keeps. They are made some
-rows at a time, all in one place, and are gone when the loss of these rows is known.
+N rows and C classes have N·C scores. For a vocabulary that is more than everything else that a step saves. So the
+rows are taken in pieces: the scores of a piece are computed, and freed when its loss and its gradients are known.
 """
 
 from __future__ import annotations
@@ -19,29 +19,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manualgrad.binding import bound
-from manualgrad.ops.classification import _along, _row_weight
-from manualgrad.ops.elementary import added, choose, plus, refusing_as, rows, times
+from manualgrad.ops.classification import _along, weight_of
+from manualgrad.ops.elementary import flatten, refusing_as, rows
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.ops.loss import MEAN, NONE, REDUCTIONS, overridable
 from manualgrad.registry import Call, register
-from manualgrad.rule import Rule, beyond_reverse_mode, cast, last_backward, nothing_looks_on
+from manualgrad.rule import Rule, cast, replaces
+from manualgrad.rule.reuse import fast
+from manualgrad.rule.torch_internals import beyond_reverse_mode, inplace_is_safe, is_last_backward
 from manualgrad.saving import keeping_is_seen
 
 _PIECE = 2**24
 """Scores at a time, 64 MiB of them in float32: rows enough for products at full speed."""
 
+_IN_CACHE = 2**17
+"""Scores at a time between the products."""
+
 _BLOCK = 4096
-"""Classes at a time, where a weight in a lower precision is widened for a product."""
+"""Classes at a time, where a weight in a lower precision is converted to float32 for a product."""
 
 
-class Answers(NamedTuple):
-    """What is right in some rows: q = hard at its place + soft;  Σ q;  which rows count (None: all)."""
+# --- the loss of some rows and its gradient ---
 
-    mass: Tensor
-    soft: Tensor | None
-    place: Tensor | None = None
-    hard: Tensor | None = None
-    valid: Tensor | None = None
+
+class Q(NamedTuple):
+    """q_c = hard 1_t + soft_c, of some rows: (n, C, *), in parts"""
+
+    hard: Tensor  # (n, 1, *), of class probabilities (n, 0, *)
+    t: Tensor  # of the same shape
+    soft: Tensor | None  # (n, C, *) or (C, *)
+    total: Tensor  # Σ_c q_c, (n, 1, *)
+    valid: Tensor  # false in ignored rows, (n, 1, *) or ()
 
 
 class Reading(NamedTuple):
@@ -49,130 +57,116 @@ class Reading(NamedTuple):
 
     weight: Tensor | None
     ignore_index: int
-    label_smoothing: float
+    epsilon: float
 
-    def answers(self, target: Tensor, like: Tensor) -> Answers:
-        """q of these rows, to be held against scores of the classes that `like` has, in its dtype."""
-        weight, smoothing = self.weight, self.label_smoothing
-        weight = None if weight is None else weight.to(like.dtype)
+    def q(self, target: Tensor, like: Tensor) -> Q:
+        """Of some rows, in the dtype of a tensor with as many classes."""
         if target.is_floating_point():
-            soft = self.smoothed(target.to(like.dtype))
-            soft = soft if weight is None else soft * _along(weight, soft)
-            return Answers(soft.sum(1), soft)
-        valid = target != self.ignore_index
-        place = target * valid  # an ignored index may lie outside the classes
-        hard = mass = _row_weight(like, weight, place, valid)
-        soft = None
-        if smoothing:
-            hard = hard * (1 - smoothing)
-            soft = like.new_ones(len(like)) if weight is None else weight
-            soft = _along(soft * (smoothing / len(like)), target.unsqueeze(1))
-            mass = hard + soft.sum()
-        return Answers(mass, soft, place, hard, valid)
+            q = self.smoothed(target.to(like.dtype))
+            q = q if self.weight is None else q * _along(self.weight.to(like.dtype), q)
+            return Q(q[:, :0], q[:, :0].long(), q, q.sum(1, True), q.new_ones((), dtype=torch.bool))
+        valid = (target != self.ignore_index).unsqueeze(1)
+        t = target.unsqueeze(1) * valid  # an ignored index may be no class
+        w = weight_of(t, valid, self.weight, like)
+        if not self.epsilon:
+            return Q(w, t, None, w, valid)
+        weight = torch.ones_like(like) if self.weight is None else self.weight.to(like.dtype)
+        hard, soft = w * (1 - self.epsilon), _along(weight * (self.epsilon / len(like)), t)
+        return Q(hard, t, soft, hard + soft.sum(), valid)
 
     def smoothed(self, target: Tensor) -> Tensor:
-        """t′ of class probabilities t."""
-        smoothing = self.label_smoothing
-        return target * (1 - smoothing) + smoothing / target.shape[1] if smoothing else target
+        """t′ = (1-ε) t + ε/C"""
+        return target * (1 - self.epsilon) + self.epsilon / target.shape[1] if self.epsilon else target
 
     def mean(self, total: Tensor, target: Tensor) -> Tensor:
-        """A sum over rows, divided by how much they count."""
+        """A sum over rows, divided by the number of rows, or by their Σ w[t]."""
         if target.is_floating_point():
             return total / (target.numel() // max(target.shape[1], 1))
         valid = target != self.ignore_index
-        return total / _row_weight(total, self.weight, target * valid, valid).sum()
+        return total / weight_of(target * valid, valid, self.weight, total).sum()
 
-    def of_mean(self, grad: Tensor, target: Tensor) -> Tensor:
-        """What each row is sent by a mean; nothing, if none counts."""
-        if target.is_floating_point():
-            return self.mean(grad, target) if target.numel() else torch.zeros_like(grad)
-        return choose((target != self.ignore_index).any(), self.mean(grad, target))
-
-
-def _pieces(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reading: Reading, size: int
-) -> Iterator[tuple[Tensor, Tensor, Answers]]:
-    """Of some rows after another: inputs, scores, answers. The scores may be written over: where nothing looks on,
-    the next take their place."""
-    flat, shift = rows(weight), None if bias is None else bias.reshape(-1)
-    like = weight.new_empty(len(weight), dtype=_wide(weight.dtype))
-    rooms: list[Tensor] = []
-    for x, t in zip(input.split(size), target.split(size), strict=True):
-        q = reading.answers(t, like)
-        x = x if q.valid is None else _where_counted(q.valid, x)
-        if not rooms:
-            scores = F.linear(x, flat, shift)
-            wide = scores.to(like.dtype)
-            rooms = [scores, wide] if nothing_looks_on(scores) else []
-        else:
-            scores, wide = (room[: len(x)] for room in rooms)
-            scores = scores if shift is None else scores.copy_(shift)
-            scores = scores.addmm_(x, flat.mT, beta=0 if shift is None else 1)
-            wide = wide if wide.dtype == scores.dtype else wide.copy_(scores)
-        yield x, wide.reshape(len(x), *weight.shape[:-1]), q
+    def s(self, grad: Tensor, target: Tensor, reduction: int) -> Tensor:
+        """∂L/∂ℓ, one number for all rows, or one for each; 0 if all rows are ignored."""
+        counted = torch.ones_like(target) if target.is_floating_point() else target != self.ignore_index
+        return torch.where(counted.any(), self.mean(grad, target), 0) if reduction == MEAN else grad
 
 
-def _where_counted(valid: Tensor, x: Tensor) -> Tensor:
-    """Whatever an ignored row holds leaves no trace."""
-    counted = valid if valid.dim() == 1 else valid.sum(list(range(1, valid.dim()))) > 0
-    return choose(counted.unsqueeze(1).expand_as(x), x.contiguous())
+def scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """z = x Wᵀ + b, in float32 at least"""
+    z = F.linear(x, rows(weight), None if bias is None else bias.reshape(-1))
+    return z.to(_wide(z.dtype)).reshape(len(x), *weight.shape[:-1])
 
 
-class Softmax(NamedTuple):
-    """p = exponentials / total, without the division; λ = log Σ e^z."""
-
-    exponentials: Tensor
-    total: Tensor
-    logsumexp: Tensor
+def logsumexp(z: Tensor) -> Tensor:
+    """λ = log Σ e^z"""
+    return z.logsumexp(1, keepdim=True)
 
 
-def _softmax(scores: Tensor) -> Softmax:
-    """Written over the scores, where nothing looks on."""
-    top = scores.detach().amax(1, keepdim=True)  # p does not depend on it
-    shifted = plus(scores, -top)
-    exponentials = shifted.exp_() if nothing_looks_on(shifted) else shifted.exp()
-    total = exponentials.sum(1)
-    return Softmax(exponentials, total, total.log() + top.squeeze(1))
+def losses(z: Tensor, lam: Tensor, q: Q) -> Tensor:
+    """ℓ = λ Σq - Σ_c q_c z_c, 0 in ignored rows"""
+    hard = (q.hard * _at(q.t, z)).sum(1, keepdim=True)
+    qz = hard if q.soft is None else hard + (z * q.soft).sum(1, keepdim=True)
+    return torch.where(q.valid, lam * q.total - qz, 0).squeeze(1)
 
 
-def _right(scores: Tensor, q: Answers) -> Tensor:
-    """Σ_c q_c z_c"""
-    found = torch.zeros_like(q.mass) if q.soft is None else (scores * q.soft).sum(1)
-    if q.place is not None and q.hard is not None:
-        found = found + q.hard * _scores_at(q.place, scores)
-    return found
+def slope(z: Tensor, lam: Tensor, q: Q, s: Tensor) -> Tensor:
+    """D = ∂L/∂z = s (p Σq - q),   p = e^(z - λ)"""
+    counted = torch.where(q.valid, s, 0)
+    dense = (z - lam).exp() * (counted * q.total)
+    hard = dense.scatter_add(1, q.t, -counted * q.hard)
+    return hard if q.soft is None else hard - counted * q.soft
 
 
-def _scores_at(place: Tensor, scores: Tensor) -> Tensor:
+def losses_of(x: Tensor, weight: Tensor, bias: Tensor | None, q: Q) -> Tensor:
+    z = scores(x, weight, bias)
+    return losses(z, logsumexp(z), q)
+
+
+def losses_and_slope(x: Tensor, weight: Tensor, bias: Tensor | None, q: Q, s: Tensor) -> tuple[Tensor, Tensor]:
+    z = scores(x, weight, bias)
+    lam = logsumexp(z)
+    return losses(z, lam, q), slope(z, lam, q, s)
+
+
+@replaces(losses_and_slope)
+def _losses_and_slope_by_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, q: Q, s: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for a few rows at a time, so that temporaries stay in the cache. D is written over z."""
+    z, found = scores(x, weight, bias), []
+    few = max(1, _IN_CACHE // max(z[:1].numel(), 1) if z.is_cpu else len(z))
+    for i in range(0, len(z), few):
+        part = slice(i, i + few)
+        some, lam = Q(*[_rows_of(a, part, z) for a in q]), logsumexp(z[part])
+        found.append(losses(z[part], lam, some))
+        z[part] = fast(slope)(z[part], lam, some, _rows_of(s, part, z))
+    return torch.cat(found) if found else losses(z, logsumexp(z), q), z
+
+
+def _rows_of(tensor: Any, part: slice, z: Tensor) -> Any:
+    """Some rows, if the tensor has rows as z does."""
+    return tensor[part] if tensor is not None and tensor.dim() == z.dim() else tensor
+
+
+def _at(t: Tensor, z: Tensor) -> Tensor:
+    """z_t"""
     try:
-        return scores.gather(1, place.unsqueeze(1)).squeeze(1)
+        return z.gather(1, t)
     except RuntimeError as error:
         if "out of bounds" in str(error):  # torch's losses raise an IndexError for such a class
             raise IndexError(f"a target is no class: {error}") from None
         raise
 
 
-def _losses(right: Tensor, softmax: Softmax, q: Answers) -> Tensor:
-    losses = softmax.logsumexp * q.mass - right
-    return losses if q.valid is None else choose(q.valid, losses)
-
-
-def _slope(softmax: Softmax, q: Answers, sent: Tensor) -> Tensor:
-    """D, written over the exponentials where nothing looks on."""
-    sent = sent.expand_as(q.mass).contiguous()
-    sent = sent if q.valid is None else choose(q.valid, sent)
-    slope = times(softmax.exponentials, (sent * q.mass / softmax.total).unsqueeze(1))
-    if q.place is not None and q.hard is not None:
-        slope = added(slope, 1, q.place.unsqueeze(1), (-sent * q.hard).unsqueeze(1))
-    return slope if q.soft is None else plus(slope, q.soft, -sent.unsqueeze(1))
-
-
-Needed = tuple[bool, bool, bool]
-"""Of input, linear_weight and linear_bias: whose gradient is needed."""
+def _where_counted(target: Tensor, ignore_index: int, x: Tensor) -> Tensor:
+    """x, but 0 in ignored rows, whatever they hold."""
+    if target.is_floating_point():
+        return x
+    return torch.where(flatten((target != ignore_index).unsqueeze(-1), 1).any(1, keepdim=True), x, 0)
 
 
 def _one(weight: Tensor) -> Tensor:
-    """1 in the dtype of the scores: what each row of a plain sum of losses is sent."""
+    """s of a plain sum of losses, in the dtype of the scores."""
     return weight.new_ones((), dtype=_wide(weight.dtype))
 
 
@@ -181,91 +175,96 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _products(slopes: Iterable[tuple[Tensor, Tensor]], weight: Tensor, needed: Needed) -> list[Tensor | None]:
-    """∂L/∂x = D W,  ∂L/∂W = Dᵀ x  and  ∂L/∂b = Σ D,  from x and D of some rows after another."""
-    to_input: list[Tensor] = []
-    to_weight: Tensor | None = None
-    to_bias: Tensor | None = None
-    for x, slope in slopes:
-        slope = slope.reshape(len(x), len(rows(weight)))
-        if needed[2]:
-            to_bias = slope.sum(0) if to_bias is None else to_bias + slope.sum(0)
+# --- piece after piece ---
+
+Piece = tuple[Tensor, Q, Tensor]
+"""Of some rows: x, q and s"""
+
+Needed = tuple[bool, bool, bool]
+"""Which gradients are needed: of input, linear_weight and linear_bias."""
+
+Sums = tuple[list[Tensor], list[Any]]
+
+
+def pieces(
+    input: Tensor, weight: Tensor, target: Tensor, reading: Reading, s: Tensor, size: int
+) -> Iterator[Piece]:
+    like = weight.new_empty(len(weight), dtype=_wide(weight.dtype))
+    each = (x.unsqueeze(1) for x in s.split(size)) if s.dim() else repeat(s)
+    for x, t, s in zip(input.split(size), target.split(size), each, strict=False):
+        yield _where_counted(t, reading.ignore_index, x), reading.q(t, like), s
+
+
+def sums(some: Iterable[Piece], weight: Tensor, bias: Tensor | None, needed: Needed) -> Sums:
+    """ℓ of each piece, and the sums over the pieces of  ∂L/∂x = D W,  ∂L/∂W = Dᵀ x  and  ∂L/∂b = Σ D"""
+    return _sums(some, weight, bias, needed, plus_product)
+
+
+def _sums(some: Iterable[Piece], weight: Tensor, bias: Tensor | None, needed: Needed, plus: Any) -> Sums:
+    found, of_input, of_weight, of_bias = [], [], None, None
+    for x, q, s in some:
+        loss, D = losses_and_slope(x, weight, bias, q, s)
+        D = D.reshape(len(x), len(rows(weight)))
+        found.append(loss)
         if needed[0]:
-            to_input.append(_wide_product(slope, rows(weight)))
+            of_input.append(plus(None, D, rows(weight)))
         if needed[1]:
-            to_weight = _plus_product(to_weight, slope.mT, x)
-    return [
-        torch.cat(to_input) if needed[0] else None,
-        None if to_weight is None else to_weight.reshape(weight.shape),
-        None if to_bias is None else to_bias.reshape(weight.shape[:-1]),
+            of_weight = plus(of_weight, D.mT, x)
+        if needed[2]:
+            of_bias = D.sum(0) if of_bias is None else of_bias + D.sum(0)
+        del D  # before the next scores are computed
+    return found, [
+        torch.cat(of_input) if needed[0] else None,
+        None if of_weight is None else of_weight.reshape(weight.shape),
+        None if of_bias is None else of_bias.reshape(weight.shape[:-1]),
     ]
 
 
-def _wide_product(slope: Tensor, weight: Tensor) -> Tensor:
-    """D W in the precision of D, float32 at least, for a W that may have a lower one.
+def plus_product(total: Tensor | None, D: Tensor, factor: Tensor) -> Tensor:
+    """total + D times a factor that may have a lower precision"""
+    product = (D.to(factor.dtype) @ factor).to(D.dtype)
+    return product if total is None else total + product
 
-    On the CPU the product itself is in float32, some classes of W at a time. In bfloat16 it takes up to 100 times
-    as long there (256 x 8192 times 8192 x 512, one thread, no instructions for bfloat16: 7.2 s and 0.07 s).
+
+@replaces(sums)
+def _sums_into(some: Iterable[Piece], weight: Tensor, bias: Tensor | None, needed: Needed) -> Sums:
+    """The same. The product of a piece is added to the sum in its memory."""
+    return fast(_sums)(some, weight, bias, needed, _plus_product_into)
+
+
+def _plus_product_into(total: Tensor | None, D: Tensor, factor: Tensor) -> Tensor:
+    """The same in the precision of D, written into the total.
+
+    On the CPU the product is in float32, of some rows of the factor at a time. In bfloat16 it may take 100 times
+    as long (256 x 8192 times 8192 x 512, one thread, no instructions for bfloat16: 7.2 s and 0.07 s).
     """
-    if slope.dtype == weight.dtype:
-        return slope @ weight
-    if not nothing_looks_on(slope):
-        return (slope.to(weight.dtype) @ weight).to(slope.dtype)
-    if not slope.is_cpu:
-        return torch.mm(slope.to(weight.dtype), weight, out_dtype=slope.dtype)
-    total = slope.new_zeros(len(slope), weight.shape[1])
-    for part, factor in zip(slope.split(_BLOCK, 1), weight.split(_BLOCK), strict=True):
-        total.addmm_(part, factor.to(slope.dtype))
+    if D.dtype == factor.dtype:
+        return D @ factor if total is None else total.addmm_(D, factor)
+    if not D.is_cpu:
+        product = torch.mm(D.to(factor.dtype), factor, out_dtype=D.dtype)
+        return product if total is None else total.add_(product)
+    total = D.new_zeros(len(D), factor.shape[1]) if total is None else total
+    for part, some in zip(D.split(_BLOCK, 1), factor.split(_BLOCK), strict=True):
+        total.addmm_(part, some.to(D.dtype))
     return total
 
 
-def _plus_product(total: Tensor | None, slope: Tensor, x: Tensor) -> Tensor:
-    """total + Dᵀ x in the precision of D likewise, written over the total where nothing looks on."""
-    if total is None or not nothing_looks_on(total, slope):
-        product = _wide_product(slope, x)
-        return product if total is None else total + product
-    if slope.is_cpu or slope.dtype == x.dtype:
-        return total.addmm_(slope, x.to(slope.dtype))
-    return total.add_(_wide_product(slope, x))
-
-
-def _with_sent(pieces: Iterable[Any], sent: Tensor, size: int) -> Iterable[tuple[Any, Tensor]]:
-    """Each piece with what its rows are sent: the same for all, or each its own."""
-    return zip(pieces, sent.split(size) if sent.dim() else repeat(sent), strict=False)
-
-
-def _gradients(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    reading: Reading,
-    sent: Tensor,
-    size: int,
-    needed: Needed,
-) -> list[Any]:
-    """Of input, linear_weight and linear_bias, from scores made again."""
-    pieces = _pieces(input, linear_weight, linear_bias, target, reading, size)
-    slopes = ((x, _slope(_softmax(z), q, s)) for (x, z, q), s in _with_sent(pieces, sent, size))
-    return _products(slopes, linear_weight, needed)
-
-
 class LinearCrossEntropyLossFunction(Rule):
-    r"""ℓ = -Σ_c q_c log p_c = λ Σ q - Σ_c q_c z_c,    z = x Wᵀ + b,   λ = log Σ e^z,   p = e^(z - λ)
+    r"""ℓ = -Σ_c q_c log p_c = λ Σq - Σ_c q_c z_c,    z = x Wᵀ + b,   λ = log Σ e^z,   p = e^(z - λ)
 
     q = w t′,  t′ = (1-ε) t + ε/C,  of class probabilities t; of a class index as in `CrossEntropyLossFunction`
-    L: the losses, their sum or their mean;  each is sent s (as there), 0 where ignored
+    L: the losses, their sum or their mean;   s = ∂L/∂ℓ, 0 where ignored: g, or g / Σ w[t] of a mean
 
-    dλ = ⟨p, dz⟩, so  D = ∂L/∂z = s (p Σ q - q):      ∂L/∂x = D W      ∂L/∂W = Dᵀ x      ∂L/∂b = Σ D
+    dλ = ⟨p, dz⟩, so  D = ∂L/∂z = s (p Σq - q):      ∂L/∂x = D W      ∂L/∂W = Dᵀ x      ∂L/∂b = Σ D
     and  ∂L/∂q = s (λ - z):      ∂L/∂t = s (1-ε) w (λ - z)      ∂L/∂w = Σ s t′ (λ - z)
 
     x: (N, in)   W: (C, ..., in)   b: (C, ...)   t: (N, ...) or (N, C, ...)   w: (C)   L: in float32 at least
-    The backward makes z again, and sums over the pieces.
+    The backward computes z again, and sums over the pieces.
 
     Wijmans, Huval, Hertzberg, Koltun and Krähenbühl, "Cut Your Losses in Large-Vocabulary Language Models", 2025.
     """
 
-    in_float32 = False  # what is no product is in float32 as it is
+    upcast_gradients = False  # what is no product is in float32 already
 
     def forward(
         input: Tensor,
@@ -280,16 +279,28 @@ class LinearCrossEntropyLossFunction(Rule):
         needed: Needed,
     ) -> Tensor:
         reading = Reading(weight, ignore_index, label_smoothing)
-        pieces = _pieces(input, linear_weight, linear_bias, target, reading, size)
-        return _reduced([_losses(_right(z, q), _softmax(z), q) for _, z, q in pieces], target, reading, reduction)
+        some = pieces(input, linear_weight, target, reading, _one(linear_weight), size)
+        each = [losses_of(x, linear_weight, linear_bias, q) for x, q, _ in some]
+        return _reduced(each, target, reading, reduction)
 
     def reading(weight: Tensor | None, ignore_index: int, label_smoothing: float) -> Reading:
         return Reading(weight, ignore_index, label_smoothing)
 
-    def sent(grad: Tensor, target: Tensor, reading: Reading, reduction: int) -> Tensor:
-        return reading.of_mean(grad, target) if reduction == MEAN else grad
+    def s(grad: Tensor, target: Tensor, reading: Reading, reduction: int) -> Tensor:
+        return reading.s(grad, target, reduction)
 
-    gradients = _gradients
+    def gradients(
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        reading: Reading,
+        s: Tensor,
+        size: int,
+        needed: Needed,
+    ) -> list[Any]:
+        some = pieces(input, linear_weight, target, reading, s, size)
+        return sums(some, linear_weight, linear_bias, needed)[1]
 
     def grad_input(gradients: list[Any], input: Tensor) -> Tensor:
         return gradients[0].to(input.dtype)
@@ -300,30 +311,28 @@ class LinearCrossEntropyLossFunction(Rule):
     def grad_linear_bias(gradients: list[Any], linear_weight: Tensor) -> Tensor:
         return gradients[2].to(linear_weight.dtype)
 
-    def surprise(
+    def surprisal(
         input: Tensor,
         linear_weight: Tensor,
         linear_bias: Tensor | None,
         target: Tensor,
         reading: Reading,
-        sent: Tensor,
+        s: Tensor,
         size: int,
     ) -> Tensor:
-        """s (λ - z): as many numbers as the target holds."""
+        """∂L/∂q = s (λ - z), in the shape of a target of class probabilities"""
+        some = pieces(input, linear_weight, target, reading, s, size)
+        of_some = ((scores(x, linear_weight, linear_bias), s) for x, _, s in some)
+        return torch.cat([s * (logsumexp(z) - z) for z, s in of_some])
+
+    def grad_target(surprisal: Tensor, target: Tensor, reading: Reading) -> Tensor:
+        found = surprisal * (1 - reading.epsilon)
+        return (found if reading.weight is None else found * _along(reading.weight, found)).to(target.dtype)
+
+    def grad_weight(surprisal: Tensor, target: Tensor, reading: Reading, weight: Tensor) -> Tensor:
         if not target.is_floating_point():
             raise RuntimeError("a class weight has no gradient where the target is class indices")
-        pieces = _pieces(input, linear_weight, linear_bias, target, reading, size)
-        found = []
-        for (_, z, _), s in _with_sent(pieces, sent, size):
-            found.append((z.logsumexp(1, keepdim=True) - z) * (s.unsqueeze(1) if s.dim() else s))
-        return torch.cat(found)
-
-    def grad_target(surprise: Tensor, target: Tensor, reading: Reading) -> Tensor:
-        kept = surprise * (1 - reading.label_smoothing)
-        return (kept if reading.weight is None else kept * _along(reading.weight, kept)).to(target.dtype)
-
-    def grad_weight(surprise: Tensor, target: Tensor, reading: Reading, weight: Tensor) -> Tensor:
-        return (surprise * reading.smoothed(target)).sum([0, *range(2, target.dim())]).to(weight.dtype)
+        return (surprisal * reading.smoothed(target)).sum([0, *range(2, target.dim())]).to(weight.dtype)
 
 
 def _reduced(losses: list[Tensor], target: Tensor, reading: Reading, reduction: int) -> Tensor:
@@ -333,14 +342,20 @@ def _reduced(losses: list[Tensor], target: Tensor, reading: Reading, reduction: 
     return reading.mean(total, target) if reduction == MEAN else total
 
 
-class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
-    r"""The same for a sum or a mean, whose rows are all sent one s: D is formed in the forward, the scores at hand
+def _slope_times_s(slope: Tensor, s: Tensor, shown: bool, input: Tensor) -> Tensor | None:
+    """s times the saved slope, written into it, if this backward is the last that reads it."""
+    return None if shown or not is_last_backward() else slope.mul_(s).to(input.dtype)
 
-    Kept are the slopes of Σ ℓ, which the backward multiplies by s. The one of W is as large as W, so it is written
-    over where nobody sees it any more.
+
+class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
+    r"""The same for a sum or a mean, where s is one number: D is computed in the forward, which has the scores.
+
+    The gradients of Σ ℓ are saved, and the backward multiplies them by s. That of W is as large as W, so the last
+    backward writes the product into it.
     """
 
     statistics = ("slope_input", "slope_linear_weight", "slope_linear_bias")
+    vendor_kernels = {"grad_linear_weight": _slope_times_s}
 
     def forward(
         input: Tensor,
@@ -356,18 +371,11 @@ class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
         shown: bool,
     ) -> tuple[Tensor, ...]:
         reading = Reading(weight, ignore_index, label_smoothing)
-        losses: list[Tensor] = []
-        one = _one(linear_weight)
-
-        def slopes() -> Iterator[tuple[Tensor, Tensor]]:
-            for x, z, q in _pieces(input, linear_weight, linear_bias, target, reading, size):
-                right, softmax = _right(z, q), _softmax(z)
-                losses.append(_losses(right, softmax, q))
-                yield x, _slope(softmax, q, one)
-
-        found = _products(slopes(), linear_weight, needed)
+        some = pieces(input, linear_weight, target, reading, _one(linear_weight), size)
+        compute = fast(sums) if inplace_is_safe(input) else sums
+        each, slopes = compute(some, linear_weight, linear_bias, needed)
         absent = input.new_empty(0)
-        return _reduced(losses, target, reading, reduction), *[absent if x is None else x for x in found]
+        return _reduced(each, target, reading, reduction), *[absent if x is None else x for x in slopes]
 
     def slopes(
         input: Tensor,
@@ -378,7 +386,8 @@ class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
         size: int,
         needed: Needed,
     ) -> list[Any]:
-        return _gradients(input, linear_weight, linear_bias, target, reading, _one(linear_weight), size, needed)
+        some = pieces(input, linear_weight, target, reading, _one(linear_weight), size)
+        return sums(some, linear_weight, linear_bias, needed)[1]
 
     def slope_input(slopes: list[Any]) -> Tensor:
         return slopes[0]
@@ -389,21 +398,14 @@ class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
     def slope_linear_bias(slopes: list[Any]) -> Tensor:
         return slopes[2]
 
-    def grad_input(
-        slope_input: Tensor, sent: Tensor, shown: bool, input: Tensor, target: Tensor, ignore_index: int
-    ) -> Tensor:
-        found = _sent_on(slope_input, sent, shown).to(input.dtype)
-        return found if target.is_floating_point() else _where_counted(target != ignore_index, found)
+    def grad_input(slope_input: Tensor, s: Tensor, input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+        return _where_counted(target, ignore_index, slope_input * s).to(input.dtype)
 
-    def grad_linear_weight(slope_linear_weight: Tensor, sent: Tensor, shown: bool, input: Tensor) -> Tensor:
-        return _sent_on(slope_linear_weight, sent, shown).to(input.dtype)
+    def grad_linear_weight(slope_linear_weight: Tensor, s: Tensor, shown: bool, input: Tensor) -> Tensor:
+        return (slope_linear_weight * s).to(input.dtype)
 
-    def grad_linear_bias(slope_linear_bias: Tensor, sent: Tensor, shown: bool, input: Tensor) -> Tensor:
-        return _sent_on(slope_linear_bias, sent, shown).to(input.dtype)
-
-
-def _sent_on(slope: Tensor, sent: Tensor, shown: bool) -> Tensor:
-    return times(slope, sent) if not shown and last_backward() else slope * sent
+    def grad_linear_bias(slope_linear_bias: Tensor, s: Tensor, input: Tensor) -> Tensor:
+        return (slope_linear_bias * s).to(input.dtype)
 
 
 def _composed(
@@ -547,11 +549,7 @@ def _rows_at_a_time(options: LinearCrossEntropyOptions | None, n: int, features:
 
 
 def _check_shapes(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int | None,
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, ignore_index: int | None
 ) -> None:
     if input.dim() not in (1, 2) or linear_weight.dim() < 2 or input.shape[-1] != linear_weight.shape[-1]:
         raise RuntimeError(

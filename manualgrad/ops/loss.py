@@ -1,7 +1,7 @@
-"""Losses of pairs of numbers, an output and its target: what the output layer is told first.
+"""Losses of pairs of numbers, an output and its target.
 
-torch's functions of these names check, warn, broadcast, and then call one operation of torch's. That is what the
-rules here are of, and each takes what it takes; torch's function, calling ours, does the rest.
+torch's functions of these names check, warn, broadcast, and then call one operation. The rules here implement
+these operations, with the same arguments. torch's functions do the rest, and call the rules in their place.
 """
 
 from __future__ import annotations
@@ -16,17 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from manualgrad.ops.elementary import (
-    AbsoluteFunction,
-    DifferenceFunction,
-    broadcast,
-    choose,
-    drop_in,
-    stands_for,
-    times,
-)
+from manualgrad.ops.elementary import AbsoluteFunction, DifferenceFunction, broadcast, drop_in, stands_for
 from manualgrad.registry import Call, register
-from manualgrad.rule import FLOAT32, Rule, plain
+from manualgrad.rule import FLOAT32, Rule
+from manualgrad.rule.torch_internals import unwrapped
 
 _nn: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -35,37 +28,39 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class Loss(Rule):
-    r"""L = reduction of ℓᵢ      how many: as the target has elements
+    r"""L = reduction of ℓᵢ      n: the number of elements of the target
 
     reduction          "none": Lᵢ = ℓᵢ     "sum": L = Σ ℓᵢ     "mean": L = (1/n) Σ ℓᵢ
-    each ℓᵢ is sent            gᵢ                  g                   g / n            =: sent
+    hᵢ = ∂L/∂ℓᵢ               gᵢ                  g                   g / n
     """
 
     autocast = FLOAT32
 
-    def sent(grad: Tensor, target: Tensor, reduction: int) -> Tensor:
-        return _sent(grad, target, reduction)
+    def h(grad: Tensor, target: Tensor, reduction: int) -> Tensor:
+        return _grad_of_each(grad, target, reduction)
 
 
-def _sent(grad: Tensor, to: Tensor, reduction: int) -> Tensor:
-    return grad / max(to.numel(), 1) if reduction == MEAN else grad
+def _grad_of_each(grad: Tensor, target: Tensor, reduction: int) -> Tensor:
+    return grad / max(target.numel(), 1) if reduction == MEAN else grad
 
 
 class PairLoss(Loss):
-    r"""ℓ = ℓ(x, t)      the rule gives ``slope``, ∂ℓ/∂x, and ``target_slope``, ∂ℓ/∂t, as tensors of their own
+    r"""ℓ = ℓ(x, t)      the rule gives ``derivative``, ∂ℓ/∂x, and ``target_derivative``, ∂ℓ/∂t
 
-    dL = Σ sentᵢ (∂ℓᵢ/∂x dxᵢ + ∂ℓᵢ/∂t dtᵢ):      ∂L/∂x = sent ∂ℓ/∂x      ∂L/∂t = sent ∂ℓ/∂t
+    dL = Σ hᵢ (∂ℓᵢ/∂x dxᵢ + ∂ℓᵢ/∂t dtᵢ):      ∂L/∂x = h ∂ℓ/∂x      ∂L/∂t = h ∂ℓ/∂t
     """
 
-    def grad_input(sent: Tensor, slope: Tensor) -> Tensor:
-        return times(slope, sent)
+    def grad_input(h: Tensor, derivative: Tensor) -> Tensor:
+        return h * derivative
 
-    def grad_target(grad: Tensor, input: Tensor, reduction: int, target_slope: Tensor) -> Tensor:
-        return times(target_slope, _sent(grad, input, reduction))  # which takes the input alone, mostly
+    def grad_target(grad: Tensor, input: Tensor, reduction: int, target_derivative: Tensor) -> Tensor:
+        return (
+            _grad_of_each(grad, input, reduction) * target_derivative
+        )  # n of the input: mostly it needs no target
 
 
 class DifferenceLoss(Loss):
-    """A loss of d = x - t alone, so ∂ℓ/∂t = -∂ℓ/∂x."""
+    r"""ℓ = ℓ(d),  d = x - t      ∂L/∂t = -∂L/∂x"""
 
     def difference(input: Tensor, target: Tensor) -> Tensor:
         return input - target
@@ -88,24 +83,24 @@ def overridable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def reduced(losses: Tensor, reduction: int) -> Tensor:
-    """What torch composes, too."""
+    """The reduction, composed as torch composes it."""
     return losses.mean() if reduction == MEAN else losses.sum() if reduction == SUM else losses
 
 
 @stands_for(_nn.mse_loss)
 class MSELossFunction(DifferenceLoss):
-    r"""ℓ = d²,   d = x - t      ∂ℓ/∂x = 2d"""
+    r"""ℓ = d²,   d = x - t      ∂L/∂x = 2 h d"""
 
     def forward(input: Tensor, target: Tensor, reduction: int) -> Tensor:
         return _nn.mse_loss(input, target, reduction)
 
-    def grad_input(grad: Tensor, difference: Tensor, target: Tensor, reduction: int) -> Tensor:
-        return times(difference, grad * (2 / max(target.numel(), 1) if reduction == MEAN else 2))
+    def grad_input(h: Tensor, difference: Tensor) -> Tensor:
+        return 2 * h * difference
 
 
 @stands_for(_nn.huber_loss)
 class HuberLossFunction(DifferenceLoss):
-    r"""ℓ = ½ d² where |d| ≤ δ, else δ (|d| - ½ δ),   d = x - t      ∂ℓ/∂x = d, clamped to [-δ, δ]
+    r"""ℓ = ½ d² where |d| ≤ δ, else δ (|d| - ½ δ),   d = x - t      ∂L/∂x = h d,  d clamped to [-δ, δ]
 
     Huber, "Robust Estimation of a Location Parameter", 1964.
     """
@@ -113,13 +108,13 @@ class HuberLossFunction(DifferenceLoss):
     def forward(input: Tensor, target: Tensor, reduction: int, delta: float) -> Tensor:
         return _nn.huber_loss(input, target, reduction, delta)
 
-    def grad_input(sent: Tensor, difference: Tensor, delta: float) -> Tensor:
-        return times(difference.clamp(-delta, delta), sent)
+    def grad_input(h: Tensor, difference: Tensor, delta: float) -> Tensor:
+        return h * difference.clamp(-delta, delta)
 
 
 @stands_for(_nn.smooth_l1_loss)
 class SmoothL1LossFunction(HuberLossFunction):
-    r"""ℓ = ½ d²/β where |d| < β, else |d| - ½ β:  Huber's with δ = β, by β
+    r"""ℓ = ½ d²/β where |d| < β, else |d| - ½ β:  Huber's loss with δ = β, divided by β
 
     Girshick, "Fast R-CNN", 2015.
     """
@@ -127,14 +122,14 @@ class SmoothL1LossFunction(HuberLossFunction):
     def forward(input: Tensor, target: Tensor, reduction: int, delta: float) -> Tensor:
         return _nn.smooth_l1_loss(input, target, reduction, delta)
 
-    def grad_input(sent: Tensor, difference: Tensor, delta: float) -> Tensor:
-        return times(difference.clamp(-delta, delta), sent / delta)
+    def grad_input(h: Tensor, difference: Tensor, delta: float) -> Tensor:
+        return h / delta * difference.clamp(-delta, delta)
 
 
 @stands_for(_nn.l1_loss)
 def l1_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
-    """|x - t|. The difference is kept, in place of both; where one of them alone is complex the other is made so
-    first, and sent the real part of its gradient."""
+    """|x - t|. The difference is saved in place of both. If only one of them is complex, the other is converted
+    first, and gets the real part of its gradient."""
     if input.is_complex() != target.is_complex():
         both = torch.promote_types(input.dtype, target.dtype)
         input, target = input.to(both), target.to(both)
@@ -157,16 +152,12 @@ for _name, _settings, _weighted in (
     )
 
 
-def _weighing(slope: Tensor, weight: Tensor | None) -> Tensor:
-    return slope if weight is None else slope * weight
-
-
 @stands_for(_nn.binary_cross_entropy)
 class BCELossFunction(PairLoss):
     r"""ℓ = -w (t log x + (1 - t) log(1 - x))      (logarithms not below -100)
 
     ∂ℓ/∂x = -w (t/x - (1 - t)/(1 - x)) = w (x - t) / (x (1 - x))      (denominator not below 1e-12, as torch)
-    ∂ℓ/∂t = -w (log x - log(1 - x))
+    ∂ℓ/∂t = w (log(1 - x) - log x)
     """
 
     autocast = {"cpu": "float32", "cuda": "refuse"}
@@ -174,11 +165,13 @@ class BCELossFunction(PairLoss):
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
         return _nn.binary_cross_entropy(input, target, weight, reduction)
 
-    def slope(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        return _weighing((input - target) / times(1 - input, input).clamp(min=1e-12), weight)
+    def derivative(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        derivative = (input - target) / (input * (1 - input)).clamp(min=1e-12)
+        return derivative if weight is None else weight * derivative
 
-    def target_slope(input: Tensor, weight: Tensor | None) -> Tensor:
-        return _weighing((1 - input).log().clamp(min=-100) - input.log().clamp(min=-100), weight)
+    def target_derivative(input: Tensor, weight: Tensor | None) -> Tensor:
+        derivative = torch.log(1 - input).clamp(min=-100) - torch.log(input).clamp(min=-100)
+        return derivative if weight is None else weight * derivative
 
 
 @stands_for(torch.binary_cross_entropy_with_logits)
@@ -194,17 +187,19 @@ class BCEWithLogitsLossFunction(PairLoss):
     ) -> Tensor:
         return torch.binary_cross_entropy_with_logits(input, target, weight, positive_weight, reduction)
 
-    def slope(input: Tensor, target: Tensor, weight: Tensor | None, positive_weight: Tensor | None) -> Tensor:
-        if positive_weight is None:
-            slope = torch.sigmoid(input) - target
-        else:
-            slope = (1 - target) * torch.sigmoid(input) - positive_weight * target * torch.sigmoid(-input)
-        return _weighing(slope, weight)
+    def derivative(input: Tensor, target: Tensor, weight: Tensor | None, positive_weight: Tensor | None) -> Tensor:
+        derivative = (
+            torch.sigmoid(input) - target
+            if positive_weight is None
+            else (1 - target) * torch.sigmoid(input) - positive_weight * target * torch.sigmoid(-input)
+        )
+        return derivative if weight is None else weight * derivative
 
-    def target_slope(input: Tensor, weight: Tensor | None, positive_weight: Tensor | None) -> Tensor:
-        if positive_weight is None:
-            return _weighing(-input, weight)
-        return _weighing(F.logsigmoid(-input) - positive_weight * F.logsigmoid(input), weight)
+    def target_derivative(input: Tensor, weight: Tensor | None, positive_weight: Tensor | None) -> Tensor:
+        derivative = (
+            -input if positive_weight is None else F.logsigmoid(-input) - positive_weight * F.logsigmoid(input)
+        )
+        return derivative if weight is None else weight * derivative
 
 
 register(
@@ -243,19 +238,24 @@ register(
 class KLDivFunction(Loss):
     r"""ℓ = p (log p - x)      x: log-probabilities   target: p or log p      (0 log 0 = 0)
 
-    ∂ℓ/∂x = -p            ∂ℓ/∂p = log p + 1 - x            ∂ℓ/∂(log p) = p ∂ℓ/∂p
+    ∂L/∂x = -h p            ∂L/∂p = h (log p + 1 - x)            ∂L/∂(log p) = p ∂L/∂p
     """
 
     def forward(input: Tensor, target: Tensor, reduction: int, log_target: bool) -> Tensor:
         return torch.kl_div(input, target, reduction, log_target=log_target)
 
-    def grad_input(sent: Tensor, target: Tensor, log_target: bool) -> Tensor:
-        return times(-target.exp() if log_target else -target, sent)
+    def p(target: Tensor, log_target: bool) -> Tensor:
+        return target.exp() if log_target else target
 
-    def grad_target(sent: Tensor, input: Tensor, target: Tensor, log_target: bool) -> Tensor:
-        if log_target:
-            return times(times(target + 1 - input, sent), target.exp())
-        return times(target.log() + 1 - input, sent)
+    def log_p(target: Tensor, log_target: bool) -> Tensor:
+        return target if log_target else target.log()
+
+    def grad_input(h: Tensor, p: Tensor) -> Tensor:
+        return -h * p
+
+    def grad_target(h: Tensor, input: Tensor, p: Tensor, log_p: Tensor, log_target: bool) -> Tensor:
+        grad_p = h * (log_p + 1 - input)
+        return p * grad_p if log_target else grad_p
 
 
 @stands_for(torch.kl_div)
@@ -279,16 +279,16 @@ class PoissonNLLLossFunction(PairLoss):
     ∂ℓ/∂x = eˣ - t,   or   1 - t / (x + ε)            ∂ℓ/∂t = -x,   or   -log(x + ε)
     """
 
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor, target: Tensor, log_input: bool, eps: float, reduction: int) -> Tensor:
         return torch.poisson_nll_loss(input, target, log_input, False, eps, reduction)
 
-    def slope(input: Tensor, target: Tensor, log_input: bool, eps: float) -> Tensor:
-        slope = input.exp() - target if log_input else 1 - target / (input + eps)
-        return slope.conj()
+    def derivative(input: Tensor, target: Tensor, log_input: bool, eps: float) -> Tensor:
+        derivative = input.exp() - target if log_input else 1 - target / (input + eps)
+        return derivative.conj()
 
-    def target_slope(input: Tensor, log_input: bool, eps: float) -> Tensor:
+    def target_derivative(input: Tensor, log_input: bool, eps: float) -> Tensor:
         return -(input if log_input else (input + eps).log()).conj()
 
 
@@ -302,8 +302,8 @@ class StirlingFunction(Rule):
         return value.masked_fill(input <= 1, 0)
 
     def grad_input(grad: Tensor, input: Tensor) -> Tensor:
-        above = input.clamp(min=1)  # so that the branch not taken stays finite and so do its derivatives
-        return choose(input > 1, grad * (above.log() + 0.5 / above))
+        t = input.clamp(min=1)  # the branch that is not taken stays finite, and so do its derivatives
+        return torch.where(input > 1, grad * (t.log() + 0.5 / t), 0)
 
 
 @stands_for(torch.poisson_nll_loss)
@@ -342,7 +342,7 @@ class FloorFunction(Rule):
 class GaussianNLLLossFunction(Rule):
     r"""ℓ = ½ (log v + d²/v)      d: x - t   v: the variance
 
-    ∂ℓ/∂d = d/v            ∂ℓ/∂v = ½ (1/v - (d/v)²)
+    ∂L/∂d = g d/v            ∂L/∂v = ½ g (1/v - (d/v)²) = ½ g (1 - d²/v) / v
 
     Nix and Weigend, "Estimating the mean and variance of the target probability distribution", 1994.
     """
@@ -353,10 +353,10 @@ class GaussianNLLLossFunction(Rule):
         return 0.5 * (torch.log(var) + difference**2 / var)
 
     def grad_difference(grad: Tensor, difference: Tensor, var: Tensor) -> Tensor:
-        return times(difference / var, grad)
+        return grad * (difference / var)
 
     def grad_var(grad: Tensor, difference: Tensor, var: Tensor) -> Tensor:
-        return times((1 - difference * difference / var) / var, 0.5 * grad)
+        return 0.5 * grad * ((1 - difference * difference / var) / var)
 
 
 @overridable
@@ -378,7 +378,7 @@ def gaussian_nll_loss(
         ValueError: an unknown reduction, a variance below 0 or of another shape.
     """
     variance = var if isinstance(var, Tensor) else var * torch.ones_like(input)
-    if not torch.compiler.is_compiling() and (plain(variance) < 0).any():
+    if not torch.compiler.is_compiling() and (unwrapped(variance) < 0).any():
         raise ValueError("var has negative entry/entries")
     sizes = input.size(), variance.size()
     if sizes[0][:-1] == sizes[1]:

@@ -1,4 +1,4 @@
-"""Losses with a margin: nothing more is to be won once the right side is ahead by it."""
+"""Losses with a margin: the loss is 0 once the right answer is ahead of the others by the margin."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from manualgrad.ops.distance import pairwise_distance
-from manualgrad.ops.elementary import DifferenceFunction, added, broadcast, choose, stands_for, times
+from manualgrad.ops.elementary import ChooseFunction, DifferenceFunction, broadcast, stands_for
 from manualgrad.ops.loss import MEAN, NONE, Loss, _nn, reduced
 from manualgrad.registry import Call, Maker, register
-from manualgrad.rule import FLOAT32, Rule, cast, nothing_looks_on
-from manualgrad.torch_versions import CLAMP_PASSES_AT_ITS_BOUND, COMPILED_MULTILABEL_MARGIN_IS_WRONG
+from manualgrad.rule import FLOAT32, Rule, cast
+from manualgrad.rule.torch_internals import CLAMP_PASSES_AT_ITS_BOUND, COMPILED_MULTILABEL_MARGIN_IS_WRONG
 
 
 class SoftMarginLossFunction(Loss):
-    r"""ℓ = log(1 + e^(-tx))      t = ±1      ∂ℓ/∂x = -t σ(-tx)"""
+    r"""ℓ = log(1 + e^(-tx))      t = ±1      ∂L/∂x = -h t σ(-tx)"""
 
     def forward(input: Tensor, target: Tensor, reduction: int) -> Tensor:
         return _nn.soft_margin_loss(input, target, reduction)
 
-    def grad_input(sent: Tensor, input: Tensor, target: Tensor) -> Tensor:
-        return times(times(torch.sigmoid(-target * input), -target), sent)
+    def grad_input(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
+        return -h * target * torch.sigmoid(-target * input)
 
 
 @stands_for(_nn.soft_margin_loss)
@@ -36,7 +36,7 @@ class ClampMinFunction(Rule):
         return torch.clamp_min(input, low)
 
     def grad_input(grad: Tensor, input: Tensor, low: float) -> Tensor:
-        return choose(input >= low if CLAMP_PASSES_AT_ITS_BOUND else input > low, grad)
+        return torch.where(input >= low if CLAMP_PASSES_AT_ITS_BOUND else input > low, grad, 0)
 
 
 class MinimumFunction(Rule):
@@ -46,13 +46,13 @@ class MinimumFunction(Rule):
         return torch.minimum(a, b)
 
     def half(grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return choose(a == b, grad * 0.5, grad)
+        return torch.where(a == b, grad * 0.5, grad)
 
     def grad_a(half: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return choose(a <= b, half)
+        return torch.where(a <= b, half, 0)
 
     def grad_b(half: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return choose(b <= a, half)
+        return torch.where(b <= a, half, 0)
 
 
 @stands_for(torch.hinge_embedding_loss)
@@ -62,10 +62,8 @@ def hinge_embedding_loss(input: Tensor, target: Tensor, margin: float, reduction
     Hadsell, Chopra and LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", 2006.
     """
     input, target = broadcast(*cast(Loss, (input, target)))
-    return reduced(
-        choose(target != 1, _hinge(torch.full_like(input, margin) - input)) + choose(target != -1, input),
-        reduction,
-    )
+    negative = ChooseFunction.apply(target != 1, _hinge(torch.full_like(input, margin) - input))
+    return reduced(negative + ChooseFunction.apply(target != -1, input), reduction)
 
 
 def _hinge(input: Tensor) -> Tensor:
@@ -172,14 +170,13 @@ class CosineFunction(Rule):
     r"""c = u·v / √(p q),   p = u·u + ε,  q = v·v + ε      (along the last axis)
 
     dc = (du·v + u·dv) / √(p q) - c (u·du / p + v·dv / q)
-    ∂L/∂u = g (v / √(p q) - c u / p)            ∂L/∂v = g (u / √(p q) - c v / q)
+    ∂L/∂u = g / √(p q) v - g c / p u            ∂L/∂v = g / √(p q) u - g c / q v
     """
 
     autocast = FLOAT32
 
     def forward(u: Tensor, v: Tensor) -> Tensor:
-        p, q = _square(u), _square(v)
-        return (u * v).sum(-1) / (p * q).sqrt_()
+        return _cosine(u, v, _square(u), _square(v)).squeeze(-1)
 
     def p(u: Tensor) -> Tensor:
         return _square(u)
@@ -187,21 +184,25 @@ class CosineFunction(Rule):
     def q(v: Tensor) -> Tensor:
         return _square(v)
 
-    def across(grad: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        return (grad / (p * q).sqrt()).unsqueeze(-1)
+    def c(u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return _cosine(u, v, p, q)
 
-    def along(grad: Tensor, u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        return grad * (u * v).sum(-1) / (p * q).sqrt()
+    def g(grad: Tensor) -> Tensor:
+        return grad.unsqueeze(-1)
 
-    def grad_u(across: Tensor, along: Tensor, u: Tensor, v: Tensor, p: Tensor) -> Tensor:
-        return across * v - (along / p).unsqueeze(-1) * u
+    def grad_u(g: Tensor, c: Tensor, u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return g / (p * q).sqrt() * v - g * c / p * u
 
-    def grad_v(across: Tensor, along: Tensor, u: Tensor, v: Tensor, q: Tensor) -> Tensor:
-        return across * u - (along / q).unsqueeze(-1) * v
+    def grad_v(g: Tensor, c: Tensor, u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return g / (p * q).sqrt() * u - g * c / q * v
 
 
-def _square(tensor: Tensor) -> Tensor:
-    return (tensor * tensor).sum(-1) + 1e-12
+def _square(x: Tensor) -> Tensor:
+    return (x * x).sum(-1, keepdim=True) + 1e-12
+
+
+def _cosine(u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    return (u * v).sum(-1, keepdim=True) / (p * q).sqrt()
 
 
 @stands_for(torch.cosine_embedding_loss)
@@ -211,7 +212,8 @@ def cosine_embedding_loss(input1: Tensor, input2: Tensor, target: Tensor, margin
     if rows > 1 or not input1.dim() == input2.dim() == rows + 1:  # raises what torch raises
         return torch.cosine_embedding_loss(input1, input2, target, margin, reduction)
     cosine, target = broadcast(CosineFunction.apply(*broadcast(input1, input2)), target)
-    return reduced(choose(target == 1, 1 - cosine) + choose(target == -1, _hinge(cosine - margin)), reduction)
+    positive = ChooseFunction.apply(target == 1, 1 - cosine)
+    return reduced(positive + ChooseFunction.apply(target == -1, _hinge(cosine - margin)), reduction)
 
 
 register(
@@ -225,9 +227,9 @@ register(
 
 
 class MultiMarginLossFunction(Loss):
-    r"""ℓ = (w[t] / C) Σ_{c≠t} h_c^p,   h_c = max(0, m - x[t] + x_c)      p: 1 or 2
+    r"""ℓ = (w[t] / C) Σ_{c≠t} max(0, z_c)^p,   z_c = m - x[t] + x_c      p: 1 or 2
 
-    ∂ℓ/∂x_c = (w[t] / C) p h_c^(p-1)  where h_c > 0          ∂ℓ/∂x[t] = -Σ_{c≠t} ∂ℓ/∂x_c
+    ∂L/∂x_c = h (w[t] / C) p z_c^(p-1)  where z_c > 0          ∂L/∂x[t] = -Σ_{c≠t} ∂L/∂x_c
 
     Weston and Watkins, "Support vector machines for multi-class pattern recognition", 1999.
     """
@@ -237,19 +239,20 @@ class MultiMarginLossFunction(Loss):
     ) -> Tensor:
         return _nn.multi_margin_loss(input, target, p, margin, weight, reduction)
 
-    def place(input: Tensor, target: Tensor) -> Tensor:
+    def index(input: Tensor, target: Tensor) -> Tensor:
         return target.reshape(*input.shape[:-1], 1)
 
-    def grad_input(
-        sent: Tensor, input: Tensor, place: Tensor, p: int, margin: float, weight: Tensor | None
-    ) -> Tensor:
-        sent = (sent.reshape(place.shape) if sent.dim() else sent) / max(input.shape[-1], 1)
-        if weight is not None:
-            sent = sent * weight[place]
-        above = margin - input.gather(-1, place) + input
-        others = torch.ones_like(above, dtype=torch.bool).scatter(-1, place, False)
-        slope = choose(others & (above > 0), 2 * above * sent if p == 2 else sent.expand_as(above).contiguous())
-        return added(slope, -1, place, -slope.sum(-1, keepdim=True))
+    def row_weight(h: Tensor, index: Tensor, input: Tensor, weight: Tensor | None) -> Tensor:
+        """h w[t] / C"""
+        h = (h.reshape(index.shape) if h.dim() else h) / max(input.shape[-1], 1)
+        return h if weight is None else h * weight[index]
+
+    def grad_input(row_weight: Tensor, index: Tensor, input: Tensor, p: int, margin: float) -> Tensor:
+        z = margin - input.gather(-1, index) + input
+        is_other = torch.ones_like(z, dtype=torch.bool).scatter(-1, index, False)
+        power = 2 * z if p == 2 else torch.ones_like(z)
+        grad_others = torch.where(is_other & (z > 0), row_weight * power, 0)
+        return grad_others.scatter_add(-1, index, -grad_others.sum(-1, keepdim=True))
 
 
 @stands_for(_nn.multi_margin_loss)
@@ -261,30 +264,41 @@ def multi_margin_loss(
     return MultiMarginLossFunction.apply(input, target, p, margin, weight, reduction)
 
 
+def _without_padding(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
+    """The gradient with only as many columns of labels as the longest row has: fewer pairs to compare."""
+    longest = int(((target < 0).cumsum(-1) == 0).sum(-1).max()) if target.numel() else 0
+    gradient = MultiLabelMarginLossFunction.grad_input  # pyright: ignore[reportAttributeAccessIssue]
+    return gradient(h, input, target[..., :longest])
+
+
 class MultiLabelMarginLossFunction(Rule):
     r"""ℓ = (1/C) Σ_j Σ_c max(0, 1 - x[t_j] + x_c)      t_j: the labels, up to the first -1   c: no label
 
-    a_jc = 1 where 1 - x[t_j] + x_c > 0:      ∂ℓ/∂x_c = (1/C) Σ_j a_jc,      ∂ℓ/∂x[t_j] = -(1/C) Σ_c a_jc
+    a_jc = 1 where 1 - x[t_j] + x_c > 0:      ∂L/∂x_c = h/C Σ_j a_jc,      ∂L/∂x[t_j] = -h/C Σ_c a_jc
+    (h: the gradient of each row's loss)
     """
 
     autocast = FLOAT32
+    vendor_kernels = {"grad_input": _without_padding}
 
     def forward(input: Tensor, target: Tensor, reduction: int) -> Tensor:
         return _nn.multilabel_margin_loss(input, target, reduction)
 
-    def grad_input(grad: Tensor, input: Tensor, target: Tensor, reduction: int) -> Tensor:
-        labelled = (target < 0).cumsum(-1) == 0
-        place = target * labelled
-        label = torch.zeros_like(target).scatter_add(-1, place, labelled.long()) > 0
-        if nothing_looks_on(input, target):  # no row has more labels than the longest
-            most = int(labelled.sum(-1).max()) if labelled.numel() else 0
-            place, labelled = place[..., :most], labelled[..., :most]
-        ahead = 1 - input.gather(-1, place).unsqueeze(-1) + input.unsqueeze(-2)
-        active = (ahead > 0) & labelled.unsqueeze(-1) & label.logical_not().unsqueeze(-2)
-        count = active.sum(-2).scatter_add(-1, place, -active.sum(-1))
-        rows = input.shape[:-1].numel() if reduction == MEAN else 1
-        sent = grad.unsqueeze(-1) if reduction == NONE else grad
-        return sent / max(rows * input.shape[-1], 1) * count
+    def h(grad: Tensor, input: Tensor, reduction: int) -> Tensor:
+        rows = input.shape[:-1].numel()
+        return grad.unsqueeze(-1) if reduction == NONE else grad / max(rows, 1) if reduction == MEAN else grad
+
+    def grad_input(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
+        is_label = (target < 0).cumsum(-1) == 0
+        return h / max(input.shape[-1], 1) * _active_pairs(input, target * is_label, is_label)
+
+
+def _active_pairs(input: Tensor, index: Tensor, is_label: Tensor) -> Tensor:
+    """Σ_j a_jc for each class c, less Σ_c a_jc at each label t_j."""
+    is_other = torch.zeros_like(input, dtype=torch.long).scatter_add(-1, index, is_label.long()) == 0
+    ahead = 1 - input.gather(-1, index).unsqueeze(-1) + input.unsqueeze(-2) > 0
+    active = ahead & is_label.unsqueeze(-1) & is_other.unsqueeze(-2)
+    return active.sum(-2).scatter_add(-1, index, -active.sum(-1))
 
 
 @stands_for(_nn.multilabel_margin_loss)

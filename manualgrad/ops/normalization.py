@@ -12,130 +12,95 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.nn.modules import _functions
 
-from manualgrad.ops.elementary import drop_in, plus, stands_for, times
+from manualgrad.ops.elementary import drop_in, flatten, rows, stands_for, unflatten
 from manualgrad.registry import Call, register
-from manualgrad.rule import FLOAT32, Rule, cuda_autocasts, differentiated
+from manualgrad.rule import FLOAT32, Rule
+from manualgrad.rule.torch_internals import cuda_autocasts
 
-Shape = tuple[int, int, int, int]
-Average = Callable[[Tensor], Tensor]
-
-
-class ScaledFunction(Rule):
-    r"""y = z w,   z = x r,   r = (E x² + ε)^-½
-
-    x is seen as (N, G, K, S): N examples, G groups of K channels, S places; E is the mean over some of these axes,
-    and w is one number for each channel.
-
-    dr    = -r³ E[x dx] = -r² E[z dx]
-    dz    = r dx + x dr = r (dx - z E[z dx]),   and this map is symmetric, so
-    ∂L/∂x = r (w g - z E[z w g])            ∂L/∂w = Σ g z
-
-    As w does not change from place to place, t = Σ g z over the places serves both.
-    (For complex numbers the map is symmetric, not Hermitian: its adjoint conjugates z, w and r.)
-    """
-
-    def count(shape: Shape, axes: tuple[int, ...]) -> int:
-        return math.prod(shape[axis] for axis in axes)
-
-    def average(count: int, axes: tuple[int, ...]) -> Average:
-        return lambda tensor: tensor.sum(axes, keepdim=True) / count
-
-    def seen(input: Tensor, shape: Shape) -> Tensor:
-        return input.reshape(shape)
-
-    def sent(grad: Tensor, shape: Shape) -> Tensor:
-        return grad.reshape(shape)
-
-    def gain(weight: Tensor | None, shape: Shape) -> Tensor | None:
-        return None if weight is None else weight.conj().reshape(*shape[1:3], 1)
-
-    def inside(gain: Tensor | None) -> Tensor | None:
-        """w, unless it may pass E: it is `outside` then."""
-        return gain
-
-    def outside(rstd: Tensor) -> Tensor:
-        return rstd.conj()
-
-    def sums(sent: Tensor, normalized: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Σ t over the examples, and Σ w t over the channels of a group."""
-        product = sent * normalized.conj()
-        t = product if product.shape[-1] == 1 else product.sum(-1, keepdim=True)
-        by_channel = t.sum(0)
-        return by_channel, (t if inside is None else times(t, inside)).sum(2, keepdim=True)
-
-    def orthogonal(
-        sent: Tensor, inside: Tensor | None, sums: tuple[Tensor, Tensor], normalized: Tensor, average: Average
-    ) -> Tensor:
-        """w g - z E[z w g], written over z: the gradient of w takes it by the sums, which have been made."""
-        return plus(times(normalized.conj(), -average(sums[1])), sent, inside)
-
-    def grad_input(grad: Tensor, orthogonal: Tensor, outside: Tensor) -> Tensor:
-        return times(orthogonal, outside).reshape(grad.shape)
-
-    def grad_weight(sums: tuple[Tensor, Tensor], channels: tuple[int, ...]) -> Tensor:
-        return sums[0].reshape(channels)
+Axes = tuple[int, ...]
+Mean = Callable[[Tensor], Tensor]
 
 
-class NormFunction(ScaledFunction):
-    r"""y = z w + b,   z = (x - μ) r,   μ = E x,   r = (E (x-μ)² + ε)^-½
+class Normalization(Rule):
+    r"""y = x̂ w + b,   x̂ = (x - μ) r,   μ = E x,   r = (E (x-μ)² + ε)^-½      E: the mean over some axes
 
-    `ScaledFunction` of C x + b, where d(C x) = dx - E dx = C dx.  C is symmetric and C z = z, so
-    ∂L/∂x = r C (w g - z E[z w g])            ∂L/∂w = Σ g z            ∂L/∂b = Σ g
+    dμ    = E dx
+    dr    = -r³ E[(x-μ) (dx - dμ)] = -r² E[x̂ dx]                            (as E x̂ = 0)
+    dx̂    = r (dx - dμ) + (x-μ) dr = r (dx - E dx - x̂ E[x̂ dx])              (this map is symmetric)
+    ∂L/∂x = r (h - E h - x̂ E[x̂ h]),   h = ∂L/∂x̂ = g w            ∂L/∂w = Σ g x̂            ∂L/∂b = Σ g
 
-    μ and r move with x: a derivative of this gradient must differentiate them too. (torch 2.13 takes its kept r as
-    a constant there, and gets it wrong.)
+    Each norm says in which shapes x, g and w broadcast together, which axes E takes (`mean_axes`), and which
+    axes Σ takes (`sum_axes`): all that w does not have.
+
+    μ and r depend on x. If this gradient is differentiated, they are differentiated too. (torch 2.13 takes the
+    saved r as a constant there, so its third derivatives are wrong.)
     """
 
     statistics = ("mean", "rstd")
-    complex = False
 
-    def mean(seen: Tensor, average: Average) -> Tensor:
-        return average(seen)
+    def x(input: Tensor) -> Tensor:
+        return input
 
-    def rstd(seen: Tensor, mean: Tensor, average: Average, eps: float) -> Tensor:
-        return (average((seen - mean).square()) + eps).rsqrt()
+    def g(grad: Tensor) -> Tensor:
+        return grad
 
-    def normalized(seen: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        return times(seen - mean, rstd)
+    def E(mean_axes: Axes) -> Mean:
+        return lambda tensor: tensor.mean(mean_axes, keepdim=True)
 
-    def level(orthogonal: Tensor, average: Average) -> Tensor:
-        """E[w g], as E z = 0"""
-        return average(orthogonal)
+    def mean(x: Tensor, E: Mean) -> Tensor:
+        return E(x)
 
-    def grad_input(grad: Tensor, orthogonal: Tensor, level: Tensor, outside: Tensor) -> Tensor:
-        return times(plus(orthogonal, -level), outside).reshape(grad.shape)
+    def rstd(x: Tensor, mean: Tensor, E: Mean, eps: float) -> Tensor:
+        return (E((x - mean).square()) + eps).rsqrt()
 
-    def grad_bias(sent: Tensor, channels: tuple[int, ...]) -> Tensor:
-        return sent.sum((0, 3)).reshape(channels)
+    def xhat(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        return (x - mean) * rstd
 
+    def h(g: Tensor, w: Tensor | None) -> Tensor:
+        return g if w is None else g * w
 
-class Trailing(Rule):
-    r"""E: over the last k axes, which are those of w and b: a group of channels of one place"""
+    def grad_input(grad: Tensor, h: Tensor, xhat: Tensor, rstd: Tensor, E: Mean) -> Tensor:
+        return (rstd * (h - E(h) - xhat * E(xhat * h))).reshape(grad.shape)
 
-    def independent(grad: Tensor, k: int) -> int:
-        return grad.dim() - k
+    def grad_weight(g: Tensor, xhat: Tensor, sum_axes: Axes) -> Tensor:
+        return (g * xhat).sum(sum_axes)
 
-    def channels(grad: Tensor, k: int) -> tuple[int, ...]:
-        return grad.shape[grad.dim() - k :]
-
-    def shape(grad: Tensor, channels: tuple[int, ...]) -> Shape:
-        return (math.prod(grad.shape[: grad.dim() - len(channels)]), 1, math.prod(channels), 1)
-
-    def axes() -> tuple[int, ...]:
-        return (2,)
+    def grad_bias(g: Tensor, sum_axes: Axes) -> Tensor:
+        return g.sum(sum_axes)
 
 
-class LayerNormFunction(Trailing, NormFunction):
-    r"""Ba, Kiros and Hinton, "Layer Normalization", 2016."""
+class LayerNormFunction(Normalization):
+    r"""E: over the last k axes, which are those of w and b. The axes before them are one, of rows.
+
+    Ba, Kiros and Hinton, "Layer Normalization", 2016.
+    """
 
     autocast = {"cuda": "float32"}
-    cheap = True
+    recomputable = True
 
     def forward(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         output, mean, rstd = torch.native_layer_norm(input, input.shape[input.dim() - k :], weight, bias, eps)
-        return output, mean.reshape(-1, 1, 1, 1), rstd.reshape(-1, 1, 1, 1)
+        return output, mean.reshape(-1, *[1] * k), rstd.reshape(-1, *[1] * k)
+
+    def batch_dims(grad: Tensor, k: int) -> int:
+        return grad.dim() - k
+
+    def mean_axes(k: int) -> Axes:
+        return tuple(range(1, k + 1))
+
+    def sum_axes() -> Axes:
+        return (0,)
+
+    def x(input: Tensor, k: int) -> Tensor:
+        return rows(input, k)
+
+    def g(grad: Tensor, k: int) -> Tensor:
+        return rows(grad, k)
+
+    def w(weight: Tensor | None) -> Tensor | None:
+        return weight
 
 
 @drop_in
@@ -175,25 +140,45 @@ register(
 )
 
 
-class RMSNormFunction(Trailing, ScaledFunction):
-    r"""Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019."""
+class RMSNormFunction(Rule):
+    r"""y = x̂ w,   x̂ = x r,   r = (E x² + ε)^-½      E: the mean over the last k axes, which are those of w
+
+    dr    = -r³ E[x dx] = -r² E[x̂ dx]
+    dx̂    = r dx + x dr = r (dx - x̂ E[x̂ dx])              (this map is symmetric)
+    ∂L/∂x = r (h - x̂ E[x̂ h]),   h = ∂L/∂x̂ = g w            ∂L/∂w = Σ g x̂      (Σ: over all other axes)
+
+    For complex numbers the adjoint of a symmetric map is its conjugate, so r, x̂ and w are conjugated.
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
 
     autocast = {"cuda": "float32"} if cuda_autocasts("rms_norm") else {}  # torch 2.11 leaves it alone
-    cheap = True
-    complex = True
+    recomputable = True
+    supports_complex = True
 
     def forward(input: Tensor, weight: Tensor | None, k: int, eps: float | None) -> Tensor:
         return F.rms_norm(input, input.shape[input.dim() - k :], weight, eps)
 
-    def rstd(seen: Tensor, average: Average, eps: float | None) -> Tensor:
-        return (average(seen.square()) + (torch.finfo(seen.dtype).eps if eps is None else eps)).rsqrt()
+    def batch_dims(grad: Tensor, k: int) -> int:
+        return grad.dim() - k
 
-    def normalized(seen: Tensor, rstd: Tensor) -> Tensor:
-        return seen * rstd
+    def axes(k: int) -> Axes:
+        return tuple(range(-k, 0))
 
-    def grad_weight(sent: Tensor, seen: Tensor, rstd: Tensor, channels: tuple[int, ...]) -> Tensor:
-        """By itself, as the sums take w, which torch does not keep for this gradient."""
-        return (sent * (seen * rstd).conj()).sum(0).reshape(channels)
+    def rstd(input: Tensor, axes: Axes, eps: float | None) -> Tensor:
+        return (input.square().mean(axes, True) + (torch.finfo(input.dtype).eps if eps is None else eps)).rsqrt()
+
+    def xhat(input: Tensor, rstd: Tensor) -> Tensor:
+        return input * rstd
+
+    def h(grad: Tensor, weight: Tensor | None) -> Tensor:
+        return grad if weight is None else grad * weight.conj()
+
+    def grad_input(h: Tensor, xhat: Tensor, rstd: Tensor, axes: Axes) -> Tensor:
+        return rstd.conj() * (h - xhat.conj() * (xhat.conj() * h).mean(axes, True))
+
+    def grad_weight(grad: Tensor, xhat: Tensor, k: int) -> Tensor:
+        return rows(grad * xhat.conj(), k).sum(0)
 
 
 @drop_in
@@ -219,24 +204,17 @@ register(
 )
 
 
-class ChannelNormFunction(NormFunction):
-    r"""x is (N, C, *), and its C = G K channels stand in G groups"""
+class GroupNormFunction(Normalization):
+    r"""E: over the n channels and places of a group. x has the shape (N, groups, channels of a group, *).
 
-    def channels(groups: int, grad: Tensor) -> tuple[int, ...]:
-        return (grad.shape[1],)
-
-    def shape(grad: Tensor, groups: int) -> Shape:
-        return (grad.shape[0], groups, grad.shape[1] // groups, math.prod(grad.shape[2:]))
-
-
-class GroupNormFunction(ChannelNormFunction):
-    r"""E: over the channels and places of a group
+    w is one number for all places of a channel, so with s = Σ g and t = Σ g x̂ over these:
+    ∂L/∂x = r (h - E h - x̂ E[x̂ h]),   E h = Σ w s / n,   E[x̂ h] = Σ w t / n        ∂L/∂w = Σ t        ∂L/∂b = Σ s
 
     Wu and He, "Group Normalization", 2018.
     """
 
     autocast = {"cuda": "float32"}
-    cheap = True
+    recomputable = True
 
     def forward(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
@@ -248,14 +226,56 @@ class GroupNormFunction(ChannelNormFunction):
         output, mean, rstd = torch.native_group_norm(
             input.contiguous(memory_format=kept), weight, bias, n, channels, places, groups, eps
         )
-        return output, mean.reshape(n, groups, 1, 1), rstd.reshape(n, groups, 1, 1)
+        shape = (n, groups, *[1] * (input.dim() - 1))
+        return output, mean.reshape(shape), rstd.reshape(shape)
 
-    def axes() -> tuple[int, ...]:
-        return (2, 3)
+    def mean_axes(input: Tensor) -> Axes:
+        return tuple(range(2, input.dim() + 1))
+
+    def n(g: Tensor) -> int:
+        return math.prod(g.shape[2:])
+
+    def x(input: Tensor, groups: int) -> Tensor:
+        return unflatten(input, 1, (groups, input.shape[1] // groups))
+
+    def g(grad: Tensor, groups: int) -> Tensor:
+        return unflatten(grad, 1, (groups, grad.shape[1] // groups))
+
+    def w(weight: Tensor | None, g: Tensor) -> Tensor | None:
+        return None if weight is None else weight.reshape(*g.shape[1:3], *[1] * (g.dim() - 3))
+
+    def s(g: Tensor) -> Tensor:
+        return _sum_over_places(g)
+
+    def t(g: Tensor, xhat: Tensor) -> Tensor:
+        return _sum_over_places(g * xhat)
+
+    def E_h(s: Tensor, w: Tensor | None, n: int) -> Tensor:
+        return (s if w is None else s * w).sum(2, keepdim=True) / n
+
+    def E_xhat_h(t: Tensor, w: Tensor | None, n: int) -> Tensor:
+        return (t if w is None else t * w).sum(2, keepdim=True) / n
+
+    def grad_input(grad: Tensor, h: Tensor, E_h: Tensor, xhat: Tensor, E_xhat_h: Tensor, rstd: Tensor) -> Tensor:
+        return (rstd * (h - E_h - xhat * E_xhat_h)).reshape(grad.shape)
+
+    def grad_weight(t: Tensor) -> Tensor:
+        return flatten(t.sum(0))
+
+    def grad_bias(s: Tensor) -> Tensor:
+        return flatten(s.sum(0))
 
 
-class BatchNormFunction(ChannelNormFunction):
-    r"""E: over the examples and places of a channel (a group of its own)
+def _sum_over_places(x: Tensor) -> Tensor:
+    """(N, groups, channels of a group, *) with an axis of size 1 for each place."""
+    return x.sum(tuple(range(3, x.dim())), keepdim=True) if x.dim() > 3 else x
+
+
+class BatchNormFunction(Normalization):
+    r"""E: over the examples and places of a channel
+
+    w is one number for all n numbers that E averages, so it passes E, and with s = Σ g and t = Σ g x̂ over these:
+    ∂L/∂x = r w (g - (E g + x̂ E[x̂ g])),   E g = s / n,   E[x̂ g] = t / n        ∂L/∂w = Σ t        ∂L/∂b = Σ s
 
     Ioffe and Szegedy, "Batch Normalization", ICML 2015.
     """
@@ -266,44 +286,63 @@ class BatchNormFunction(ChannelNormFunction):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        groups: int,
         momentum: float,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         output, mean, rstd = _batch_norm(input, weight, bias, running_mean, running_var, True, momentum, eps)
-        return output, mean.reshape(1, groups, 1, 1), rstd.reshape(1, groups, 1, 1)
+        return output, _per_channel(mean, input).unsqueeze(0), _per_channel(rstd, input).unsqueeze(0)
 
     def recompute(
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        groups: int,
-        eps: float,
-        mean: Tensor,
-        rstd: Tensor,
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
     ) -> Tensor:
-        if differentiated():
-            return BatchNormFunction.apply(input, weight, bias, None, None, groups, 0.0, eps)
-        return _normalized(input, weight, bias, mean, rstd)
+        """y = (b - μ s) + x s,   s = r w      (ε: for `rstd`, if the backward is differentiated)"""
+        s = rstd if weight is None else rstd * _per_channel(weight, input)
+        shift = -mean * s if bias is None else _per_channel(bias, input) - mean * s
+        return torch.addcmul(shift, input, s).to(input.dtype)
 
-    def axes() -> tuple[int, ...]:
-        return (0, 2, 3)
+    def mean_axes(input: Tensor) -> Axes:
+        return (0, *range(2, input.dim()))
 
-    def inside() -> None:
-        return None
+    def w(weight: Tensor | None, grad: Tensor) -> Tensor | None:
+        return None if weight is None else _per_channel(weight, grad)
 
-    def outside(rstd: Tensor, gain: Tensor | None) -> Tensor:
-        return rstd if gain is None else rstd * gain
+    def sum_axes(grad: Tensor) -> Axes:
+        return (0, *range(2, grad.dim()))
 
-    def level(sent: Tensor, average: Average) -> Tensor:
-        return average(sent)
+    def n(grad: Tensor, sum_axes: Axes) -> int:
+        return math.prod(grad.shape[axis] for axis in sum_axes)
+
+    def s(g: Tensor, sum_axes: Axes) -> Tensor:
+        return g.sum(sum_axes, keepdim=True)
+
+    def t(g: Tensor, xhat: Tensor, sum_axes: Axes) -> Tensor:
+        return (g * xhat).sum(sum_axes, keepdim=True)
+
+    def E_g(s: Tensor, n: int) -> Tensor:
+        return s / n
+
+    def E_gxhat(t: Tensor, n: int) -> Tensor:
+        return t / n
+
+    def grad_input(
+        g: Tensor, E_g: Tensor, E_gxhat: Tensor, xhat: Tensor, rstd: Tensor, w: Tensor | None
+    ) -> Tensor:
+        return (rstd if w is None else rstd * w) * (g - (E_g + xhat * E_gxhat))
+
+    def grad_weight(t: Tensor) -> Tensor:
+        return flatten(t.sum(0))
+
+    def grad_bias(s: Tensor) -> Tensor:
+        return flatten(s.sum(0))
 
 
 class InstanceNormFunction(BatchNormFunction):
     r"""E: over the places of a channel of an example
 
-    Ulyanov, Vedaldi and Lempitsky, "Instance Normalization", 2016. Each example's channels are channels to the
-    kernel of batch norm, with running statistics of their own, whose means are kept.
+    The kernel of batch norm computes it, with each example's channels as channels. The means of their running
+    statistics over the examples are kept.
+
+    Ulyanov, Vedaldi and Lempitsky, "Instance Normalization", 2016.
     """
 
     def forward(
@@ -312,41 +351,33 @@ class InstanceNormFunction(BatchNormFunction):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        groups: int,
         momentum: float,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n, *places = input.shape[0], *input.shape[2:]
+        n, channels, *places = input.shape
         each = [None if x is None else x.repeat(n) for x in (weight, bias, running_mean, running_var)]
-        output, mean, rstd = _batch_norm(input.reshape(1, n * groups, *places), *each, True, momentum, eps)
+        output, mean, rstd = _batch_norm(input.reshape(1, n * channels, *places), *each, True, momentum, eps)
         for running, new in ((running_mean, each[2]), (running_var, each[3])):
             if running is not None and new is not None:
-                running.copy_(new.reshape(n, groups).mean(0))
+                running.copy_(new.reshape(n, channels).mean(0))
         output = torch.ops.aten._unsafe_view(output, input.shape)
-        return output, mean.reshape(n, groups, 1, 1), rstd.reshape(n, groups, 1, 1)
+        shape = (n, channels, *[1] * len(places))
+        return output, mean.reshape(shape), rstd.reshape(shape)
 
-    def recompute(
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        groups: int,
-        eps: float,
-        mean: Tensor,
-        rstd: Tensor,
-    ) -> Tensor:
-        if differentiated():
-            return InstanceNormFunction.apply(input, weight, bias, None, None, groups, 0.0, eps)
-        return _normalized(input, weight, bias, mean, rstd)
+    def mean_axes(input: Tensor) -> Axes:
+        return tuple(range(2, input.dim()))
 
-    def axes() -> tuple[int, ...]:
-        return (3,)
+    def sum_axes(grad: Tensor) -> Axes:
+        return tuple(range(2, grad.dim()))
 
 
-class RunningNormFunction(BatchNormFunction):
-    r"""The same after training: μ and r are constants, dz = r dx      ∂L/∂x = w r g"""
+class RunningNormFunction(Rule):
+    r"""y = x̂ w + b,   x̂ = (x - μ) r      after training: μ and r = (σ² + ε)^-½ are constants
 
-    statistics = ()
-    cheap = True
+    dx̂ = r dx:      ∂L/∂x = r w g            ∂L/∂w = Σ g x̂            ∂L/∂b = Σ g      (Σ: for each channel)
+    """
+
+    recomputable = True
 
     def forward(
         input: Tensor,
@@ -354,29 +385,32 @@ class RunningNormFunction(BatchNormFunction):
         bias: Tensor | None,
         running_mean: Tensor,
         running_var: Tensor,
-        groups: int,
         eps: float,
     ) -> Tensor:
         return _batch_norm(input, weight, bias, running_mean, running_var, False, 0.0, eps)[0]
 
-    def mean(running_mean: Tensor) -> Tensor:
-        return running_mean.reshape(-1, 1, 1)
+    def rstd(running_var: Tensor, grad: Tensor, eps: float) -> Tensor:
+        return _per_channel((running_var + eps).rsqrt(), grad)
 
-    def rstd(running_var: Tensor, eps: float) -> Tensor:
-        return (running_var + eps).rsqrt().reshape(-1, 1, 1)
+    def xhat(input: Tensor, running_mean: Tensor, rstd: Tensor) -> Tensor:
+        return (input - _per_channel(running_mean, input)) * rstd
 
-    def grad_input(grad: Tensor, sent: Tensor, outside: Tensor) -> Tensor:
-        return (sent * outside).reshape(grad.shape)
+    def sum_axes(grad: Tensor) -> Axes:
+        return (0, *range(2, grad.dim()))
+
+    def grad_input(grad: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+        return grad * (rstd if weight is None else rstd * _per_channel(weight, grad))
+
+    def grad_weight(grad: Tensor, xhat: Tensor, sum_axes: Axes) -> Tensor:
+        return (grad * xhat).sum(sum_axes)
+
+    def grad_bias(grad: Tensor, sum_axes: Axes) -> Tensor:
+        return grad.sum(sum_axes)
 
 
-def _normalized(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
-    """The output from its statistics: x (r w) + (b - μ r w), as the kernels have it (but for the order in which a
-    last bit is rounded)."""
-    places = [1] * (input.dim() - 2)
-    mean, slope = (x.reshape(*x.shape[:2], *places) for x in (mean, rstd))
-    slope = slope if weight is None else slope * weight.reshape(-1, *places)
-    shift = -mean * slope if bias is None else bias.reshape(-1, *places) - mean * slope
-    return torch.addcmul(shift, input, slope).to(input.dtype)
+def _per_channel(tensor: Tensor, like: Tensor) -> Tensor:
+    """One number for each channel, in a shape that broadcasts along (N, C, *)."""
+    return tensor.reshape(-1, *[1] * (like.dim() - 2))
 
 
 def _batch_norm(*args: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -411,9 +445,9 @@ def batch_norm(
         return input.clone()  # torch lets that pass
     tensors = (input, weight, bias, running_mean, running_var)
     if not training:
-        return RunningNormFunction.apply(*tensors, input.shape[1], eps)
+        return RunningNormFunction.apply(*tensors, eps)
     getattr(F, "_verify_batch_size")(input.size())  # noqa: B009
-    return BatchNormFunction.apply(*tensors, input.shape[1], momentum, eps)
+    return BatchNormFunction.apply(*tensors, momentum, eps)
 
 
 @drop_in
@@ -443,18 +477,14 @@ def instance_norm(
         if any(x is not None and x.dim() != 1 for x in tensors[1:]):
             raise RuntimeError("instance_norm: weight, bias and running statistics must have one axis")
         kept = None if running_mean is None else running_mean.to(input.dtype)
-        return RunningNormFunction.apply(input, weight, bias, kept, running_var, input.shape[1], eps)
+        return RunningNormFunction.apply(input, weight, bias, kept, running_var, eps)
     getattr(F, "_verify_spatial_size")(input.size())  # noqa: B009
-    return InstanceNormFunction.apply(*tensors, input.shape[1], momentum, eps)
+    return InstanceNormFunction.apply(*tensors, momentum, eps)
 
 
 @drop_in
 def group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """(x - mean) / √(var + ε) · w + b, mean and var of a group of channels, as `torch.nn.functional.group_norm`.
 
@@ -503,10 +533,10 @@ register(
 class SyncBatchNormFunction(BatchNormFunction):
     r"""E: over the examples and places of a channel, of all processes of a group
 
-    L is the sum of the losses of all, so each E in the gradient is the mean over all as well.
+    L is the sum of the losses of all processes, so each E of the gradient is a mean over all of them too.
     """
 
-    recompute = None  # would ask the other processes  # pyright: ignore[reportAssignmentType]
+    recompute = None  # would wait for the other processes  # pyright: ignore[reportAssignmentType]
 
     def forward(
         input: Tensor,
@@ -514,49 +544,57 @@ class SyncBatchNormFunction(BatchNormFunction):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        groups: int,
         momentum: float,
         eps: float,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        seen = input.reshape(*input.shape[:2], math.prod(input.shape[2:])).to(
-            torch.promote_types(input.dtype, torch.float32)
-        )
-        count = _over_processes(torch.tensor(float(seen.numel() // groups)), group).item()
-        mean = _over_processes(seen.sum((0, 2)), group) / count
-        centered = seen - mean.unsqueeze(1)
-        var = _over_processes(centered.square().sum((0, 2)), group) / count
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        axes = (0, *range(2, input.dim()))
+        count = _sum_over_processes(torch.tensor(_averaged(input)), group).item()
+        mean = _sum_over_processes(x.sum(axes, True), group) / count
+        centered = x - mean
+        var = _sum_over_processes(centered.square().sum(axes, True), group) / count
         rstd = (var + eps).rsqrt()
         for running, new in ((running_mean, mean), (running_var, var * count / (count - 1))):
             if running is not None:
-                running.lerp_(new.to(running.dtype), momentum)
-        output = centered * (rstd if weight is None else rstd * weight).unsqueeze(1)
+                running.lerp_(new.flatten().to(running.dtype), momentum)
+        output = centered * (rstd if weight is None else rstd * _per_channel(weight, input))
         if bias is not None:
-            output = output + bias.unsqueeze(1)
-        shape = (1, groups, 1, 1)
-        return output.reshape(input.shape).to(input.dtype), mean.reshape(shape), rstd.reshape(shape)
+            output = output + _per_channel(bias, input)
+        return output.to(input.dtype), mean, rstd
 
-    def count(shape: Shape, axes: tuple[int, ...], group: dist.ProcessGroup) -> float:
-        return _over_processes(torch.tensor(float(math.prod(shape[axis] for axis in axes))), group).item()
+    def count(input: Tensor, group: dist.ProcessGroup) -> float:
+        return _sum_over_processes(torch.tensor(_averaged(input)), group).item()
 
-    def average(count: float, axes: tuple[int, ...], group: dist.ProcessGroup) -> Average:
-        return lambda tensor: SumOverProcessesFunction.apply(tensor.sum(axes, keepdim=True), group) / count
+    def E(count: float, mean_axes: Axes, group: dist.ProcessGroup) -> Mean:
+        return lambda tensor: SumOverProcessesFunction.apply(tensor.sum(mean_axes, keepdim=True), group) / count
+
+    def E_g(s: Tensor, count: float, group: dist.ProcessGroup) -> Tensor:
+        return SumOverProcessesFunction.apply(s, group) / count
+
+    def E_gxhat(t: Tensor, count: float, group: dist.ProcessGroup) -> Tensor:
+        return SumOverProcessesFunction.apply(t, group) / count
+
+
+def _averaged(input: Tensor) -> float:
+    """How many numbers each channel has in this process."""
+    return float(len(input) * math.prod(input.shape[2:]))
 
 
 class SumOverProcessesFunction(Rule):
     r"""y = Σ x over all processes of a group, on each of them
 
-    L is the sum of the losses of all, so what x receives is the sum of what all send:      ∂L/∂x = Σ g
+    L is the sum of the losses of all processes:      ∂L/∂x = Σ g, over all processes
     """
 
     def forward(input: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _over_processes(input, group)
+        return _sum_over_processes(input, group)
 
     def grad_input(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
         return SumOverProcessesFunction.apply(grad, group)
 
 
-def _over_processes(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _sum_over_processes(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     total = tensor.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
@@ -585,44 +623,43 @@ def sync_batch_norm(
     if world_size < 2:
         getattr(F, "_verify_batch_size")(input.size())  # noqa: B009
     tensors = (input, weight, bias, running_mean, running_var)
-    return SyncBatchNormFunction.apply(*tensors, input.shape[1], momentum, eps, process_group)
+    return SyncBatchNormFunction.apply(*tensors, momentum, eps, process_group)
 
 
 class LocalResponseNormFunction(Rule):
-    r"""y = x d^-β,   d = k + α W x²      W: (C, C), the mean over a window of channels (beside the last is zero)
+    r"""y = x d^-β,   d = k + α W x²      W: (C, C), the mean over a window of channels (zeros beyond the last)
 
     dd    = 2 α W (x dx)
-    dy    = d^-β dx - β (y / d) dd,   so
-    ∂L/∂x = d^-β g - 2 α β x Wᵀ(g y / d)
+    dy    = d^-β dx - β x d^(-β-1) dd,   so with u = d^-β g
+    ∂L/∂x = u - 2 α β x Wᵀ(u x / d)
 
     Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks", 2012.
     """
 
     autocast = FLOAT32
+    format_of_grad = ("grad_input",)
 
     def forward(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
         return F.local_response_norm(input, size, alpha, beta, k)
 
-    def window(input: Tensor, size: int) -> Tensor:
+    def W(input: Tensor, size: int) -> Tensor:
         channel = torch.arange(input.shape[1], device=input.device)
         ahead = channel - channel.unsqueeze(1)
         return ((-(size // 2) <= ahead) & (ahead <= (size - 1) // 2)).to(input.dtype) / size
 
-    def seen(input: Tensor) -> Tensor:
-        return input.reshape(*input.shape[:2], math.prod(input.shape[2:]))
+    def x(input: Tensor) -> Tensor:
+        return flatten(input, 2)
 
-    def scale(seen: Tensor, window: Tensor, alpha: float, k: float) -> Tensor:
-        return (window @ seen.square()) * alpha + k
+    def d(x: Tensor, W: Tensor, alpha: float, k: float) -> Tensor:
+        return (W @ x.square()) * alpha + k
 
-    def grad_input(grad: Tensor, seen: Tensor, window: Tensor, scale: Tensor, alpha: float, beta: float) -> Tensor:
-        direct = times(scale.pow(-beta), grad.reshape(seen.shape))
-        along = window.mT @ (direct * seen / scale)
-        found = plus(direct, times(along, seen) * (-2 * alpha * beta)).reshape(grad.shape)
-        return found.contiguous(memory_format=suggest_memory_format(grad))
+    def grad_input(grad: Tensor, x: Tensor, W: Tensor, d: Tensor, alpha: float, beta: float) -> Tensor:
+        u = d.pow(-beta) * flatten(grad, 2)
+        return (u - (2 * alpha * beta) * x * (W.mT @ (u * x / d))).reshape(grad.shape)
 
 
 class SequenceResponseNormFunction(LocalResponseNormFunction):
-    """The same of (N, C, L): the CPU's autocast treats the average over images alone."""
+    """The same of (N, C, L). The CPU's autocast casts only the average over images."""
 
     autocast = {"cuda": "float32"}
 
@@ -653,8 +690,8 @@ register(
 
 
 class CrossMapLRNFunction(LocalResponseNormFunction):
-    r"""The same by a running sum over the channels, which as torch's adds what enters the window and takes off
-    what leaves it, but never the first channel.
+    r"""The same by a running sum over the channels. Like torch's it adds the channel that enters the window and
+    subtracts the channel that leaves it, except for the first channel, which it never subtracts.
     """
 
     autocast = {}
@@ -673,7 +710,7 @@ class CrossMapLRNFunction(LocalResponseNormFunction):
             totals.append(total)
         return (torch.cat(totals, 1) * (alpha / size) + k).pow(-beta) * input
 
-    def window(input: Tensor, size: int) -> Tensor:
+    def W(input: Tensor, size: int) -> Tensor:
         channel = torch.arange(input.shape[1], device=input.device)
         ahead = channel - channel.unsqueeze(1)
         entered, left = ahead < (size + 1) // 2, (ahead <= -((size + 1) // 2)) & (channel > 0)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from manualgrad.ops.elementary import drop_in
 from manualgrad.registry import Call, register
-from manualgrad.rule import Rule, nothing_looks_on
+from manualgrad.rule import Rule, replaces
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Border:
     def inverse(self) -> Border:
         return Border(tuple(-size for size in self.sizes))
 
+    def axes(self) -> list[tuple[int, int, int]]:
+        """Each padded axis, counted from the last one, with its sizes before and after."""
+        pairs = zip(self.sizes[::2], self.sizes[1::2], strict=True)
+        return [(-axis, before, after) for axis, (before, after) in enumerate(pairs, 1) if before or after]
+
 
 class ConstantPadFunction(Rule):
     r"""y[i] = x[i - before] inside, else the value
@@ -29,7 +35,7 @@ class ConstantPadFunction(Rule):
     ⟨g, dy⟩ = Σ g[i + before] dx[i]:  ∂L/∂x is g without the border, which is g padded by the negative sizes.
     """
 
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor, border: Border, value: float | None) -> Tensor:
         return F.pad(input, border.sizes, "constant", value)
@@ -44,26 +50,19 @@ class BorderPadFunction(Rule):
     reflect     j = n - 1 - | n - 1 - |i| |       replicate     j = i, clamped to [0, n - 1]
     circular    j = i mod n
 
-    ⟨g, dy⟩ = Σᵢ g[i] dx[j(i)]:  each x collects the g of every place it was copied to,
-    ∂L/∂x[j] = Σ g[i] over j(i) = j:  what is inside, and the border folded back onto it, axis by axis.
+    ⟨g, dy⟩ = Σᵢ g[i] dx[j(i)]:  each x receives the sum of g over all its copies,
+    ∂L/∂x[j] = Σ g[i] over j(i) = j,  axis by axis
     """
 
-    complex = True
+    supports_complex = True
+    format_of_grad = ("grad_input",)
 
     def forward(input: Tensor, border: Border, mode: str, value: float | None) -> Tensor:
         return F.pad(input, border.sizes, mode, value)
 
     def grad_input(grad: Tensor, border: Border, mode: str) -> Tensor:
-        for axis, (before, after) in enumerate(zip(border.sizes[::2], border.sizes[1::2], strict=True), 1):
-            if before or after:
-                n = grad.shape[-axis] - before - after
-                inside = Border((*(0, 0) * (axis - 1), -before, -after))
-                total = ConstantPadFunction.apply(grad, inside, None)
-                if not nothing_looks_on(grad):
-                    total = total.clone()  # its derivative keeps what is written over here
-                for i in (*range(-before, min(0, n + after)), *range(max(n, -before), n + after)):
-                    total.select(-axis, _SOURCE[mode](i, n)).add_(grad.select(-axis, before + i))
-                grad = total
+        for axis, before, after in border.axes():
+            grad = sum_over_copies(grad, axis, before, after, mode)
         return grad
 
 
@@ -73,11 +72,30 @@ class Float32BorderPadFunction(BorderPadFunction):
     autocast = {"cpu": "float32"}
 
 
-_SOURCE: dict[str, Callable[[int, int], int]] = {
-    "reflect": lambda i, n: n - 1 - abs(n - 1 - abs(i)),
-    "replicate": lambda i, n: min(max(i, 0), n - 1),
-    "circular": lambda i, n: i % n,
-}
+def sum_over_copies(g: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
+    """Σ g[i] over j(i) = j, along one axis."""
+    n = g.shape[axis] - before - after
+    j = source(torch.arange(-before, n + after, device=g.device), n, mode)
+    zeros = g.new_zeros(*g.shape[:axis], n, *g.shape[axis:][1:])
+    return zeros.index_add(axis, j, g)
+
+
+def source(i: Tensor, n: int, mode: str) -> Tensor:
+    """j(i)"""
+    if mode == "reflect":
+        return n - 1 - (n - 1 - i.abs()).abs()
+    return i % n if mode == "circular" else i.clamp(0, n - 1)
+
+
+@replaces(sum_over_copies)
+def _border_added(g: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
+    """The inside, and the slices of the border added to it one by one."""
+    n = g.shape[axis] - before - after
+    total = F.pad(g, (*(0, 0) * (-1 - axis), -before, -after))
+    border = [i for i in range(-before, n + after) if not 0 <= i < n]
+    for i, j in zip(border, source(torch.tensor(border, dtype=torch.int64), n, mode).tolist(), strict=True):
+        total.select(axis, j).add_(g.select(axis, before + i))
+    return total
 
 
 @drop_in

@@ -1,7 +1,7 @@
-"""Pooling: the largest, the mean or a norm of each window, and the reverse of the first.
+"""Pooling: the largest, the mean or a norm of each window, and max unpooling.
 
-The rules stand for torch's kernels. What comes before one (checks, defaults, the choice by ``return_indices``,
-the random places of fractional windows) is torch's own Python, which calls them.
+The rules replace torch's kernels. torch's own Python code calls them. It checks the arguments, sets defaults,
+reads ``return_indices`` and draws the random places of fractional windows.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from manualgrad.ops.elementary import (
     AbsoluteFunction,
     Numbers,
     PowerFunction,
-    added,
     channels_last,
-    choose,
     drop_in,
     each,
+    flatten,
     of_dimensions,
     stands_for,
 )
 from manualgrad.ops.padding import pad
 from manualgrad.registry import Call, Maker, register, stand_ins
-from manualgrad.rule import Rule
+from manualgrad.rule import Rule, replaces
 from manualgrad.saving import large
 
 kernels: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Along(NamedTuple):
-    """Windows along one axis: window i from s i - p on, k long; what it counts may lie in the padding."""
+    """Windows along one axis: window i begins at s i - p and is k long. It may count places in the padding."""
 
     k: int
     s: int
@@ -46,7 +45,7 @@ class Along(NamedTuple):
     counts_padding: bool
 
     def counts(self, n: int, o: int, device: torch.device) -> Tensor | int:
-        """How many places each of o windows counts, of n; a number where that is the same for all."""
+        """The number of places, of n, that each of o windows counts; a number if it is the same for all."""
         beyond = self.p if self.counts_padding else 0
         if self.p <= beyond and self.s * (o - 1) - self.p + self.k <= n + beyond:
             return self.k
@@ -56,9 +55,9 @@ class Along(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """The kernel of torch's that pools, what it is told besides its tensors, and the sizes that are pooled.
+    """torch's kernel that pools, its arguments besides the tensors, and the sizes that are pooled.
 
-    Of a mean also its windows, unless they adapt to the sizes, and what it divides by, if not by their counts.
+    For a mean also its windows, unless they adapt to the sizes, and its divisor, if it is not the windows' counts.
     """
 
     kernel: str  # its name, which torch.compile can write down
@@ -66,6 +65,7 @@ class Pool:
     sizes: tuple[int, ...]
     windows: tuple[Along, ...] = ()
     divisor: int | None = None
+    compact: bool = False  # save the indices of the largest in as few bytes as possible
 
     def __call__(self, *tensors: Tensor | None) -> Any:
         input, *more = tensors
@@ -73,10 +73,10 @@ class Pool:
         return kernel(input, *self.settings, *(x for x in more if x is not None))
 
 
-def _pool(n: int, kernel: str, input: Tensor, settings: Sequence[Any], *more: Any) -> Pool:
+def _pool(n: int, kernel: str, input: Tensor, settings: Sequence[Any], **more: Any) -> Pool:
     """A pool of the last n axes."""
     plain = tuple(tuple(x) if isinstance(x, Sequence) else x for x in settings)
-    return Pool(kernel, plain, tuple(input.shape[-n:]), *more)
+    return Pool(kernel, plain, tuple(input.shape[-n:]), **more)
 
 
 @stands_for(_list_with_default)
@@ -93,60 +93,92 @@ def _given_or_default(sizes: Any, defaults: list[int]) -> Any:
 
 
 class MaxPoolFunction(Rule):
-    r"""y[i] = max of x over window i = x[j(i)]      j: where the largest stands, a constant statistic
+    r"""y[i] = max of x over window i = x[j(i)]      j(i): the index of the largest, a constant statistic
 
-    ⟨g, dy⟩ = Σᵢ g[i] dx[j(i)]:  each x collects the g of every window it was the largest of,
+    ⟨g, dy⟩ = Σᵢ g[i] dx[j(i)]:  each x receives the sum of g over the windows in which it is the largest,
     ∂L/∂x[j] = Σ g[i] over j(i) = j
 
-    The windows are regular, or adapt to the sizes, or lie where the `samples` in [0, 1) put them (Graham,
+    The windows are regular, or adapt to the sizes, or the `samples` in [0, 1) give their places (Graham,
     "Fractional Max-Pooling", 2014).
     """
 
     statistics = ("indices",)
-    keeps = ("places",)
+    save_instead = ("compact_indices",)
+    format_of_grad = ("grad_input",)
 
     def forward(input: Tensor, samples: Tensor | None, pool: Pool) -> tuple[Tensor, Tensor]:
         if input.dim() == len(pool.sizes) + 1:  # torch takes volumes without a batch for images, by their strides
             input = input.contiguous()
         return pool(input, samples)
 
-    def places(indices: Tensor, pool: Pool) -> Tensor:
-        """j: of many, as few bytes as say it."""
-        return _within_windows(indices, pool) if large(indices) else indices
+    def compact_indices(indices: Tensor, pool: Pool) -> Tensor:
+        """j, relative to the window if that takes fewer bytes."""
+        return compacted(indices, pool)
 
-    def grad_input(grad: Tensor, places: Tensor, pool: Pool) -> Tensor:
-        n = len(pool.sizes)
-        indices = _from_windows(places, pool)
-        form = grad.dim() == n + 2 and channels_last(grad)
-        sent, at = _flat(grad, n, form), _flat(indices, n, form)
-        axis = 1 if form else -1
-        shape = list(sent.shape)
-        shape[axis] = math.prod(pool.sizes)
-        found = added(sent.new_zeros(shape), axis, at, sent)
-        if form:
-            return found.reshape(len(found), *pool.sizes, found.shape[-1]).movedim(-1, 1)
-        return found.reshape(*sent.shape[:-1], *pool.sizes)
+    def grad_input(grad: Tensor, compact_indices: Tensor, pool: Pool) -> Tensor:
+        j = restored(compact_indices, pool)
+        return sum_over_windows(grad, j, pool.sizes)
 
 
-def _within_windows(indices: Tensor, pool: Pool) -> Tensor:
-    """Of regular windows which place of its window each index is, a byte; else the index, in four if it fits."""
-    if pool.kernel.startswith("max_pool"):
-        kernel, *_ = _regular(pool)
-        if math.prod(kernel) <= 256:
-            _, place = _table(pool, indices.device)
-            return _looked_up(place, indices - _origins(pool, indices))
+def sum_over_windows(g: Tensor, j: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Σ g[i] over j(i) = j"""
+    n = len(sizes)
+    zeros = g.new_zeros(*g.shape[:-n], math.prod(sizes))
+    return zeros.scatter_add(-1, flatten(j, -n), flatten(g, -n)).reshape(*g.shape[:-n], *sizes)
+
+
+@replaces(sum_over_windows)
+def _sum_in_channels_last(g: Tensor, j: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The same in the memory format of g."""
+    n = len(sizes)
+    if g.dim() == n + 2 and channels_last(g):
+        g, j = (x.movedim(1, -1).flatten(1, -2) for x in (g, j))
+        total = g.new_zeros(len(g), math.prod(sizes), g.shape[-1]).scatter_add_(1, j, g)
+        return total.unflatten(1, sizes).movedim(-1, 1)
+    total = g.new_zeros(*g.shape[:-n], math.prod(sizes)).scatter_add_(-1, j.flatten(-n), g.flatten(-n))
+    return total.reshape(*g.shape[:-n], *sizes)
+
+
+def compacted(indices: Tensor, pool: Pool) -> Tensor:
+    """For regular windows the number of the index within its window, one byte; else the index, in four bytes."""
+    if not pool.compact:
+        return indices
+    if has_small_windows(pool):
+        return within_windows(indices, pool)
     return indices.int() if math.prod(pool.sizes) < 2**31 else indices
 
 
-def _from_windows(places: Tensor, pool: Pool) -> Tensor:
-    if places.dtype == torch.uint8:
-        ahead, _ = _table(pool, places.device)
-        return _looked_up(ahead, places.int()).add_(_origins(pool, places))
-    return places.long()
+def within_windows(indices: Tensor, pool: Pool) -> Tensor:
+    _, numbers = _table(pool, indices.device)
+    return looked_up(numbers, indices - origins(pool, indices))
 
 
-def _looked_up(table: Tensor, index: Tensor) -> Tensor:
-    """table[index], in a third of its time."""
+def restored(compact: Tensor, pool: Pool) -> Tensor:
+    """The indices of `compacted`."""
+    if pool.compact and has_small_windows(pool):
+        return from_windows(compact, pool)
+    return compact.long()
+
+
+def from_windows(numbers: Tensor, pool: Pool) -> Tensor:
+    ahead, _ = _table(pool, numbers.device)
+    return looked_up(ahead, numbers.int()) + origins(pool, numbers)
+
+
+def has_small_windows(pool: Pool) -> bool:
+    """The windows are regular, and a byte numbers the places of each."""
+    return pool.kernel.startswith("max_pool") and math.prod(_regular(pool)[0]) <= 256
+
+
+def looked_up(table: Tensor, index: Tensor) -> Tensor:
+    return table[index]
+
+
+@replaces(looked_up)
+def _looked_up_in_order_of_memory(table: Tensor, index: Tensor) -> Tensor:
+    """In a third of the time."""
+    if channels_last(index):
+        return _looked_up_in_order_of_memory(table, index.movedim(1, -1)).movedim(-1, 1)
     return table.index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
@@ -157,27 +189,26 @@ def _regular(pool: Pool) -> list[tuple[int, ...]]:
     return [each(x, n) for x in (kernel, stride if stride != () else kernel, padding, dilation)]
 
 
-def _origins(pool: Pool, windows: Tensor) -> Tensor:
-    """The index at which each window begins; of one that begins in the padding, where it would be."""
+def origins(pool: Pool, windows: Tensor) -> Tensor:
+    """The index of each window's first place; of one that begins in the padding, the index that it would have."""
     n, device = len(pool.sizes), windows.device
     _, stride, padding, _ = _regular(pool)
     total = torch.zeros((), dtype=torch.int64, device=device)
     for size, s, p, o in zip(pool.sizes, stride, padding, windows.shape[-n:], strict=True):
-        start = torch.arange(-p, -p + s * o, s, device=device)
-        total = total.unsqueeze(-1) * size + start
+        total = total.unsqueeze(-1) * size + torch.arange(-p, -p + s * o, s, device=device)
     return total
 
 
 @functools.lru_cache(maxsize=64)
 def _table(pool: Pool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How far from its window's origin each place of a window is, and which place is so far."""
+    """By the number of a place within its window its distance from the origin, and by the distance the number."""
     kernel, _, _, dilation = _regular(pool)
     ahead = torch.zeros(1, dtype=torch.int64)
     for size, k, d in zip(pool.sizes, kernel, dilation, strict=True):
         ahead = (ahead.unsqueeze(-1) * size + torch.arange(0, k * d, d)).reshape(-1)
-    place = torch.zeros(int(ahead.max()) + 1, dtype=torch.uint8)
-    place[ahead] = torch.arange(len(ahead)).to(torch.uint8)
-    return ahead.to(device), place.to(device)
+    number = torch.arange(len(ahead), dtype=torch.uint8)
+    number = torch.zeros(int(ahead.max()) + 1, dtype=torch.uint8).scatter(0, ahead, number)
+    return ahead.to(device), number.to(device)
 
 
 class Float32MaxPoolFunction(MaxPoolFunction):
@@ -201,14 +232,7 @@ class MaxUnpoolFunction(Rule):
 
     def grad_input(grad: Tensor, indices: Tensor, pool: Pool) -> Tensor:
         n = len(pool.sizes)
-        return _flat(grad, n).gather(-1, _flat(indices, n)).reshape(indices.shape)
-
-
-def _flat(tensor: Tensor, n: int, channels_last: bool = False) -> Tensor:
-    """The last n axes as one; the channels behind it if that is how they lie in memory."""
-    if channels_last:
-        return tensor.movedim(1, -1).reshape(len(tensor), -1, tensor.shape[1])
-    return tensor.reshape(*tensor.shape[:-n], math.prod(tensor.shape[-n:]))
+        return flatten(grad, -n).gather(-1, flatten(indices, -n)).reshape(indices.shape)
 
 
 def _max_pool(
@@ -218,14 +242,15 @@ def _max_pool(
     rule: type[Rule] = MaxPoolFunction,
     fractional: bool = False,
 ) -> None:
-    """Enter our max pool of the last n axes: with indices, if what it stands for is the kernel that finds them."""
+    """Enter our max pool of the last n axes. It returns indices if it replaces the kernel that returns them."""
 
     @stands_for(stood_for)
     def max_pool(input: Tensor, *settings: Any) -> Any:
         if not input.is_floating_point():
             return stood_for(input, *settings)
-        *told, samples = settings if fractional else (*settings, None)
-        pool = _pool(n, kernel.__name__, input, told)
+        *given, samples = settings if fractional else (*settings, None)
+        compact = large(input) and not torch.compiler.is_compiling()
+        pool = _pool(n, kernel.__name__, input, given, compact=compact)
         return rule.apply(input, samples, pool, with_statistics=stood_for is kernel)
 
 
@@ -257,32 +282,48 @@ _max_unpool(3, kernels.max_unpool3d)
 class AvgPoolFunction(Rule):
     r"""y[i] = (1/n[i]) Σ x over window i      n: how many places it counts, or one divisor for all
 
-    ⟨g, dy⟩ = Σᵢ (g[i]/n[i]) Σ dx over window i:  each x collects g/n of every window over it. Windows are products
-    of intervals, so this is done along one axis after the other.
+    ⟨g, dy⟩ = Σᵢ (g[i]/n[i]) Σ dx over window i,
+    ∂L/∂x[j] = Σ g[i]/n[i] over the windows i that j lies in
+
+    Windows are products of intervals, and n is a product of their lengths: one axis after the other.
     """
+
+    format_of_grad = ("grad_input",)
 
     def forward(input: Tensor, pool: Pool) -> Tensor:
         return pool(input)
 
     def grad_input(grad: Tensor, pool: Pool) -> Tensor:
-        dims = len(pool.sizes)
-        if 0 in grad.shape:
-            return grad.new_zeros(*grad.shape[:-dims], *pool.sizes)
-        form = grad.dim() == dims + 2 and channels_last(grad)
-        total = grad.movedim(1, -1) if form else grad  # as it lies in memory
-        total = total / pool.divisor if pool.divisor else total
-        for place, n in reversed([*enumerate(pool.sizes)]):
-            axis = total.dim() - dims - form + place
-            o = total.shape[axis]
-            along = (
-                pool.windows[place] if pool.windows else Along(n // o, n // o, 0, False) if n % o == 0 else None
-            )
-            if not pool.divisor:
-                of = along.counts if along else _adaptive_counts
-                total = _divided(total, axis, of(n, o, total.device))
-            total = _collected(total, axis, n, along) if along else _collected_adaptively(total, axis, n)
-        total = total.contiguous()
-        return total.movedim(-1, 1) if form else total
+        g = grad / pool.divisor if pool.divisor else grad
+        return sum_over_means(g, pool, -1)
+
+
+def sum_over_means(g: Tensor, pool: Pool, last: int) -> Tensor:
+    """Σ g[i]/n[i] over the windows i that j lies in, over all axes up to the last one."""
+    dims = len(pool.sizes)
+    if 0 in g.shape:
+        return g.new_zeros(*g.shape[: last - dims + 1], *pool.sizes, *g.shape[last:][1:])
+    for axis in range(last, last - dims, -1):
+        n, o = pool.sizes[axis - last - 1], g.shape[axis]
+        windows = pool.windows[axis - last - 1] if pool.windows else _even_windows(n, o)
+        if not pool.divisor:
+            counts = windows.counts(n, o, g.device) if windows else _adaptive_counts(n, o, g.device)
+            g = _divided(g, axis, counts)
+        g = _sum_over_windows(g, axis, n, windows) if windows else _sum_over_adaptive_windows(g, axis, n)
+    return g.contiguous()
+
+
+@replaces(sum_over_means)
+def _means_in_channels_last(g: Tensor, pool: Pool, last: int) -> Tensor:
+    """The same in the memory format of g."""
+    if g.dim() == len(pool.sizes) + 2 and channels_last(g):
+        return sum_over_means(g.movedim(1, -1), pool, last - 1).movedim(-1, 1)
+    return sum_over_means(g, pool, last)
+
+
+def _even_windows(n: int, o: int) -> Along | None:
+    """o adaptive windows over n places if they are regular."""
+    return Along(n // o, n // o, 0, False) if n % o == 0 else None
 
 
 class Float32AvgPoolFunction(AvgPoolFunction):
@@ -293,54 +334,54 @@ class Float32AvgPoolFunction(AvgPoolFunction):
 
 def _divided(tensor: Tensor, axis: int, counts: Tensor | int) -> Tensor:
     if isinstance(counts, Tensor):
-        return tensor / counts.to(tensor.dtype).reshape(-1, *[1] * (tensor.dim() - 1 - axis))
+        return tensor / counts.to(tensor.dtype).reshape(-1, *[1] * (-1 - axis))
     return tensor if counts == 1 else tensor / counts
 
 
-def _collected(sent: Tensor, axis: int, n: int, along: Along) -> Tensor:
-    """For each of n places along an axis, the sum of what the windows over it sent.
+def _sum_over_windows(g: Tensor, axis: int, n: int, windows: Along) -> Tensor:
+    """For each of n places along an axis, the sum of g over the windows that it lies in.
 
     Place s q + r - p (0 ≤ r < s) lies in the windows q, q - 1, ... as far as they reach: in m = ⌈k/s⌉ of them if
-    r < k - (m - 1) s, else in m - 1. So two sums do for all places: of m windows, and of m - 1.
+    r < k - (m - 1) s, else in m - 1. So two sums serve all places: of m windows, and of m - 1.
     """
-    k, s, p, _ = along
+    k, s, p, _ = windows
     m, q = -(-k // s), -(-(n + p) // s)
-    if m > 1 or q > sent.shape[axis]:  # windows of nothing, before and after
-        sent = pad(sent, (*(0, 0) * (sent.dim() - 1 - axis), m - 1, q - sent.shape[axis]))
-    *others, farthest = (sent.narrow(axis, m - 1 - j, q) for j in range(m))
+    if m > 1 or q > g.shape[axis]:  # windows with g = 0, before and after
+        g = pad(g, (*(0, 0) * (-1 - axis), m - 1, q - g.shape[axis]))
+    *others, farthest = (g.narrow(axis, m - 1 - j, q) for j in range(m))
     fewer = functools.reduce(torch.add, others) if others else None
     every = farthest if fewer is None else fewer + farthest
     parts = [_repeated(every, axis, k - (m - 1) * s)]
     if m * s > k:
         parts.append(_repeated(torch.zeros_like(every) if fewer is None else fewer, axis, m * s - k))
-    places = torch.cat(parts, axis + 1) if len(parts) > 1 else parts[0]
-    places = places.reshape(*every.shape[:axis], q * s, *every.shape[axis + 1 :])
-    return places.narrow(axis, p, n)
+    places = torch.cat(parts, axis) if len(parts) > 1 else parts[0]
+    return flatten(places, axis - 1, axis).narrow(axis, p, n)
 
 
 def _repeated(tensor: Tensor, axis: int, times: int) -> Tensor:
     """Each entry along an axis so many times, along a new axis behind it."""
-    return tensor.unsqueeze(axis + 1).expand(*tensor.shape[: axis + 1], times, *tensor.shape[axis + 1 :])
+    repeated = tensor.unsqueeze(axis)
+    return repeated.expand(*[-1] * (repeated.dim() + axis), times, *[-1] * (-1 - axis))
 
 
 def _adaptive_windows(n: int, o: int) -> list[tuple[int, int]]:
-    """From where to where each of o windows reaches over n places: ⌊i n / o⌋ and ⌈(i + 1) n / o⌉."""
+    """The first place of each of o windows over n places, and the end: ⌊i n / o⌋ and ⌈(i + 1) n / o⌉."""
     return [(i * n // o, -(-(i + 1) * n // o)) for i in range(o)]
 
 
 def _adaptive_counts(n: int, o: int, device: torch.device) -> Tensor:
-    """How many places each of o windows counts, of n."""
+    """The number of places of each of o windows over n."""
     return torch.tensor([end - start for start, end in _adaptive_windows(int(n), int(o))], device=device)
 
 
-def _collected_adaptively(sent: Tensor, axis: int, n: int) -> Tensor:
-    """The same for adaptive windows: between two edges all places lie in the same ones."""
-    n, o, pieces = int(n), int(sent.shape[axis]), []  # torch.compile fixes what it counts
+def _sum_over_adaptive_windows(g: Tensor, axis: int, n: int) -> Tensor:
+    """The same for adaptive windows: between two edges all places lie in the same windows."""
+    n, o, pieces = int(n), int(g.shape[axis]), []  # torch.compile fixes what it counts
     edges = sorted({edge for window in _adaptive_windows(n, o) for edge in window})
     for start, end in itertools.pairwise(edges):
         first, last = start * o // n, ((start + 1) * o - 1) // n
-        over = functools.reduce(torch.add, (sent.narrow(axis, i, 1) for i in range(first, last + 1)))
-        pieces.append(over.expand(*sent.shape[:axis], end - start, *sent.shape[axis + 1 :]))
+        total = functools.reduce(torch.add, (g.narrow(axis, i, 1) for i in range(first, last + 1)))
+        pieces.append(total.expand(*g.shape[:axis], end - start, *g.shape[axis:][1:]))
     return torch.cat(pieces, axis)
 
 
@@ -348,7 +389,7 @@ def _mean(n: int, rule: type[Rule], input: Tensor, settings: Sequence[Any]) -> T
     kernel_size, stride, padding, _, include_pad, *divisor = settings
     moves = (each(numbers, n) for numbers in (kernel_size, stride or kernel_size, padding))
     windows = tuple(Along(k, s, p, include_pad) for k, s, p in zip(*moves, strict=True))
-    pool = _pool(n, f"avg_pool{n}d", input, settings, windows, *divisor)
+    pool = _pool(n, f"avg_pool{n}d", input, settings, windows=windows, divisor=divisor[0] if divisor else None)
     return rule.apply(input, pool)
 
 
@@ -417,8 +458,8 @@ class RootFunction(Rule):
 
     def grad_input(grad: Tensor, input: Tensor, k: int, p: float) -> Tensor:
         nonzero = input != 0
-        safe = choose(nonzero, input * k, torch.ones_like(input))
-        return choose(nonzero, grad * (k / p) * safe.pow(1 / p - 1))
+        x = torch.where(nonzero, input, 1)
+        return torch.where(nonzero, grad * (k / p) * (k * x) ** (1 / p - 1), 0)
 
 
 def _takes_infinity(n: int) -> bool:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from manualgrad.ops.dropout import dropout
-from manualgrad.ops.elementary import Misfit, choose, drop_in, rows
+from manualgrad.ops.elementary import Misfit, drop_in, rows, unflatten
 from manualgrad.registry import Call, Maker, register
-from manualgrad.rule import LOWER, Rule, plain
-from manualgrad.torch_versions import PACKED_LSTM_BY_STEPS
+from manualgrad.rule import LOWER, Rule
+from manualgrad.rule.torch_internals import PACKED_LSTM_BY_STEPS, unwrapped
 
 Sizes = tuple[int, ...]
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -65,7 +65,7 @@ class Recurrence(Rule):
     Werbos, "Backpropagation Through Time: What It Does and How to Do It", 1990.
     """
 
-    complex = True
+    supports_complex = True
     gates: ClassVar[int] = 1
 
     def hidden(output: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Recurrence(Rule):
 
     def grad_input(alpha: Tensor, w_ih: Tensor, sizes: Sizes, packed: bool) -> Tensor:
         grad = alpha @ w_ih.conj()
-        return grad if packed else grad.unflatten(0, (len(sizes), sizes[0]))
+        return grad if packed else unflatten(grad, 0, (len(sizes), sizes[0]))
 
     def grad_h0(back: Back) -> Tensor:
         return back.first[0]
@@ -178,7 +178,7 @@ class ReLURNNFunction(Recurrence):
     forward = _forward(lambda a, m, h: (m + a).relu())
 
     def back(grad: Tensor, hidden: Tensor, w_hh: Tensor, sizes: Sizes, reverse: bool) -> Back:
-        return _back(lambda eta, h: choose(h.bool(), eta), grad, hidden, w_hh, sizes, reverse)
+        return _back(lambda eta, h: torch.where(h != 0, eta, 0), grad, hidden, w_hh, sizes, reverse)
 
 
 def _back(
@@ -343,7 +343,7 @@ class SteppedLSTMFunction(LSTMFunction):
 
 def _has_kernel(tensors: Tensors) -> bool:
     """On the CPU torch has oneDNN's kernel; whoever looks on gets the steps."""
-    plainly = all(x.is_cpu and type(x) in (Tensor, Parameter) and plain(x) is x for x in tensors)
+    plainly = all(x.is_cpu and type(x) in (Tensor, Parameter) and unwrapped(x) is x for x in tensors)
     return plainly and tensors[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
-from manualgrad.ops.elementary import Numbers, added, channels_last, choose, drop_in, each, stands_for, times
+from manualgrad.ops.elementary import Numbers, channels_last, drop_in, each, flatten, stands_for, unflatten
 from manualgrad.registry import Call, register
-from manualgrad.rule import LOWER, Rule, cast, is_batched, nothing_looks_on
+from manualgrad.rule import LOWER, Rule, cast, replaces
+from manualgrad.rule.torch_internals import is_batched
 
 Pair = tuple[int, int]
 
@@ -29,6 +28,7 @@ class InterpolateFunction(Rule):
     """
 
     autocast = {"cuda": "float32"}
+    format_of_grad = ("grad_input",)
 
     def forward(
         input: Tensor,
@@ -51,29 +51,54 @@ class InterpolateFunction(Rule):
         antialias: bool,
     ) -> Tensor:
         k = len(shape)
-        layout = suggest_memory_format(grad) if nothing_looks_on(grad) else None
         for axis, n in zip(range(-k, 0), shape, strict=True):
             units = torch.eye(n, dtype=grad.dtype, device=grad.device).reshape(1, n, *[1] * (k - 1), n)
             to = None if size is None else [*[1] * (k - 1), size[axis]]
             by = None if scale is None else [*[1.0] * (k - 1), scale[axis]]
             images = F.interpolate(units, to, by, mode, aligned, antialias=antialias)
-            grad = _through(images.reshape(n, grad.shape[axis]), grad, axis)
-        return grad if layout is None else grad.contiguous(memory_format=layout)
+            grad = along_axis(images.reshape(n, grad.shape[axis]), grad, axis)
+        return grad
+
+
+def along_axis(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    """A matrix (out, in) applied to every line along an axis."""
+    before, after = tensor.shape[:axis], tensor.shape[axis:][1:]
+    lines = tensor.reshape(*before, matrix.shape[1], math.prod(after))
+    return (matrix @ lines).reshape(*before, matrix.shape[0], *after)
+
+
+_BAND = 64
+
+
+@replaces(along_axis)
+def _along_axis_by_bands(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    """The same of a matrix that is zero except near its diagonal, by bands of rows."""
+    if channels_last(tensor):
+        return _along_axis_by_bands(matrix, tensor.movedim(1, -1), axis - 1).movedim(-1, 1)
+    n, m = matrix.shape
+    reach = 4 * n / max(min(n, m), 1) + 2  # of the widest kernel, in rows
+    found = []
+    for first in range(0, n, _BAND):
+        low = max(math.floor((first - reach) * m / n), 0) if n > _BAND else 0
+        high = min(math.ceil((first + _BAND + reach) * m / n), m)
+        band, part = matrix[first : first + _BAND, low:high], tensor.narrow(axis, low, high - low)
+        found.append(part @ band.mT if axis == -1 else along_axis(band, part, axis))
+    return found[0] if len(found) == 1 else torch.cat(found, axis)
 
 
 class AreaFunction(InterpolateFunction):
-    """Adaptive average pooling, which autocast leaves alone."""
+    """Adaptive average pooling, which autocast does not cast."""
 
     autocast = {}
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """One of torch's kernels that take the nearest pixel, and what it goes by.
+    """One of torch's kernels that take the nearest pixel, and what torch chooses it by.
 
-    torch has several. They round differently, so they take other pixels, at sizes that no image is too small for.
-    Which one it calls depends on the mode, the sizes, the dtype, whether the channels lie innermost in memory, and
-    whether there are more than 3 of them. So nothing is computed here: `taken` asks the kernel itself.
+    torch has several. They round differently, so they take different pixels, even of small images. Which one torch
+    calls depends on the mode, the sizes, the dtype, whether the channels are innermost in memory, and whether
+    there are more than 3 of them. So `pixels_taken` computes no places: it calls the kernel.
     """
 
     mode: str
@@ -81,7 +106,7 @@ class Nearest:
     size: tuple[int, ...] | None
     scale: tuple[float, ...] | None
     channels: int
-    channels_last: bool
+    innermost: bool  # the channels, in memory
     dtype: torch.dtype
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -90,123 +115,85 @@ class Nearest:
         return F.interpolate(input, self.size, self.scale, self.mode)
 
     def repeats(self, axis: int, n: int) -> int:
-        """How many times each pixel is taken, if that is a power of 2, which no kernel rounds; else 0."""
+        """The number of times that each pixel is taken, if it is a power of 2, which no kernel rounds; else 0."""
         times, rest = n // max(self.shape[axis], 1), n % max(self.shape[axis], 1)
         exact = rest == 0 and times in (1, 2, 4, 8, 16) and n <= 2**24
         return times if exact and (self.scale is None or self.scale[axis] == times) else 0
 
-    def taken(self, device: torch.device) -> list[Tensor]:
-        """i(p) along each axis: what the kernel makes of images that show at each pixel where it is.
-
-        A place is shown by its digits, an image each, which every dtype holds exactly.
-        """
-        k = len(self.shape)
-        digits = 1 if self.dtype.itemsize > 2 else 3
-        images = []
-        for axis, n in zip(range(-k, 0), self.shape, strict=True):
-            place = torch.arange(n, device=device).reshape(n, *[1] * (-axis - 1))
-            images += [(place >> (8 * i) & 255 if digits > 1 else place).expand(self.shape) for i in range(digits)]
-        shown = torch.stack(images).to(self.dtype).unsqueeze(1).repeat(1, self.channels, *[1] * k)
-        if self.channels_last:
-            shown = shown.contiguous(memory_format=_CHANNELS_LAST[k])
-        found = self(shown)[:, 0].unflatten(0, (k, digits)).long()
-        shift = 8 * torch.arange(digits, device=device).reshape(digits, *[1] * k)
-        places = (found << shift).sum(1).unbind()
-        return [_along(place, axis) for axis, place in zip(range(-k, 0), places, strict=True)]
-
 
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-_taken = functools.lru_cache(maxsize=64)(Nearest.taken)
-"""The same, once for all calls that are alike."""
 
 
-def _along(tensor: Tensor, axis: int) -> Tensor:
-    """What a tensor shows along an axis, the same in every line of it."""
-    return tensor.movedim(axis, -1)[(0,) * (tensor.dim() - 1)]
+def pixels_taken(nearest: Nearest, device: torch.device) -> list[Tensor]:
+    """i(p) along each axis: what the kernel makes of images that show at each pixel its place.
+
+    A place is shown by its digits, an image for each, which every dtype holds exactly.
+    """
+    k = len(nearest.shape)
+    digits = 1 if nearest.dtype.itemsize > 2 else 3
+    places = torch.meshgrid([torch.arange(n, device=device) for n in nearest.shape], indexing="ij")
+    images = [place >> (8 * i) & 255 if digits > 1 else place for place in places for i in range(digits)]
+    shown = torch.stack(images).to(nearest.dtype).unsqueeze(1).repeat(1, nearest.channels, *[1] * k)
+    if nearest.innermost:
+        shown = shown.contiguous(memory_format=_CHANNELS_LAST[k])
+    found = nearest(shown)[:, 0].unflatten(0, (k, digits)).long()
+    shift = 8 * torch.arange(digits, device=device).reshape(digits, *[1] * k)
+    taken = (found << shift).sum(1).unbind()
+    return [place.movedim(axis, -1)[(0,) * (k - 1)] for axis, place in zip(range(-k, 0), taken, strict=True)]
+
+
+replaces(pixels_taken)(functools.lru_cache(maxsize=64)(pixels_taken))
 
 
 class NearestFunction(Rule):
     r"""y[p] = x[i(p)]      i: the pixel that is taken for p, along each axis by itself
 
-    ⟨g, dy⟩ = Σ g[p] dx[i(p)]:  each pixel collects the g of every place it was taken for,
+    ⟨g, dy⟩ = Σ g[p] dx[i(p)]:  each pixel receives the sum of g over the places that it is taken for,
     ∂L/∂x[j] = Σ g[p] over i(p) = j,  axis by axis
     """
 
     autocast = {"cuda": "float32"}
+    format_of_grad = ("grad_input",)
 
     def forward(input: Tensor, nearest: Nearest) -> Tensor:
         return nearest(input)
 
     def grad_input(grad: Tensor, nearest: Nearest) -> Tensor:
-        plain = nothing_looks_on(grad)
-        layout = suggest_memory_format(grad) if plain else None
-        axes = range(-1, -len(nearest.shape) - 1, -1)
-        repeats = {axis: nearest.repeats(axis, grad.shape[axis]) for axis in axes}
-        places: list[Tensor] = []
-        if not all(repeats.values()):
-            places = (_taken if plain else Nearest.taken)(nearest, grad.device)
-            if channels_last(grad):
-                return _collected_pixels(grad, nearest.shape, places)
-        for axis, count in repeats.items():
-            n = nearest.shape[axis]
-            if count:
-                before, after = grad.shape[:axis], grad.shape[grad.dim() + axis + 1 :]
-                parts = grad.reshape(*before, n, count, *after).unbind(axis)
+        k, n = len(nearest.shape), nearest.shape
+        repeats = [nearest.repeats(axis, grad.shape[axis]) for axis in range(-k, 0)]
+        i: Any = None if all(repeats) else pixels_taken(nearest, grad.device)
+        for axis in range(-1, -k - 1, -1):
+            if repeats[axis]:  # i(p) = ⌊p / repeats⌋
+                parts = unflatten(grad, axis, (n[axis], repeats[axis])).unbind(axis)
                 grad = functools.reduce(torch.add, parts)
             else:
-                grad = _collected(grad, axis, n, places[axis])
-        return grad if layout is None else grad.contiguous(memory_format=layout)
+                grad = sum_over_places(grad, axis, i[axis], n[axis])
+        return grad
+
+
+def sum_over_places(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
+    """Σ g[p] over i(p) = j, along one axis of n pixels."""
+    return g.new_zeros(*g.shape[:axis], n, *g.shape[axis:][1:]).index_add(axis, i, g)
+
+
+@replaces(sum_over_places)
+def _sum_over_places(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
+    """The same in the memory format of g."""
+    if channels_last(g):
+        return _sum_over_places(g.movedim(1, -1), axis - 1, i, n).movedim(-1, 1)
+    return g.new_zeros(*g.shape[:axis], n, *g.shape[axis:][1:]).index_add_(axis, i, g)
 
 
 def _with_kernel(
     input: Tensor, size: tuple[int, ...] | None, scale: tuple[float, ...] | None, mode: str
 ) -> tuple[Tensor, Nearest]:
-    """The input as autocast has it, and the kernel that takes it."""
+    """The input in the dtype that autocast gives it, and the kernel for it."""
     shape = tuple(input.shape[2:])
     (input,) = cast(NearestFunction, (input,))
     form = _CHANNELS_LAST.get(len(shape))
-    eager = not torch.compiler.is_compiling()  # what torch.compile puts in place of a kernel knows no layouts
+    eager = not torch.compiler.is_compiling()  # torch.compile's replacement of a kernel depends on no layout
     innermost = eager and form is not None and not is_batched(input) and input.is_contiguous(memory_format=form)
     return input, Nearest(mode, shape, size, scale, min(input.shape[1], 4), innermost, input.dtype)
-
-
-def _collected(tensor: Tensor, axis: int, n: int, places: Tensor) -> Tensor:
-    """Along an axis each of n places has the sum of what was sent to it."""
-    shape = list(tensor.shape)
-    shape[axis] = n
-    add = torch.Tensor.index_add_ if nothing_looks_on(tensor) else torch.Tensor.index_add
-    return add(tensor.new_zeros(shape), axis, places, tensor)
-
-
-def _collected_pixels(image: Tensor, sizes: tuple[int, ...], places: list[Tensor]) -> Tensor:
-    """The same along all axes in one step, of pixels whose channels lie together."""
-    n, c = image.shape[:2]
-    index = torch.arange(n, device=image.device)
-    for size, along in zip(sizes, places, strict=True):
-        index = index.unsqueeze(-1) * size + along
-    sent = image.movedim(1, -1).reshape(-1, c)
-    found = added(sent.new_zeros(n * math.prod(sizes), c), 0, index.reshape(-1, 1).expand(-1, c), sent)
-    return found.reshape(n, *sizes, c).movedim(-1, 1)
-
-
-_BAND = 64
-
-
-def _through(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
-    """A matrix (out, in), zero but near its diagonal, applied to every line along an axis, by bands of rows."""
-    n, m = matrix.shape
-    reach = 4 * n / max(min(n, m), 1) + 2  # of the widest kernel, in rows
-    found = []
-    for first in range(0, n, _BAND):
-        low = max(math.floor((first - reach) * m / n), 0) if n > _BAND else 0
-        high = min(math.ceil((first + _BAND + reach) * m / n), m)
-        band, part = matrix[first : first + _BAND, low:high], tensor.narrow(axis, low, high - low)
-        if axis == -1:
-            found.append(part @ band.mT)
-        else:
-            flat = part.reshape(*part.shape[: axis + 1], math.prod(part.shape[axis + 1 :]))
-            found.append((band @ flat).reshape(*part.shape[:axis], len(band), *part.shape[axis + 1 :]))
-    return found[0] if len(found) == 1 else torch.cat(found, axis)
 
 
 @drop_in
@@ -274,10 +261,10 @@ for _name, _mode in (("upsample", {"mode": "bilinear"}), ("upsample_bilinear", {
 
 
 class GridSampleFunction(Rule):
-    r"""y[p] = Σₖ wₖ(t) x[iₖ]      over the pixels iₖ around the place p = (x, y[, z]), from -1 to 1
+    r"""y[p] = Σₖ wₖ x[iₖ]      over the pixels iₖ around the place p = (x, y[, z]), from -1 to 1
 
-    Along each axis p is a place in pixels, which padding moves into the image, and that is a pixel i and the way t
-    from it. The weights of the pixels i, i + 1, ... are functions of t, and those of several axes are multiplied.
+    Along each axis p is a place in pixels, which padding moves into the image: a pixel i and the distance t from
+    it. The weights of the pixels i, i + 1, ... are functions of t, and those of several axes are multiplied.
 
     ∂L/∂x[i] = Σ wₖ g   over all p and k with iₖ = i            ∂L/∂p = Σₖ ⟨g, x[iₖ]⟩ ∂wₖ/∂p
 
@@ -292,44 +279,74 @@ class GridSampleFunction(Rule):
     ) -> Tensor:
         return torch.grid_sampler(input, grid, mode, padding, aligned)
 
-    def taps(grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, aligned: bool) -> list[Tap]:
-        """The pixels, numbered through the batch, with their weights and these weights' slopes along each axis."""
-        n, _, *sizes = shape
-        images = torch.arange(n, device=grid.device).unsqueeze(1)
-        places = grid.reshape(n, math.prod(grid.shape[1:-1]), len(sizes)).unbind(-1)[::-1]
-        axes = [_taps(place, size, mode, padding, aligned) for place, size in zip(places, sizes, strict=True)]
-        taps = []
-        for chosen in itertools.product(*axes):
-            index = images
-            for size, tap in zip(sizes, chosen, strict=True):
-                index = index * size + tap.index
-            weights = [tap.weight for tap in chosen]
-            slopes = [
-                math.prod([*weights[:axis], *weights[axis + 1 :]], start=tap.slopes[0])
-                for axis, tap in enumerate(chosen)
-            ]
-            taps.append(Tap(index.reshape(-1), math.prod(weights[1:], start=weights[0]), slopes))
-        return taps
+    def around(grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, aligned: bool) -> Around:
+        return pixels_around(grid, shape, mode, padding, aligned)
 
-    def upstream(grad: Tensor) -> Tensor:
-        return _pixels(grad)
+    def g(grad: Tensor) -> Tensor:
+        return pixels(grad)
 
-    def grad_input(upstream: Tensor, taps: list[Tap], shape: tuple[int, ...]) -> Tensor:
-        n, c, *sizes = shape
-        found = upstream.new_zeros(n * math.prod(sizes), c)
-        for tap in taps:
-            part = (tap.weight.unsqueeze(2) * upstream).reshape(-1, c)
-            add = found.scatter_add_ if nothing_looks_on(found, part) else found.scatter_add
-            found = add(0, tap.index.unsqueeze(1).expand(-1, c), part)
-        return found.reshape(n, math.prod(sizes), c).mT.reshape(shape).contiguous()
+    def grad_input(g: Tensor, around: Around, shape: tuple[int, ...]) -> Tensor:
+        n, size = shape[0], math.prod(shape[2:])
+        total = weighted_sum_over_places(g, around.index, around.weight, n * size)
+        return total.reshape(n, size, shape[1]).mT.reshape(shape).contiguous()
 
-    def grad_grid(upstream: Tensor, input: Tensor, grid: Tensor, taps: list[Tap]) -> Tensor:
-        pixels = _pixels(input).reshape(-1, input.shape[1])
-        found = [torch.zeros_like(upstream[..., 0])] * grid.shape[-1]
-        for tap in taps:
-            along = times(pixels.index_select(0, tap.index).reshape(upstream.shape), upstream).sum(2)
-            found = [sum + along * slope for sum, slope in zip(found, tap.slopes, strict=True)]
-        return torch.stack(found[::-1], -1).reshape(grid.shape)
+    def grad_grid(g: Tensor, input: Tensor, grid: Tensor, around: Around) -> Tensor:
+        x = pixels(input)
+        return sum_of_slopes(g, x, around.index, around.slopes).reshape(grid.shape)
+
+
+class Around(NamedTuple):
+    """For each place p and the pixels k around it: iₖ, numbered through the batch, wₖ, and ∂wₖ/∂p by axis."""
+
+    index: Tensor  # (k, p)
+    weight: Tensor
+    slopes: list[Tensor]
+
+
+def weighted_sum_over_places(g: Tensor, index: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Σ wₖ g over all p and k with iₖ = i, for each of so many pixels i."""
+    weighted = weight.unsqueeze(-1) * g
+    return g.new_zeros(count, g.shape[-1]).index_add(0, flatten(index), flatten(weighted, 0, 1))
+
+
+@replaces(weighted_sum_over_places)
+def _weighted_sum_by_k(g: Tensor, index: Tensor, weight: Tensor, count: int) -> Tensor:
+    """One k after the other, which takes less memory."""
+    total, weighted = g.new_zeros(count, g.shape[-1]), torch.empty_like(g)
+    for i, w in zip(index, weight, strict=True):
+        total.index_add_(0, i, torch.mul(w.unsqueeze(-1), g, out=weighted))
+    return total
+
+
+def sum_of_slopes(g: Tensor, x: Tensor, index: Tensor, slopes: list[Tensor]) -> Tensor:
+    """Σₖ ⟨g, x[iₖ]⟩ ∂wₖ/∂p, (p, axis)"""
+    products = (x.index_select(0, flatten(index)).reshape(*index.shape, x.shape[-1]) * g).sum(-1)
+    return torch.stack([(products * slope).sum(0) for slope in slopes], -1)
+
+
+@replaces(sum_of_slopes)
+def _sum_of_slopes_by_bags(g: Tensor, x: Tensor, index: Tensor, slopes: list[Tensor]) -> Tensor:
+    """⟨g, Σₖ x[iₖ] ∂wₖ/∂p⟩"""
+    bags = index.mT.contiguous()
+    found = [F.embedding_bag(bags, x, mode="sum", per_sample_weights=slope.mT.contiguous()) for slope in slopes]
+    return torch.stack([moved.mul_(g).sum(-1) for moved in found], -1)
+
+
+def pixels(image: Tensor) -> Tensor:
+    """(N, C, *size) as (number of all pixels, C)."""
+    return flatten(image, 2).mT.reshape(-1, image.shape[1])
+
+
+@replaces(pixels)
+def _pixels_by_image(image: Tensor) -> Tensor:
+    """torch transposes a matrix faster than many."""
+    n, c, size = len(image), image.shape[1], math.prod(image.shape[2:])
+    found = image.new_empty(n, size, c)
+    if n * 256 > size:
+        return found.copy_(image.reshape(n, c, size).mT).reshape(-1, c)
+    for target, source in zip(found, image.reshape(n, c, size), strict=True):
+        target.copy_(source.mT)
+    return found.reshape(-1, c)
 
 
 class GridNearestFunction(Rule):
@@ -345,109 +362,123 @@ class GridNearestFunction(Rule):
     ) -> Tensor:
         return torch.grid_sampler(input, grid, _NEAREST, padding, aligned)
 
-    def taken(grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, aligned: bool) -> Tensor:
+    def i(grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, aligned: bool) -> Tensor:
         """i, from 1 on, 0 for none: what the forward's kernel makes of an image that shows each pixel's number.
 
-        Between two pixels rounding decides, which is another for each kernel. A number is shown by its digits, a
-        channel each, which every dtype holds exactly.
+        Rounding decides between two pixels, and each kernel rounds differently. A number is shown by its digits, a
+        channel for each, which every dtype holds exactly.
         """
-        n, _, *sizes = shape
-        digits, bits = (4, 8) if dtype.itemsize < 4 else (2, 20)
-        number = torch.arange(1, math.prod(sizes) + 1, device=grid.device)
-        images = torch.stack([number >> (bits * i) & (2**bits - 1) for i in range(digits)]).to(dtype)
-        images = images.reshape(1, digits, *sizes).expand(n, digits, *sizes)
+        n, size = shape[0], math.prod(shape[2:])
+        bits = 8 if dtype.itemsize < 4 else 24
+        shifts = [bits * digit for digit in range(8) if digit == 0 or size >= 2 ** (bits * digit)]
+        number = torch.arange(1, size + 1, device=grid.device)
+        digits = torch.stack([number >> shift & (2**bits - 1) for shift in shifts]).to(dtype)
+        images = digits.reshape(1, len(shifts), *shape[2:]).expand(n, len(shifts), *shape[2:])
         shown = torch.grid_sampler(images, grid.detach().to(dtype), _NEAREST, padding, aligned).long()
-        return torch.stack([shown[:, i] << (bits * i) for i in range(digits)]).sum(0)
+        return torch.stack([shown[:, digit] << shift for digit, shift in enumerate(shifts)]).sum(0)
 
-    def grad_input(grad: Tensor, taken: Tensor, shape: tuple[int, ...]) -> Tensor:
-        n, c, *sizes = shape
-        pixels = math.prod(sizes) + 1  # and none
-        index = torch.arange(n, device=grad.device).unsqueeze(1) * pixels + taken.flatten(1)
-        sent = _pixels(grad).reshape(-1, c)
-        found = added(sent.new_zeros(n * pixels, c), 0, index.reshape(-1, 1).expand(-1, c), sent)
-        return found.reshape(n, pixels, c)[:, 1:].mT.reshape(shape).contiguous()
+    def grad_input(grad: Tensor, i: Tensor, shape: tuple[int, ...]) -> Tensor:
+        zeros = grad.new_zeros(*shape[:2], math.prod(shape[2:]) + 1)
+        index = flatten(i, 1).unsqueeze(1).expand(-1, shape[1], -1)
+        total = zeros.scatter_add(-1, index, flatten(grad, 2))
+        return total[..., 1:].reshape(shape).contiguous()
 
     def grad_grid(grid: Tensor) -> Tensor:
         return torch.zeros_like(grid)
-
-
-def _pixels(image: Tensor) -> Tensor:
-    """(N, C, *size) as (N, number of pixels, C)."""
-    return image.reshape(*image.shape[:2], math.prod(image.shape[2:])).mT.contiguous()
-
-
-class Tap(NamedTuple):
-    """A pixel for each place, its weight, and the slopes of the weight along each axis."""
-
-    index: Tensor
-    weight: Tensor
-    slopes: list[Tensor]
 
 
 _LINEAR, _NEAREST, _CUBIC = range(3)
 _ZEROS, _BORDER, _REFLECTION = range(3)
 
 
-def _taps(p: Tensor, n: int, mode: int, padding: int, aligned: bool) -> list[Tap]:
-    """What p, from -1 to 1, names along an axis of n pixels."""
+def pixels_around(grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, aligned: bool) -> Around:
+    """The pixels around each place: all combinations of those along each axis."""
+    n, _, *sizes = shape
+    places = grid.reshape(n, math.prod(grid.shape[1:-1]), len(sizes)).unbind(-1)[::-1]
+    axes = [along_an_axis(p, size, mode, padding, aligned) for p, size in zip(places, sizes, strict=True)]
+    image = torch.arange(n, device=grid.device).unsqueeze(1)
+    index, weight, slopes = image * sizes[0] + axes[0][0], axes[0][1], [axes[0][2]]
+    for size, (i, w, slope) in zip(sizes[1:], axes[1:], strict=True):
+        index = flatten((index * size).unsqueeze(1) + i, 0, 1)
+        slopes = [*(combined(x, w) for x in slopes), combined(weight, slope)]
+        weight = combined(weight, w)
+    return Around(flatten(index, 1), flatten(weight, 1), [flatten(x, 1) for x in reversed(slopes)])
+
+
+def combined(a: Tensor, b: Tensor) -> Tensor:
+    """The product of each with each."""
+    return flatten(a.unsqueeze(1) * b, 0, 1)
+
+
+def along_an_axis(p: Tensor, n: int, mode: int, padding: int, aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels around p, from -1 to 1, along an axis of n pixels, with ∂wₖ/∂p."""
     scale = (n - 1) / 2 if aligned else n / 2
     place = (p + 1) * scale - (0 if aligned else 0.5)
-    slope = torch.full_like(place, scale)
-    if mode != _CUBIC:  # which pads each pixel
-        place, sign = _padded(place, n, padding, aligned)
-        slope = slope * sign
-    first = place.floor().detach()
-    kernel = (_cubic if mode == _CUBIC else _linear)(place - first)
-    taps = []
-    for offset, weight, weight_slope in kernel:
-        pixel = first + offset
-        if mode == _CUBIC:
-            pixel = _padded(pixel, n, padding, aligned)[0]
-        inside = (pixel > -1) & (pixel < n)  # not even where padding has made nan
-        index = choose(inside, pixel).long()
-        taps.append(Tap(index, choose(inside, weight), [choose(inside, weight_slope * slope)]))
-    return taps
+    if mode == _CUBIC:
+        first = place.floor()
+        weight, slope = cubic(place - first)
+        pixel, _ = padded(first + offsets(-1, 3, p), n, padding, aligned)
+        return only_inside(pixel, n, weight, slope * scale)
+    place, sign = padded(place, n, padding, aligned)
+    first = place.floor()
+    weight, slope = linear(place - first)
+    return only_inside(first + offsets(0, 2, p), n, weight, slope * (sign * scale))
 
 
-def _padded(place: Tensor, n: int, padding: int, aligned: bool) -> tuple[Tensor, Tensor]:
-    """The place in the image that one outside of it stands for, and how that moves with it: 1, 0 or -1."""
+def offsets(start: int, end: int, p: Tensor) -> Tensor:
+    return torch.arange(start, end, dtype=p.dtype, device=p.device).reshape(-1, 1, 1)
+
+
+def only_inside(pixel: Tensor, n: int, weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixel 0 with weight 0 in place of the pixels outside, also of nan, which padding may have made."""
+    inside = (pixel > -1) & (pixel < n)
+    return torch.where(inside, pixel, 0).long(), torch.where(inside, weight, 0), torch.where(inside, slope, 0)
+
+
+def padded(place: Tensor, n: int, padding: int, aligned: bool) -> tuple[Tensor, Tensor]:
+    """The place moved into the image, and the derivative of this: 1, 0 or -1."""
     sign = torch.ones_like(place)
     if padding == _REFLECTION:
         low, span = (0, n - 1) if aligned else (-0.5, n)
         wave = torch.remainder(place - low + span, 2 * span) - span if span else torch.zeros_like(place)
         place, sign = low + wave.abs(), wave.sgn()
     if padding != _ZEROS:
-        sign = choose((place > 0) & (place < n - 1), sign)
+        sign = torch.where((place > 0) & (place < n - 1), sign, 0)
         place = place.clamp(0, n - 1)
     return place, sign
 
 
-Kernel = list[tuple[int, Tensor, Tensor]]
-"""For each pixel around: how many after the first, its weight, and the slope of that."""
+def linear(t: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of the two pixels around, and their derivatives."""
+    one = torch.ones_like(t)
+    return torch.stack([1 - t, t]), torch.stack([-one, one])
 
 
-def _linear(t: Tensor) -> Kernel:
-    return [(0, 1 - t, -torch.ones_like(t)), (1, t, torch.ones_like(t))]
+def cubic(t: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of the four pixels around, and their derivatives."""
+    w0, s0 = _far(t + 1)
+    w1, s1 = _near(t)
+    w2, s2 = _near(1 - t)
+    w3, s3 = _far(2 - t)
+    return torch.stack([w0, w1, w2, w3]), torch.stack([s0, s1, -s2, -s3])
 
 
-def _cubic(t: Tensor) -> Kernel:
-    a = -0.75
+_A = -0.75
 
-    def near(t: Tensor) -> tuple[Tensor, Tensor]:
-        return ((a + 2) * t - (a + 3)) * t * t + 1, (3 * (a + 2) * t - 2 * (a + 3)) * t
 
-    def far(t: Tensor) -> tuple[Tensor, Tensor]:
-        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a, (3 * a * t - 10 * a) * t + 8 * a
+def _near(t: Tensor) -> tuple[Tensor, Tensor]:
+    return ((_A + 2) * t - (_A + 3)) * t * t + 1, (3 * (_A + 2) * t - 2 * (_A + 3)) * t
 
-    (w0, s0), (w1, s1), (w2, s2), (w3, s3) = far(t + 1), near(t), near(1 - t), far(2 - t)
-    return [(-1, w0, s0), (0, w1, s1), (1, w2, -s2), (2, w3, -s3)]
+
+def _far(t: Tensor) -> tuple[Tensor, Tensor]:
+    return ((_A * t - 5 * _A) * t + 8 * _A) * t - 4 * _A, (3 * _A * t - 10 * _A) * t + 8 * _A
 
 
 @stands_for(torch.grid_sampler)
 def grid_sampler(
     input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
 ) -> Tensor:
-    """The image at the places that a grid names, as `torch.grid_sampler`, which `grid_sample` calls.
+    """The image at the places of a grid, as `torch.grid_sampler`, which `grid_sample` calls.
 
     Shapes: input (N, C, H, W) or (N, C, D, H, W), grid (N, *out, 2) or (N, *out, 3); the result (N, C, *out).
     """
@@ -487,7 +518,7 @@ class AffineGridFunction(Rule):
 
     def grad_theta(grad: Tensor, size: tuple[int, ...], aligned: bool) -> Tensor:
         axes = [_centres(n, aligned).to(grad) for n in size[:1:-1]]
-        places = torch.stack(torch.meshgrid(*axes[::-1], indexing="ij")[::-1], -1).flatten(0, -2)
+        places = torch.stack(torch.meshgrid(*axes[::-1], indexing="ij")[::-1], -1).reshape(-1, len(axes))
         return grad.reshape(size[0], -1, len(axes)).mT @ F.pad(places, (0, 1), value=1)
 
 
@@ -521,10 +552,10 @@ register(
 class UnfoldFunction(Rule):
     r"""y[c k, p] = x[c, place(k, p)]      number k of the patch at p; outside of the image 0
 
-    Each number of x goes to every patch that it lies in:  ∂L/∂x = fold(g), the sum over these.
+    Each number of x is copied to every patch that contains it:  ∂L/∂x = fold(g), the sum over the copies.
     """
 
-    complex = True
+    supports_complex = True
 
     def forward(
         input: Tensor, shape: Pair, kernel_size: Pair, dilation: Pair, padding: Pair, stride: Pair
@@ -540,7 +571,7 @@ class UnfoldFunction(Rule):
 class FoldFunction(Rule):
     r"""x[c, i] = Σ y[c k, p] over the places (k, p) that show i:  unfold transposed      ∂L/∂y = unfold(g)"""
 
-    complex = True
+    supports_complex = True
 
     def forward(
         input: Tensor, shape: Pair, kernel_size: Pair, dilation: Pair, padding: Pair, stride: Pair
@@ -606,34 +637,37 @@ register(
 
 
 class PixelShuffleFunction(Rule):
-    r"""y[c, r h + i, r w + j] = x[c r² + r i + j, h, w]:  a permutation, whose transpose is its inverse
+    r"""y[c, r h + i, r w + j] = x[c r² + r i + j, h, w]:  a permutation. Its transpose is its inverse.
 
     Shi et al., "Real-Time Single Image and Video Super-Resolution Using an Efficient Sub-Pixel Convolutional
     Neural Network", 2016.
     """
 
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor, factor: int) -> Tensor:
         return F.pixel_shuffle(input, factor)
 
     def grad_input(grad: Tensor, factor: int) -> Tensor:
-        if grad.numel():
-            return PixelUnshuffleFunction.apply(grad, factor)
-        *batch, c, h, w = grad.shape  # torch's pixel_unshuffle leaves an empty tensor in its shape
-        return grad.reshape(*batch, c * factor**2, h // factor, w // factor)
+        unshuffled = PixelUnshuffleFunction.apply(grad, factor)
+        return unshuffled.reshape(unshuffled_shape(grad, factor))  # which torch does not give to an empty tensor
+
+
+def unshuffled_shape(y: Tensor, factor: int) -> tuple[int, ...]:
+    *batch, c, h, w = y.shape
+    return (*batch, c * factor**2, h // factor, w // factor)
 
 
 class PixelUnshuffleFunction(Rule):
     r"""The inverse of the pixel shuffle, and its transpose."""
 
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor, factor: int) -> Tensor:
         return F.pixel_unshuffle(input, factor)
 
     def grad_input(grad: Tensor, factor: int) -> Tensor:
-        return PixelShuffleFunction.apply(grad, factor) if grad.numel() else grad
+        return grad if 0 in grad.shape else PixelShuffleFunction.apply(grad, factor)
 
 
 class ChannelShuffleFunction(Rule):
@@ -642,7 +676,7 @@ class ChannelShuffleFunction(Rule):
     Zhang, Zhou, Lin and Sun, "ShuffleNet", 2018.
     """
 
-    complex = True
+    supports_complex = True
 
     def forward(input: Tensor, groups: int) -> Tensor:
         return F.channel_shuffle(input, groups)

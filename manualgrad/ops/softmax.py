@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import drop_in, plus, times
+from manualgrad.ops.elementary import drop_in
 from manualgrad.registry import Call, register
 from manualgrad.rule import Rule
 
 
 class AlongAxis(Rule):
-    r"""Along one axis: what lies along it belongs together"""
+    r"""A function of the vectors along one axis: the rows of the other axes are independent."""
 
     autocast = {"cuda": "float32"}
 
-    def independent(grad: Tensor, dim: int) -> int:
+    def batch_dims(grad: Tensor, dim: int) -> int:
         return dim % max(grad.dim(), 1)
 
 
@@ -32,19 +32,17 @@ class SoftmaxFunction(AlongAxis):
         return torch.softmax(input, dim)
 
     def grad_input(grad: Tensor, output: Tensor, dim: int) -> Tensor:
-        weighted = grad * output
-        return weighted.addcmul(output, weighted.sum(dim, keepdim=True), value=-1)
+        return output * (grad - (grad * output).sum(dim, keepdim=True))
 
 
 class SoftminFunction(SoftmaxFunction):
-    r"""y = softmax(-x)      ∂L/∂x = -y (g - Σ g y)"""
+    r"""y = softmax(-x)      ∂L/∂x = -y (g - Σ g y) = y (Σ g y - g)"""
 
     def forward(input: Tensor, dim: int) -> Tensor:
         return torch.softmax(-input, dim)
 
     def grad_input(grad: Tensor, output: Tensor, dim: int) -> Tensor:
-        weighted = grad * output
-        return output * weighted.sum(dim, keepdim=True) - weighted
+        return output * ((grad * output).sum(dim, keepdim=True) - grad)
 
 
 class LogSoftmaxFunction(AlongAxis):
@@ -57,11 +55,11 @@ class LogSoftmaxFunction(AlongAxis):
         return torch.log_softmax(input, dim)
 
     def grad_input(grad: Tensor, output: Tensor, dim: int) -> Tensor:
-        return plus(times(output.exp(), -grad.sum(dim, keepdim=True)), grad)
+        return grad - output.exp() * grad.sum(dim, keepdim=True)
 
 
 def _axis(name: str, input: Tensor, dim: int | None, stacklevel: int) -> int:
-    """torch's own guess, with its warning, where the axis is left out."""
+    """The axis, or if it is not passed, the one that torch guesses, with its warning."""
     return getattr(F, "_get_softmax_dim")(name, input.dim(), stacklevel + 1) if dim is None else dim  # noqa: B009
 
 

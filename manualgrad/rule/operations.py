@@ -1,0 +1,211 @@
+"""The operations of a program that reuses its temporaries.
+
+Each has the result of the plain operation, to rounding. One that may write into an operand does so if the result
+has the shape and the dtype of the operand, and returns it; else it makes a new tensor.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+def _fits(operand: Any, other: Any) -> bool:
+    """The result of an arithmetic operation has the shape and the dtype of the operand."""
+    if not isinstance(operand, Tensor):
+        return False
+    if not isinstance(other, Tensor):
+        return operand.is_floating_point() and not isinstance(other, complex)
+    if operand.dtype != other.dtype:
+        return False
+    return other.shape == operand.shape or _broadcasts(other, operand)
+
+
+def _into_left(plain: Callable[..., Any], into: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    return lambda left, right: into(left, right) if _fits(left, right) else plain(left, right)
+
+
+def _into_right(plain: Callable[..., Any], into: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    return lambda left, right: into(left, right) if _fits(right, left) else plain(left, right)
+
+
+def _subtract_into_right(left: Any, right: Tensor) -> Tensor:
+    return torch.sub(left, right, out=right) if isinstance(left, Tensor) else right.neg_().add_(left)
+
+
+def _divide_into_right(left: Any, right: Tensor) -> Tensor:
+    return torch.div(left if isinstance(left, Tensor) else right.new_tensor(left), right, out=right)
+
+
+def _neg_into(operand: Any) -> Any:
+    return operand.neg_() if isinstance(operand, Tensor) else -operand
+
+
+def _into(method: str, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    """The method, whose name ends in _, on a tensor that it may write into."""
+    others = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if (
+        not tensor.is_floating_point()
+        or not _keeps_shape(method, tensor, others)
+        or any(x.dtype != tensor.dtype for x in others if x.is_floating_point())
+    ):
+        method = method.removesuffix("_")
+    return getattr(tensor, method)(*args, **kwargs)
+
+
+def _keeps_shape(method: str, tensor: Tensor, others: list[Tensor]) -> bool:
+    """The result has the shape of the tensor."""
+    if method in ("addmm_", "baddbmm_"):
+        return tensor.shape == (*others[0].shape[:-1], others[1].shape[-1])
+    return method in ("scatter_add_", "index_add_", "index_put_") or all(_broadcasts(x, tensor) for x in others)
+
+
+def _broadcasts(other: Tensor, tensor: Tensor) -> bool:
+    """To the shape of the tensor."""
+    sizes = zip(reversed(other.shape), reversed(tensor.shape), strict=False)
+    return other.dim() <= tensor.dim() and all(m in (1, n) for m, n in sizes)
+
+
+def _addcmul(term: Any, a: Any, b: Any, sign: int) -> Any:
+    """term ± a b"""
+    if _are_alike(term, a, b):
+        return torch.addcmul(term, a, b, value=sign)
+    return _add_signed(term, a * b, sign)
+
+
+def _add_signed(term: Any, product: Any, sign: int) -> Any:
+    """term ± product, which is a temporary."""
+    if _fits(product, term):
+        if sign > 0:
+            return product.add_(term)
+        return _subtract_into_right(term, product)
+    return term + product if sign > 0 else term - product
+
+
+def _addcmul_into_term(term: Any, a: Any, b: Any, sign: int) -> Any:
+    if _are_alike(term, a, b):
+        return term.addcmul_(a, b, value=sign)
+    for tensor, number in ((a, b), (b, a)):
+        if isinstance(number, (int, float)) and isinstance(tensor, Tensor) and _fits(term, tensor):
+            return term.add_(tensor, alpha=sign * number)
+    product = a * b
+    if _fits(term, product):
+        return term.add_(product) if sign > 0 else term.sub_(product)
+    return _add_signed(term, product, sign)
+
+
+def _addcmul_into_factor(term: Any, factor: Any, other: Any, sign: int) -> Any:
+    return _add_signed(term, factor.mul_(other) if _fits(factor, other) else factor * other, sign)
+
+
+def _are_alike(*tensors: Any) -> bool:
+    first = tensors[0]
+    return all(isinstance(x, Tensor) and x.shape == first.shape and x.dtype == first.dtype for x in tensors) and (
+        first.is_floating_point() or first.is_complex()
+    )
+
+
+# --- comparisons and choices: on the CPU those with booleans are not vectorized ---
+
+
+def _is_vectorized(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, Tensor)
+        and a.is_cpu
+        and a.is_floating_point()
+        and (not isinstance(b, Tensor) or (b.dtype == a.dtype and b.shape == a.shape))
+    )
+
+
+def _compare(name: str, a: Any, b: Any) -> Any:
+    if not _is_vectorized(a, b):
+        return getattr(operator, name)(a, b)
+    return _indicator(name, a, b).bool()
+
+
+def _indicator(name: str, a: Any, b: Any) -> Any:
+    """A comparison as numbers, 1 and 0, if that is faster; else as booleans."""
+    if not _is_vectorized(a, b):
+        return getattr(operator, name)(a, b)
+    return getattr(torch, name)(a, b, out=torch.empty_like(a))
+
+
+def _and(a: Any, b: Any) -> Any:
+    """Of two indicators."""
+    if a.dtype == torch.bool or b.dtype == torch.bool or a.shape != b.shape:
+        return a.bool() & b.bool()
+    return a.mul_(b)
+
+
+def _or(a: Any, b: Any) -> Any:
+    if a.dtype == torch.bool or b.dtype == torch.bool or a.shape != b.shape:
+        return a.bool() | b.bool()
+    return torch.maximum(a, b, out=a)
+
+
+def _not(a: Any) -> Any:
+    return ~a if a.dtype == torch.bool else a.eq_(0)
+
+
+def where(mask: Any, a: Any, b: Any) -> Any:
+    """`torch.where`, of a mask of booleans, or of numbers that nothing else reads."""
+    first = a if isinstance(a, Tensor) else b
+    if not _is_on_bits(mask, first, a, b):
+        return torch.where(mask if mask.dtype == torch.bool else mask.bool(), a, b)
+    # Integer arithmetic on the bits is vectorized and exact: what is not chosen, even nan, has no influence
+    bits = _INTEGERS[first.element_size()]
+    if mask.dtype == torch.bool:
+        chosen = mask.expand(first.shape).to(bits)
+    else:
+        chosen = mask.view(bits).ne_(0)
+    if _is_zero(a):
+        return chosen.sub_(1).bitwise_and_(b.view(bits)).view(first.dtype)
+    if _is_zero(b):
+        return chosen.neg_().bitwise_and_(a.view(bits)).view(first.dtype)
+    a, b = ((x if isinstance(x, Tensor) else torch.full_like(first, x)).view(bits) for x in (a, b))
+    return chosen.mul_(a - b).add_(b).view(first.dtype)
+
+
+def _is_zero(value: Any) -> bool:
+    return not isinstance(value, Tensor) and value == 0
+
+
+def _is_on_bits(mask: Tensor, first: Any, *values: Any) -> bool:
+    """The choice can be made on the bits of the numbers: on the CPU, where the result is as the first tensor."""
+    if not isinstance(first, Tensor) or not first.is_cpu or not first.is_floating_point():
+        return False
+    for x in values:
+        if isinstance(x, Tensor) and (x.shape != first.shape or x.dtype != first.dtype):
+            return False
+    if mask.dtype != torch.bool:
+        return mask.shape == first.shape and mask.dtype == first.dtype
+    return _broadcasts(mask, first)
+
+
+SCOPE: dict[str, Any] = {
+    "_mul_into_left": _into_left(operator.mul, Tensor.mul_),
+    "_add_into_left": _into_left(operator.add, Tensor.add_),
+    "_sub_into_left": _into_left(operator.sub, Tensor.sub_),
+    "_div_into_left": _into_left(operator.truediv, Tensor.div_),
+    "_mul_into_right": _into_right(operator.mul, lambda left, right: right.mul_(left)),
+    "_add_into_right": _into_right(operator.add, lambda left, right: right.add_(left)),
+    "_sub_into_right": _into_right(operator.sub, _subtract_into_right),
+    "_div_into_right": _into_right(operator.truediv, _divide_into_right),
+    "_neg_into": _neg_into,
+    "_into": _into,
+    "_addcmul": _addcmul,
+    "_addcmul_into_term": _addcmul_into_term,
+    "_addcmul_into_factor": _addcmul_into_factor,
+    "_compare": _compare,
+    "_indicator": _indicator,
+    "_and": _and,
+    "_or": _or,
+    "_not": _not,
+}
+"""What the text of such a program calls, by name."""

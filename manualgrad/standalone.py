@@ -1,0 +1,739 @@
+"""An operation as one Python file that imports torch only: what one would write by hand.
+
+Each rule becomes a plain `torch.autograd.Function`, its gradients in the lines that their author wrote. Functions,
+classes and constants that these need follow from the source, without the decorators and the machinery of ours.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterable, Sequence
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from manualgrad import registry
+from manualgrad.binding import bound
+from manualgrad.registry import Op
+from manualgrad.rule import Rule
+from manualgrad.rule.formulas import Program, tree_of
+from manualgrad.show import derivation, wrapped
+
+HEADER = '''"""{title}, written by hand.
+
+Each Function computes its gradients by the formulas that its docstring derives, in the precision of its inputs.
+"""
+
+from __future__ import annotations
+'''
+
+_OUTPUT = '''def output_of(function, *args):
+    """What a Function returns besides, for its own backward, is left out."""
+    found = function.apply(*args)
+    return found[0] if isinstance(found, tuple) else found
+'''
+
+_APPLIED = '''def applied(function, input, *settings, inplace):
+    """The output, or with `inplace` the input that it was written into."""
+    if not inplace:
+        return output_of(function, input, *settings)
+    return input.copy_(output_of(function, input.clone(), *settings))
+'''
+
+_CONSTANTS = {
+    "is_batched": False,
+    "large": False,
+    "beyond_reverse_mode": False,
+    "keeping_is_seen": True,
+    "inplace_is_safe": False,
+    "is_compiling": False,
+    "has_torch_function": False,
+    "has_torch_function_unary": False,
+    "has_torch_function_variadic": False,
+    "is_scripting": False,
+}
+"""Calls that have one answer in a plain file."""
+
+
+class Unsupported(ValueError):
+    """The operation cannot be written as one file."""
+
+
+def standalone(op: Op) -> str:
+    """The file for an operation.
+
+    Raises:
+        Unsupported: a part of it has no source that can be taken over. The message names it.
+    """
+    return Bundle().file(op)
+
+
+class Bundle:
+    """The parts of a file, each after those that it needs."""
+
+    def __init__(self) -> None:
+        self.imports: set[str] = {"import torch"}
+        self.parts: list[str] = []
+        self.names: dict[str, Any] = {}
+        """What each name of the file stands for."""
+        self.ours = _ours()
+
+    def file(self, op: Op) -> str:
+        self.entry(op)
+        imports = sorted(self.imports, key=lambda line: (not line.startswith("import"), line))
+        standard = [x for x in imports if "torch" not in x]
+        of_torch = [x for x in imports if "torch" in x]
+        blocks = ["\n".join(x) for x in (standard, of_torch) if x]
+        body = "\n\n\n".join(part.strip("\n") for part in self.parts)
+        return "\n\n".join([HEADER.format(title=op.name).rstrip(), *blocks]) + f"\n\n\n{body}\n"
+
+    def entry(self, op: Op) -> None:
+        if isinstance(op.written, str):
+            self.torchs_function(op.name, op.reference)
+        else:
+            self.function(op.name, unwrapped(op.written))
+
+    # --- functions ---
+
+    def function(self, name: str, function: Any) -> str:
+        """A function of ours or of torch's, under this name."""
+        if (known := self._known(name, function)) is not None:
+            return known
+        name = next(known for known, value in self.names.items() if value is function)
+        tree = tree_of(function) or _of_lambda(name, function)
+        if tree is None:
+            raise Unsupported(f"{function.__qualname__} has no source")
+        tree = _copied(tree)
+        tree.name = name
+        tree.decorator_list = [x for x in tree.decorator_list if "cache" in ast.unparse(x)]
+        for decorator in tree.decorator_list:
+            self.imports.add("import functools")
+            assert decorator
+        Rewriter(self, function).rewrite(tree)
+        self.parts.append(_text(tree))
+        return name
+
+    def _known(self, name: str, value: Any) -> str | None:
+        """The name, if the file has it already; else it is the value's from now on."""
+        for known, other in self.names.items():
+            if other is value:
+                return known
+        while name in self.names:  # torch's function, and the kernel that it calls
+            name = f"{name}_kernel"
+        self.names[name] = value
+        return None
+
+    def torchs_function(self, name: str, function: Any) -> str:
+        """A function of torch's that checks its arguments, and calls ours."""
+        function = inspect.unwrap(function)
+        closure = inspect.getclosurevars(function).nonlocals if isinstance(function, FunctionType) else {}
+        if {"if_true", "if_false"} <= closure.keys():
+            return self._dispatched(name, function, dict(closure))
+        if not isinstance(function, FunctionType):
+            raise Unsupported(f"{name} is not written in Python")
+        return self.function(name, function)
+
+    def _dispatched(self, name: str, function: Any, closure: dict[str, Any]) -> str:
+        """One function for two: with a flag, and without."""
+        if (known := self._known(name, function)) is not None:
+            return known
+        flag = closure["arg_name"]
+        names = [self.torchs_function(x.__name__.lstrip("_") + suffix, x) for x, suffix in _both(closure, name)]
+        signature = inspect.signature(inspect.unwrap(closure["if_true"]))
+        arguments = ", ".join(signature.parameters)
+        head = ", ".join(
+            x if p.default is inspect.Parameter.empty else f"{x}={p.default!r}"
+            for x, p in signature.parameters.items()
+        )
+        lines = [f"function = {names[0]} if {flag} else {names[1]}", f"return function({arguments})"]
+        self.parts.append("\n    ".join([f"def {name}({head}):", *lines]))
+        return name
+
+    def helper(self, name: str, text: str) -> None:
+        if name not in self.names:
+            self.names[name] = text
+            self.parts.append(text)
+
+    # --- rules ---
+
+    def rule(self, rule: type[Rule]) -> str:
+        if (known := self._known(rule.__name__, rule)) is not None:
+            return known
+        self.parts.append(RuleWriter(self, rule).text())
+        return rule.__name__
+
+    # --- other names ---
+
+    def value(self, name: str, value: Any, module: ModuleType | None) -> ast.expr:
+        """The expression for a value that a function reads by a global name."""
+        if isinstance(value, type) and issubclass(value, Rule):
+            return _name(self.rule(value))
+        if str(getattr(value, "__module__", "")).startswith("manualgrad.ops.") and callable(value):
+            inner = value if isinstance(value, type) else unwrapped(value)
+            if isinstance(inner, FunctionType):
+                return _name(self.function(name, inner))
+        if isinstance(value, FunctionType) and value.__module__ == "torch.nn.functional":
+            return self.of_torch(value)
+        if isinstance(value, type) and value.__module__.startswith("manualgrad."):
+            return _name(self.source_of_class(name, value))
+        if module is not None:
+            self.statement(name, value, module)
+        return _name(name)
+
+    def of_torch(self, value: FunctionType) -> ast.expr:
+        """A Python function of torch.nn.functional: as it is, or if it calls ours, taken over."""
+        if bound(value) is not value:
+            return _name(self.torchs_function(value.__name__, value))
+        self.imports.add("import torch.nn.functional as F")
+        return ast.Attribute(_name("F"), value.__name__, ast.Load())
+
+    def replaced(self, kernel: Any) -> ast.expr:
+        """Ours for a function or kernel of torch's."""
+        found = self.ours[kernel]
+        if isinstance(found, type):
+            return ast.Attribute(_name(self.rule(found)), "apply", ast.Load())
+        if isinstance(found, str):
+            return _name(self.torchs_function(found, getattr(F, found)))
+        return _name(self.function(found.__name__, found))
+
+    def source_of_class(self, name: str, cls: type) -> str:
+        if (known := self._known(name, cls)) is not None:
+            return known
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(tree, ast.ClassDef)
+        module = inspect.getmodule(cls)
+        assert module is not None
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                method = getattr(cls, node.name)
+                Rewriter(self, inspect.unwrap(getattr(method, "__func__", method)), {cls.__name__}).rewrite(node)
+        for node in [*tree.decorator_list, *tree.bases]:
+            for x in ast.walk(node):
+                if isinstance(x, ast.Name) and x.id in vars(module):
+                    self.value(x.id, vars(module)[x.id], module)
+        self.parts.append(_text(tree))
+        return name
+
+    def statement(self, name: str, value: Any, module: ModuleType) -> None:
+        """The import or the assignment of a module that binds a name."""
+        if self.names.get(name, self) is value or hasattr(builtins, name):
+            return
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for alias in node.names:
+                    if (alias.asname or alias.name.partition(".")[0]) == name:
+                        self.names[name] = value
+                        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("manualgrad"):
+                            del self.names[name]
+                            self.statement(name, value, importlib.import_module(str(node.module)))
+                            return
+                        self.imports.add(_import(node, alias))
+                        return
+            target = getattr(node, "target", None) or (getattr(node, "targets", None) or [None])[0]
+            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and target.id == name:
+                self._assignment(name, value, module, node)
+                return
+            if isinstance(target, ast.Tuple) and any(
+                isinstance(x, ast.Name) and x.id == name for x in target.elts
+            ):
+                self._assignment(name, value, module, node)
+                return
+        if isinstance(value, ModuleType):
+            self.names[name] = value
+            self.imports.add(f"import {value.__name__} as {name}")
+            return
+        raise Unsupported(f"{name} of {module.__name__}")
+
+    def _assignment(self, name: str, value: Any, module: ModuleType, node: Any) -> None:
+        target: Any = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        assigned: Any = node.value
+        for x in ast.walk(target):
+            if isinstance(x, ast.Name):
+                self.names[x.id] = vars(module)[x.id]
+        for x in ast.walk(assigned):
+            if isinstance(x, ast.Name) and x.id in vars(module) and x.id != name:
+                self.value(x.id, vars(module)[x.id], module)
+        if isinstance(value, ModuleType):
+            self.parts.append(f"{name} = {value.__name__}")
+        elif isinstance(target, ast.Name) and isinstance(value, float | int | str):
+            self.parts.append(f"{name} = {value!r}")
+        else:
+            self.parts.append(f"{ast.unparse(target)} = {ast.unparse(assigned)}")
+
+
+def _both(closure: dict[str, Any], name: str) -> list[tuple[Any, str]]:
+    found = []
+    for key in ("if_true", "if_false"):
+        function = closure[key]
+        found.append((function, "_only" if function.__name__.lstrip("_") == name else ""))
+    return found
+
+
+def _import(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
+    bound = f" as {alias.asname}" if alias.asname else ""
+    if isinstance(node, ast.Import):
+        return f"import {alias.name}{bound}"
+    return f"from {node.module} import {alias.name}{bound}"
+
+
+def _hashed(table: dict[Any, Any]) -> Any:
+    class Contains:
+        def __contains__(self, value: object) -> bool:
+            try:
+                return value in table
+            except TypeError:
+                return False
+
+    return Contains()
+
+
+@functools.cache
+def _ours() -> dict[Any, Any]:
+    """Ours for functions and kernels of torch's: a rule, a function, or the name of a function that calls ours."""
+    rules = {rule.apply: rule for rule in _rules(Rule) if "apply" in vars(rule)}
+    found: dict[Any, Any] = {}
+    for op in registry.ops().values():
+        found[op.reference] = op.written if isinstance(op.written, str) else unwrapped(op.written)
+    for kernel, ours in registry.stand_ins.items():
+        inner = inspect.unwrap(ours, stop=lambda f: f in rules)
+        found[kernel] = rules.get(inner, inner)
+    return {key: value for key, value in found.items() if not isinstance(value, str) or hasattr(F, value)}
+
+
+def _rules(of: type[Rule]) -> Iterable[type[Rule]]:
+    for found in of.__subclasses__():
+        yield found
+        yield from _rules(found)
+
+
+def unwrapped(function: Any) -> Any:
+    return inspect.unwrap(function)
+
+
+class Rewriter(ast.NodeTransformer):
+    """A function's statements with what the file calls things."""
+
+    def __init__(self, bundle: Bundle, function: Any, known: Iterable[str] = ()) -> None:
+        self.bundle = bundle
+        self.scope: dict[str, Any] = dict(getattr(function, "__globals__", {}))
+        self.module = inspect.getmodule(function)
+        code = getattr(function, "__code__", None)
+        self.closure: dict[str, Any] = {}
+        if code is not None and code.co_freevars:
+            cells = function.__closure__ or ()
+            self.closure = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+        self.function = function
+        self.local: set[str] = set(known)
+        self.is_torchs = str(getattr(function, "__module__", "")).startswith("torch")
+        """Where torch's own code names a function of the table it calls ours."""
+
+    def rewrite(self, tree: ast.AST) -> None:
+        if isinstance(tree, ast.FunctionDef):
+            _drop_annotations(tree)
+            if len(tree.body) > 1 and isinstance(tree.body[0], ast.Expr):
+                _shorten_docstring(tree)
+        self.local |= _bound_in(tree)
+        self.local -= self.closure.keys()
+        if isinstance(tree, ast.FunctionDef):
+            tree.args.defaults = [self.visit(x) for x in tree.args.defaults]
+            tree.args.kw_defaults = [x and self.visit(x) for x in tree.args.kw_defaults]
+            tree.body = _flat([self.visit(x) for x in tree.body]) or [ast.Pass()]
+
+    # --- names ---
+
+    def resolve(self, node: ast.expr) -> Any:
+        """What a dotted name stands for; itself if that is not known."""
+        if isinstance(node, ast.Name):
+            if node.id in self.closure:
+                return self.closure[node.id]
+            return node if node.id in self.local else self.scope.get(node.id, node)
+        if isinstance(node, ast.Attribute):
+            value = self.resolve(node.value)
+            return node if isinstance(value, ast.AST) else getattr(value, node.attr, node)
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if not isinstance(node.ctx, ast.Load) or node.id in self.local:
+            return node
+        if node.id in self.closure:
+            return self._of_closure(node.id, self.closure[node.id])
+        if node.id in self.scope:
+            value = self.scope[node.id]
+            if self.is_torchs and value in _hashed(self.bundle.ours):
+                return self.bundle.replaced(value)
+            return self.bundle.value(node.id, value, self.module)
+        return node
+
+    def _of_closure(self, name: str, value: Any) -> ast.expr:
+        if isinstance(value, bool | int | float | str) or value is None:
+            return ast.Constant(value)
+        if value is self.function or getattr(value, "__wrapped__", None) is self.function:
+            return _name(next(known for known, x in self.bundle.names.items() if x is self.function))
+        if isinstance(value, FunctionType):
+            inner = unwrapped(value)
+            if inner is self.function:
+                return _name(next(known for known, x in self.bundle.names.items() if x is self.function))
+        if isinstance(value, type | FunctionType):
+            known = name if value.__name__ == "<lambda>" else value.__name__
+            return self.bundle.value(known, value, inspect.getmodule(value))
+        dotted = _dotted(value)
+        if dotted is None:
+            raise Unsupported(f"{name} = {value!r}")
+        return ast.parse(dotted, mode="eval").body
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        value = self.resolve(node)
+        if self.is_torchs and not isinstance(value, ast.AST) and value in _hashed(self.bundle.ours):
+            return self.bundle.replaced(value)
+        if self.is_torchs and isinstance(value, FunctionType) and value.__module__ == "torch.nn.functional":
+            return self.bundle.of_torch(value)
+        if node.attr == "autocast":
+            return ast.Dict([], [])
+        owner = self.resolve(node.value)
+        if isinstance(owner, type) and issubclass(owner, Rule) and node.attr != "apply":
+            return _name(self.bundle.function(f"{node.attr}_of_{owner.__name__}", value))
+        node.value = self.visit(node.value)
+        return node
+
+    # --- what a plain file has no need of ---
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        if name in _CONSTANTS and name not in self.local:
+            return ast.Constant(_CONSTANTS[name])
+        if name in ("unwrapped", "fast", "bound") and name not in self.local:
+            return self.visit(node.args[0])
+        if name == "cast" and len(node.args) == 2 and name not in self.local:
+            return self.visit(node.args[1])
+        if name in ("_applied", "apply_"):
+            return self._applied(node)
+        rule = self.resolve(node.func.value) if isinstance(node.func, ast.Attribute) and name == "apply" else None
+        with_statistics = [x.value for x in node.keywords if x.arg == "with_statistics"]
+        node.keywords = [x for x in node.keywords if x.arg != "with_statistics"]
+        self.generic_visit(node)
+        if isinstance(rule, type) and issubclass(rule, Rule) and rule.statistics:
+            return self._first(node, with_statistics)
+        if isinstance(rule, ast.Name):  # a parameter
+            self.bundle.helper("output_of", _OUTPUT)
+            return ast.Call(_name("output_of"), [rule, *node.args], node.keywords)
+        return node
+
+    def _first(self, node: ast.expr, with_statistics: Sequence[ast.expr]) -> ast.expr:
+        first = ast.Subscript(node, ast.Constant(0), ast.Load())
+        if not with_statistics:
+            return first
+        wanted = self._truth(with_statistics[0])
+        if wanted is None:
+            raise Unsupported("statistics that depend on an argument")
+        return node if wanted else first
+
+    def _truth(self, node: ast.expr) -> bool | None:
+        """A condition on values that are known."""
+        match node:
+            case ast.Constant(value):
+                return bool(value)
+            case ast.Compare(left, [ast.Is()], [right]):
+                a, b = self.resolve(left), self.resolve(right)
+                return None if isinstance(a, ast.AST) or isinstance(b, ast.AST) else a is b
+            case ast.UnaryOp(ast.Not(), operand):
+                value = self._truth(operand)
+                return None if value is None else not value
+            case ast.Name() | ast.Attribute():
+                value = self.resolve(node)
+                return None if isinstance(value, ast.AST) or not isinstance(value, bool | int) else bool(value)
+        return None
+
+    def _applied(self, node: ast.Call) -> ast.expr:
+        self.bundle.helper("output_of", _OUTPUT)
+        self.bundle.helper("applied", _APPLIED)
+        args = [self.visit(x) for x in node.args]
+        keywords = [ast.keyword(x.arg, self.visit(x.value)) for x in node.keywords if x.arg == "inplace"]
+        if isinstance(node.func, ast.Attribute):  # rule.apply_(input)
+            args.insert(0, self.visit(node.func.value))
+            keywords = [ast.keyword("inplace", ast.Constant(True))]
+        return ast.Call(_name("applied"), args, keywords)
+
+    def visit_If(self, node: ast.If) -> Any:
+        node.test = self.visit(node.test)
+        truth = self._truth(node.test) if _is_decided(node.test) or isinstance(node.test, ast.Compare) else None
+        if truth is None:
+            node.body = _flat([self.visit(x) for x in node.body]) or [ast.Pass()]
+            node.orelse = _flat([self.visit(x) for x in node.orelse])
+            return node
+        return _flat([self.visit(x) for x in (node.body if truth else node.orelse)]) or None
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        node.test = self.visit(node.test)
+        truth = self._truth(node.test) if _is_decided(node.test) else None
+        if truth is None:
+            node.body, node.orelse = self.visit(node.body), self.visit(node.orelse)
+            return node
+        return self.visit(node.body if truth else node.orelse)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
+        self.generic_visit(node)
+        is_and = isinstance(node.op, ast.And)
+        decided = [x.value for x in node.values if isinstance(x, ast.Constant) and isinstance(x.value, bool)]
+        if any(value is not is_and for value in decided):
+            return ast.Constant(not is_and)
+        node.values = [x for x in node.values if not (isinstance(x, ast.Constant) and isinstance(x.value, bool))]
+        if not node.values:
+            return ast.Constant(is_and)
+        return node if len(node.values) > 1 else node.values[0]
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        self.generic_visit(node)
+        if isinstance(node.op, ast.Not) and isinstance(node.operand, ast.Constant):
+            return ast.Constant(not node.operand.value)
+        return node
+
+    def _comprehension(self, node: Any) -> Any:
+        """Its variables are its own."""
+        bound = {x.id for part in node.generators for x in ast.walk(part.target) if isinstance(x, ast.Name)}
+        hidden = {name: self.closure.pop(name) for name in bound & self.closure.keys()}
+        new = bound - self.local
+        self.local |= new
+        self.generic_visit(node)
+        self.local -= new
+        self.closure |= hidden
+        return node
+
+    visit_ListComp = visit_GeneratorExp = visit_SetComp = visit_DictComp = _comprehension
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        _drop_annotations(node)
+        node.body = _flat([self.visit(x) for x in node.body])
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.Assign | None:
+        return None if node.value is None else ast.Assign([node.target], self.visit(node.value))
+
+
+def _is_decided(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, bool)
+
+
+class RuleWriter:
+    """A rule as a `torch.autograd.Function`."""
+
+    def __init__(self, bundle: Bundle, rule: type[Rule]) -> None:
+        self.bundle, self.rule = bundle, rule
+        self.spec = rule.implementation.spec
+        self.gradients = [name for name in self.spec.gradients if name in self.spec.formulas]
+        given = self.spec.given
+        self.formulas = self.spec.order(self.gradients, given)
+        self.needs = {f.target: self._needed_by(f.target) for f in self.formulas}
+        names = {name for f in self.formulas for name in f.names}
+        self.tensors = [x for x in self.spec.values if x in names and x not in self.spec.settings]
+        self.settings = [x for x in self.spec.values if x in names and x in self.spec.settings]
+
+    def _needed_by(self, target: str) -> list[str]:
+        return [
+            g for g in self.gradients if any(f.target == target for f in self.spec.order([g], self.spec.given))
+        ]
+
+    def _reading(self, name: str) -> list[str]:
+        """The gradients that read a value."""
+        return [g for g in self.gradients if any(name in f.names for f in self.spec.order([g], self.spec.given))]
+
+    def text(self) -> str:
+        text = textwrap.indent(derivation(self.rule), "    ").lstrip()
+        parts = [
+            f'class {self.rule.__name__}(torch.autograd.Function):\n    r"""{text}\n    """',
+            *self._attributes(),
+            textwrap.indent(self._forward(), "    "),
+            wrapped(textwrap.indent(self._setup_context(), "    ")),
+            wrapped(textwrap.indent(self._backward(), "    ")),
+        ]
+        return "\n\n".join(parts)
+
+    def _attributes(self) -> list[str]:
+        """What the rule declares of its own, which is no option of a rule."""
+        names = {name for cls in self.rule.__mro__ if cls is not Rule for name in inspect.get_annotations(cls)}
+        return [
+            f"    {name} = {getattr(self.rule, name)!r}"
+            for name in sorted(names - vars(Rule).keys())
+            if isinstance(getattr(self.rule, name, None), int | float | str)
+        ]
+
+    def _forward(self) -> str:
+        tree = tree_of(self.rule.forward)
+        if tree is None:
+            raise Unsupported(f"the forward of {self.rule.__name__} has no source")
+        tree = _copied(tree)
+        tree.name = "forward"
+        tree.decorator_list = []
+        Rewriter(self.bundle, self.rule.forward, {self.rule.__name__}).rewrite(tree)
+        return f"@staticmethod\n{_text(tree)}"
+
+    def _setup_context(self) -> str:
+        lines = [f"{_tuple(self._inputs())} = inputs"]
+        if self.rule.statistics:
+            output = "output" if "output" in self.tensors else "_"
+            lines.append(f"{output}, {', '.join(self.rule.statistics)} = output")
+            lines.append(f"ctx.mark_non_differentiable({', '.join(self.rule.statistics)})")
+        kept = [self._kept(name) for name in self.tensors]
+        if any(" if need_" in x for x in kept):
+            lines.append(self._needed_line())
+        if kept:
+            lines.append(f"ctx.save_for_backward({', '.join(kept)})")
+        lines += [f"ctx.{name} = {name}" for name in self.settings]
+        return "@staticmethod\ndef setup_context(ctx, inputs, output):\n" + textwrap.indent(
+            "\n".join(lines), "    "
+        )
+
+    def _inputs(self) -> list[str]:
+        used = {*self.tensors, *self.settings}
+        return [
+            name if name in used else f"_{name}" if len(self.spec.inputs) == 1 else "_"
+            for name in self.spec.inputs
+        ]
+
+    def _needed_line(self) -> str:
+        names = [f"need_{x}" if f"grad_{x}" in self.gradients else "_" for x in self.spec.inputs]
+        while len(names) > 1 and names[-1] == "_":
+            names.pop()
+        rest = ", *_" if len(names) < len(self.spec.inputs) else ""
+        return f"{', '.join(names)}{rest or (',' if len(names) == 1 else '')} = ctx.needs_input_grad"
+
+    def _condition(self, needed: Sequence[str]) -> str:
+        if len(needed) == len(self.gradients):
+            return ""
+        return " or ".join(f"need_{x.removeprefix('grad_')}" for x in needed)
+
+    def _kept(self, name: str) -> str:
+        condition = self._condition(self._reading(name))
+        return f"{name} if {condition} else None" if condition else name
+
+    def _backward(self) -> str:
+        program = Program("backward", self.formulas, (*self.tensors, *self.settings, "grad"), self.spec.gradients)
+        lines: list[str] = []
+        if self.tensors:
+            lines.append(f"{_tuple(self.tensors)} = ctx.saved_tensors")
+        lines += [f"{name} = ctx.{name}" for name in self.settings]
+        if len(self.gradients) > 1:
+            lines.append(self._needed_line())
+            lines.append(f"{' = '.join(self.gradients)} = None")
+        rewriter = Rewriter(self.bundle, None)
+        rewriter.scope = program.scope
+        rewriter.local = {*program.parameters, *(f.target for f in self.formulas)}
+        open_condition = ""
+        for line in program.lines:
+            rewriter.module = inspect.getmodule(line.formula.function)
+            rewriter.local |= {x.id for x in ast.walk(line.statement.targets[0]) if isinstance(x, ast.Name)}
+            text = self._line(rewriter, line)
+            condition = self._condition(self.needs[line.formula.target])
+            if condition != open_condition and condition:
+                lines.append(f"if {condition}:")
+            open_condition = condition
+            lines.append(f"    {text}" if condition else text)
+        results = [name if name in self.gradients else "None" for name in self.spec.gradients]
+        lines.append(f"return {', '.join(results)}")
+        head = "@staticmethod\n"
+        if self.spec.moving:
+            self.bundle.imports.add("from torch.autograd.function import once_differentiable")
+            head += "@once_differentiable  # the saved statistics depend on the inputs too\n"
+        arguments = "ctx, grad, *_" if self.rule.statistics else "ctx, grad"
+        return f"{head}def backward({arguments}):\n" + textwrap.indent("\n".join(lines), "    ")
+
+    def _line(self, rewriter: Rewriter, line: Any) -> str:
+        statement = _copied_statement(line.statement)
+        value = statement.value
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
+            function = rewriter.scope.get(value.func.id)
+            if function is line.formula.function:  # a method with statements of its own
+                name = self.rule.__name__.removesuffix("Function")
+                value.func.id = self.bundle.function(f"{line.formula.target}_of_{name}", function)
+                return ast.unparse(ast.fix_missing_locations(statement))
+        statement.value = rewriter.visit(value)
+        return ast.unparse(ast.fix_missing_locations(statement))
+
+
+# --- syntax trees ---
+
+
+def _of_lambda(name: str, function: FunctionType) -> ast.FunctionDef | None:
+    """A lambda as a function with a name."""
+    module = inspect.getmodule(function)
+    if module is None or function.__name__ != "<lambda>":
+        return None
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Lambda) and node.lineno == function.__code__.co_firstlineno:
+            arguments = ", ".join(function.__code__.co_varnames[: function.__code__.co_argcount])
+            (found,) = ast.parse(f"def {name}({arguments}):\n    return {ast.unparse(node.body)}").body
+            assert isinstance(found, ast.FunctionDef)
+            return found
+    return None
+
+
+def _copied(tree: ast.FunctionDef) -> ast.FunctionDef:
+    (found,) = ast.parse(ast.unparse(tree)).body
+    assert isinstance(found, ast.FunctionDef)
+    return found
+
+
+def _copied_statement(statement: ast.Assign) -> ast.Assign:
+    (found,) = ast.parse(ast.unparse(ast.fix_missing_locations(statement))).body
+    assert isinstance(found, ast.Assign)
+    return found
+
+
+def _text(tree: ast.AST) -> str:
+    return wrapped(ast.unparse(ast.fix_missing_locations(tree)))
+
+
+def _name(name: str) -> ast.Name:
+    return ast.Name(name, ast.Load())
+
+
+def _tuple(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) > 1 else f"({names[0]},)"
+
+
+def _flat(found: Iterable[Any]) -> list[Any]:
+    out: list[Any] = []
+    for x in found:
+        out += x if isinstance(x, list) else [] if x is None else [x]
+    return out
+
+
+def _drop_annotations(tree: ast.FunctionDef) -> None:
+    tree.returns = None
+    args = tree.args
+    for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg):
+        if arg is not None:
+            arg.annotation = None
+
+
+def _shorten_docstring(tree: ast.FunctionDef) -> None:
+    """Its first paragraph."""
+    first = tree.body[0]
+    if (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    ):
+        paragraph = inspect.cleandoc(first.value.value).split("\n\n")[0]
+        first.value.value = paragraph.replace("\\", "")
+
+
+def _bound_in(tree: ast.AST) -> set[str]:
+    found = {x.id for x in ast.walk(tree) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+    found |= {x.arg for x in ast.walk(tree) if isinstance(x, ast.arg)}
+    return found | {x.name for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and x is not tree}
+
+
+def _dotted(value: Any) -> str | None:
+    """How torch's own function is written."""
+    name = getattr(value, "__name__", None)
+    for space, prefix in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):  # type: ignore[attr-defined]
+        if name and getattr(space, name, None) is value:
+            return f"{prefix}.{name}"
+    return name if isinstance(value, BuiltinFunctionType) and hasattr(builtins, str(name)) else None
