@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from manualgrad import accelerators, fuse, saving
 from manualgrad.fallback import UNRELATED_ERRORS
 from manualgrad.rule.formulas import Formula, Program, note_place
-from manualgrad.rule.reuse import Reusing, Unsupported, fast
+from manualgrad.rule.reuse import Reusing, Unsupported, fast, makes_tables
 from manualgrad.rule.spec import SHAPE_OF_OUTPUT, Spec
 from manualgrad.rule.torch_internals import (
     backward_is_differentiated,
@@ -108,6 +108,10 @@ class Plan:
     @cached_property
     def has_kernels(self) -> bool:
         return any(formula.target in self.rule.vendor_kernels for formula in self.formulas)
+
+    @cached_property
+    def makes_tables(self) -> bool:
+        return any(makes_tables(formula.function) for formula in self.formulas)
 
     def _with_kernels(self, fast_formulas: bool) -> Program:
         kernels = self.rule.vendor_kernels
@@ -370,7 +374,7 @@ class Implementation:
 
     def gradients(self, plan: Plan, known: tuple[Any, ...], dtypes: Any) -> Gradients:
         grad: Tensor = known[-1]
-        large = is_large(known)
+        large = plan.makes_tables or is_large(known)
         if backward_is_differentiated():
             compute, known = plan.differentiable, without_dead_wrappers(known)
         elif (large or plan.has_kernels) and inplace_is_safe(*_tensors(known)):

@@ -104,11 +104,14 @@ def _addcmul_into_factor(term: Any, factor: Any, other: Any, sign: int) -> Any:
     return _add_signed(term, factor.mul_(other) if _fits(factor, other) else factor * other, sign)
 
 
-def _are_alike(*tensors: Any) -> bool:
-    first = tensors[0]
-    return all(isinstance(x, Tensor) and x.shape == first.shape and x.dtype == first.dtype for x in tensors) and (
-        first.is_floating_point() or first.is_complex()
-    )
+def _are_alike(term: Any, a: Any, b: Any) -> bool:
+    """Tensors of one dtype and shape; one factor may broadcast. (With two addcmul is not vectorized.)"""
+    if not (isinstance(term, Tensor) and isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    if not (term.dtype == a.dtype == b.dtype) or not (term.is_floating_point() or term.is_complex()):
+        return False
+    shape = term.shape
+    return (a.shape == shape and _fits(term, b)) or (b.shape == shape and _fits(term, a))
 
 
 # --- comparisons and choices: on the CPU those with booleans are not vectorized ---

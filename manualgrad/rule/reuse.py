@@ -440,6 +440,18 @@ def _with_fast_callees(function: FunctionType) -> FunctionType:
     return found
 
 
+def makes_tables(function: Any, seen: frozenset[Any] = frozenset()) -> bool:
+    """The function adds into a tensor that it makes, which may be far larger than all that it is given."""
+    if not isinstance(function, FunctionType) or function in seen:
+        return False
+    names = _names_in(function.__code__)
+    if names & {"scatter_add", "index_add", "index_put"}:
+        return True
+    helpers = [function.__globals__.get(name) for name in names]
+    ours = [x for x in helpers if str(getattr(x, "__module__", "")).startswith("manualgrad.ops.")]
+    return any(makes_tables(x, seen | {function}) for x in ours)
+
+
 def _names_in(code: CodeType) -> set[str]:
     inner = [x for x in code.co_consts if isinstance(x, CodeType)]
     return set(code.co_names).union(*map(_names_in, inner))
