@@ -25,7 +25,7 @@ from manualgrad.binding import refuse_if_called
 from manualgrad.fallback import PLAIN, TRACED, fallback, has_default_handler, tracing_state, unusual
 from manualgrad.nn import functional
 from manualgrad.ops.elementary import product, spares
-from manualgrad.rule import Rule
+from manualgrad.rule import every_rule
 from manualgrad.rule.torch_internals import beyond_reverse_mode
 
 _PRODUCTS = frozenset((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__))
@@ -211,17 +211,11 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     """That of `forward`, if it is a rule's entry."""
     forwards = {
         entry: rule.forward
-        for rule in _below(Rule)
+        for rule in every_rule()
         for entry in (getattr(rule, "apply", None), getattr(rule, "apply_", None))
         if entry is not None
     }
     return inspect.signature(forwards.get(inspect.unwrap(function), function))
-
-
-def _below(rule: type[Rule]) -> Iterator[type[Rule]]:
-    for below in rule.__subclasses__():
-        yield below
-        yield from _below(below)
 
 
 def _matched(schema: Any, parameters: list[inspect.Parameter], in_order: bool) -> tuple[_Argument, ...]:

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import textwrap
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from manualgrad import registry
 from manualgrad.binding import bound
 from manualgrad.registry import Op
-from manualgrad.rule import Rule
+from manualgrad.rule import Rule, every_rule
 from manualgrad.rule.formulas import Program, tree_of
 from manualgrad.show import derivation, wrapped
 
@@ -98,7 +99,7 @@ class Bundle:
         if isinstance(op.written, str):
             self.torchs_function(op.name, op.reference)
         else:
-            self.function(op.name, unwrapped(op.written))
+            self.function(op.name, inspect.unwrap(op.written))
 
     # --- functions ---
 
@@ -110,12 +111,11 @@ class Bundle:
         tree = tree_of(function) or _of_lambda(name, function)
         if tree is None:
             raise Unsupported(f"{function.__qualname__} has no source")
-        tree = _copied(tree)
+        tree = deepcopy(tree)
         tree.name = name
         tree.decorator_list = [x for x in tree.decorator_list if "cache" in ast.unparse(x)]
-        for decorator in tree.decorator_list:
+        if tree.decorator_list:
             self.imports.add("import functools")
-            assert decorator
         Rewriter(self, function).rewrite(tree)
         self.parts.append(_text(tree))
         return name
@@ -176,7 +176,7 @@ class Bundle:
         if isinstance(value, type) and issubclass(value, Rule):
             return _name(self.rule(value))
         if str(getattr(value, "__module__", "")).startswith("manualgrad.ops.") and callable(value):
-            inner = value if isinstance(value, type) else unwrapped(value)
+            inner = value if isinstance(value, type) else inspect.unwrap(value)
             if isinstance(inner, FunctionType):
                 return _name(self.function(name, inner))
         if isinstance(value, FunctionType) and value.__module__ == "torch.nn.functional":
@@ -193,6 +193,13 @@ class Bundle:
             return _name(self.torchs_function(value.__name__, value))
         self.imports.add("import torch.nn.functional as F")
         return ast.Attribute(_name("F"), value.__name__, ast.Load())
+
+    def has(self, value: Any) -> bool:
+        """The value is a function or kernel of torch's of which there is one of ours."""
+        try:
+            return value in self.ours
+        except TypeError:  # not hashable
+            return False
 
     def replaced(self, kernel: Any) -> ast.expr:
         """Ours for a function or kernel of torch's."""
@@ -229,20 +236,13 @@ class Bundle:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 for alias in node.names:
                     if (alias.asname or alias.name.partition(".")[0]) == name:
-                        self.names[name] = value
-                        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("manualgrad"):
-                            del self.names[name]
+                        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("manualgrad"):
                             self.statement(name, value, importlib.import_module(str(node.module)))
-                            return
-                        self.imports.add(_import(node, alias))
+                        else:
+                            self.names[name] = value
+                            self.imports.add(_import(node, alias))
                         return
-            target = getattr(node, "target", None) or (getattr(node, "targets", None) or [None])[0]
-            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and target.id == name:
-                self._assignment(name, value, module, node)
-                return
-            if isinstance(target, ast.Tuple) and any(
-                isinstance(x, ast.Name) and x.id == name for x in target.elts
-            ):
+            if isinstance(node, ast.Assign | ast.AnnAssign) and name in _bound_in(node):
                 self._assignment(name, value, module, node)
                 return
         if isinstance(value, ModuleType):
@@ -283,38 +283,17 @@ def _import(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
     return f"from {node.module} import {alias.name}{bound}"
 
 
-def _hashed(table: dict[Any, Any]) -> Any:
-    class Contains:
-        def __contains__(self, value: object) -> bool:
-            try:
-                return value in table
-            except TypeError:
-                return False
-
-    return Contains()
-
-
 @functools.cache
 def _ours() -> dict[Any, Any]:
     """Ours for functions and kernels of torch's: a rule, a function, or the name of a function that calls ours."""
-    rules = {rule.apply: rule for rule in _rules(Rule) if "apply" in vars(rule)}
+    rules = {rule.apply: rule for rule in every_rule() if "apply" in vars(rule)}
     found: dict[Any, Any] = {}
     for op in registry.ops().values():
-        found[op.reference] = op.written if isinstance(op.written, str) else unwrapped(op.written)
+        found[op.reference] = op.written if isinstance(op.written, str) else inspect.unwrap(op.written)
     for kernel, ours in registry.stand_ins.items():
         inner = inspect.unwrap(ours, stop=lambda f: f in rules)
         found[kernel] = rules.get(inner, inner)
     return {key: value for key, value in found.items() if not isinstance(value, str) or hasattr(F, value)}
-
-
-def _rules(of: type[Rule]) -> Iterable[type[Rule]]:
-    for found in of.__subclasses__():
-        yield found
-        yield from _rules(found)
-
-
-def unwrapped(function: Any) -> Any:
-    return inspect.unwrap(function)
 
 
 class Rewriter(ast.NodeTransformer):
@@ -366,7 +345,7 @@ class Rewriter(ast.NodeTransformer):
             return self._of_closure(node.id, self.closure[node.id])
         if node.id in self.scope:
             value = self.scope[node.id]
-            if self.is_torchs and value in _hashed(self.bundle.ours):
+            if self.is_torchs and self.bundle.has(value):
                 return self.bundle.replaced(value)
             return self.bundle.value(node.id, value, self.module)
         return node
@@ -374,12 +353,8 @@ class Rewriter(ast.NodeTransformer):
     def _of_closure(self, name: str, value: Any) -> ast.expr:
         if isinstance(value, bool | int | float | str) or value is None:
             return ast.Constant(value)
-        if value is self.function or getattr(value, "__wrapped__", None) is self.function:
-            return _name(next(known for known, x in self.bundle.names.items() if x is self.function))
-        if isinstance(value, FunctionType):
-            inner = unwrapped(value)
-            if inner is self.function:
-                return _name(next(known for known, x in self.bundle.names.items() if x is self.function))
+        if callable(value) and inspect.unwrap(value) is self.function:
+            return _name(self.bundle.function(name, self.function))
         if isinstance(value, type | FunctionType):
             known = name if value.__name__ == "<lambda>" else value.__name__
             return self.bundle.value(known, value, inspect.getmodule(value))
@@ -390,7 +365,7 @@ class Rewriter(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         value = self.resolve(node)
-        if self.is_torchs and not isinstance(value, ast.AST) and value in _hashed(self.bundle.ours):
+        if self.is_torchs and self.bundle.has(value):
             return self.bundle.replaced(value)
         if self.is_torchs and isinstance(value, FunctionType) and value.__module__ == "torch.nn.functional":
             return self.bundle.of_torch(value)
@@ -567,7 +542,7 @@ class RuleWriter:
         tree = tree_of(self.rule.forward)
         if tree is None:
             raise Unsupported(f"the forward of {self.rule.__name__} has no source")
-        tree = _copied(tree)
+        tree = deepcopy(tree)
         tree.name = "forward"
         tree.decorator_list = []
         Rewriter(self.bundle, self.rule.forward, {self.rule.__name__}).rewrite(tree)
@@ -644,7 +619,7 @@ class RuleWriter:
         return f"{head}def backward({arguments}):\n" + textwrap.indent("\n".join(lines), "    ")
 
     def _line(self, rewriter: Rewriter, line: Any) -> str:
-        statement = _copied_statement(line.statement)
+        statement = deepcopy(line.statement)
         value = statement.value
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
             function = rewriter.scope.get(value.func.id)
@@ -671,18 +646,6 @@ def _of_lambda(name: str, function: FunctionType) -> ast.FunctionDef | None:
             assert isinstance(found, ast.FunctionDef)
             return found
     return None
-
-
-def _copied(tree: ast.FunctionDef) -> ast.FunctionDef:
-    (found,) = ast.parse(ast.unparse(tree)).body
-    assert isinstance(found, ast.FunctionDef)
-    return found
-
-
-def _copied_statement(statement: ast.Assign) -> ast.Assign:
-    (found,) = ast.parse(ast.unparse(ast.fix_missing_locations(statement))).body
-    assert isinstance(found, ast.Assign)
-    return found
 
 
 def _text(tree: ast.AST) -> str:

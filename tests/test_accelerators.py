@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import manualgrad
 import manualgrad.nn.functional as F
 from manualgrad import accelerators
-from manualgrad.rule import Rule
+from manualgrad.rule import every_rule
 
 
 class Seen(TorchDispatchMode):
@@ -157,12 +157,6 @@ def test_the_environment_sets_the_switch(value: str) -> None:
     assert shown.stdout.strip() == str(value == "1")
 
 
-def rules(of: type[Rule] = Rule) -> Iterator[type[Rule]]:
-    for found in of.__subclasses__():
-        yield found
-        yield from rules(found)
-
-
 def test_only_vendor_kernels_name_a_backward_kernel() -> None:
     """No other function of the package calls a backward of torch's, or autograd."""
     named = re.compile(r"aten\.\w*backward|\w(?<!save_for)(?<!last)_backward\(|torch\.nn\.grad|autograd\.grad\(")
@@ -176,7 +170,7 @@ def test_only_vendor_kernels_name_a_backward_kernel() -> None:
             if named.search(ast.unparse(function)):
                 found.add((path.stem, function.name))
         assert not any(named.search(ast.unparse(x)) for x in ast.parse(text).body if isinstance(x, ast.Assign))
-    kernels = [kernel for rule in rules() for kernel in rule.vendor_kernels.values()]
+    kernels = [kernel for rule in every_rule() for kernel in rule.vendor_kernels.values()]
     allowed = {(kernel.__module__.rpartition(".")[2], kernel.__name__) for kernel in kernels}
     assert ("convolution", "_weight_by_kernel") in found
     assert found <= allowed

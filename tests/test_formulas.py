@@ -15,19 +15,13 @@ from torch.testing import assert_close
 
 from manualgrad import fuse, registry
 from manualgrad.registry import Call, Maker, Op
-from manualgrad.rule import Rule, reuse
+from manualgrad.rule import Rule, every_rule, reuse
 from manualgrad.rule import function as rule_function
 from manualgrad.rule.formulas import Formula, Program
 from manualgrad.rule.spec import impurities
 
 registry.ops()  # all rules are defined
-
-
-def rules(of: type[Rule] = Rule) -> Iterator[type[Rule]]:
-    for found in of.__subclasses__():
-        if found.__module__.startswith("manualgrad.ops."):
-            yield found
-        yield from rules(found)
+RULES = sorted({rule for rule in every_rule() if rule.__module__.startswith("manualgrad.ops.")}, key=str)
 
 
 def called(function: Any, seen: set[Any]) -> Iterator[FunctionType]:
@@ -48,7 +42,7 @@ def names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(names(x) for x in code.co_consts if isinstance(x, CodeType)))
 
 
-@pytest.mark.parametrize("rule", [pytest.param(rule, id=rule.__name__) for rule in sorted(set(rules()), key=str)])
+@pytest.mark.parametrize("rule", [pytest.param(rule, id=rule.__name__) for rule in RULES])
 def test_formulas_are_pure(rule: type[Rule]) -> None:
     """They write into no tensor and test neither sizes nor devices; nor does any helper that they call."""
     methods = [method for name, method in inspect.getmembers(rule, inspect.isfunction) if not hasattr(Rule, name)]

@@ -6,7 +6,6 @@ import inspect
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from torch.testing import assert_close
 from manualgrad import registry
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.ops.normalization import LayerNormFunction
-from manualgrad.rule import Rule, torch_internals
+from manualgrad.rule import Rule, every_rule, torch_internals
 
 
 class CubeFunction(Rule):
@@ -168,12 +167,6 @@ def test_two_rules_compiled_one_after_the_other_are_not_mistaken() -> None:
         compiled = torch.compile(entry, fullgraph=True, backend="aot_eager")
         (found,) = torch.autograd.grad(compiled(x).sum(), x)
         assert_close(found, torch.autograd.grad(op.reference(x).sum(), x)[0])
-
-
-def every_rule(of: type[Rule] = Rule) -> Iterator[type[Rule]]:
-    for found in of.__subclasses__():
-        yield found
-        yield from every_rule(found)
 
 
 def test_names_of_rules_tell_them_apart() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manualgrad.ops.elementary import Elementwise, Pointwise, drop_in, refusing_as, stands_for
 from manualgrad.registry import Call, register
-from manualgrad.rule import LOWER, Rule, replaces
+from manualgrad.rule import LOWER, Rule, replaces, reusing
 from manualgrad.saving import large, usable_recipe_of
 
 _elu = torch._C._nn.elu  # F.elu with its two scales  # pyright: ignore[reportAttributeAccessIssue]
@@ -215,7 +215,7 @@ def normal_cdf(x: Tensor) -> Tensor:
 def _normal_cdf_by_gelu(x: Tensor) -> Tensor:
     """gelu(x) / x. On the CPU torch's erf takes longer than its gelu, x Φ(x)."""
     if not x.is_cpu:
-        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+        return reusing(normal_cdf)(x)
     shifted = x + 1e-20  # not quite zero
     return F.gelu(shifted).div_(shifted).nan_to_num_(0.5)
 

@@ -9,7 +9,7 @@ from manualgrad.ops.elementary import stands_for
 from manualgrad.ops.loss import MEAN, NONE, _nn
 from manualgrad.ops.softmax import log_softmax
 from manualgrad.registry import Call, register
-from manualgrad.rule import FLOAT32, Rule, cast, replaces
+from manualgrad.rule import FLOAT32, Rule, cast, replaces, reusing
 
 
 class ClassLoss(Rule):
@@ -110,7 +110,7 @@ def softmax_of_valid(x: Tensor, valid: Tensor, axis: int) -> Tensor:
 
 @replaces(softmax_of_valid)
 def _softmax_of_valid(x: Tensor, valid: Tensor, axis: int) -> Tensor:
-    return torch.softmax(x if x.is_cpu and valid.all() else torch.where(valid, x, 0), axis)
+    return torch.softmax(x, axis) if x.is_cpu and valid.all() else reusing(softmax_of_valid)(x, valid, axis)
 
 
 def _along(weight: Tensor, input: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from manualgrad.fallback import Misfit as Misfit
 from manualgrad.fallback import with_torchs_say
 from manualgrad.registry import register_kernel
 from manualgrad.rule import FLOAT32, Rule
-from manualgrad.rule.torch_internals import inplace_is_safe
 from manualgrad.saving import recipe_of
 
 Wrapped = TypeVar("Wrapped", bound=Callable[..., object])
@@ -82,14 +81,6 @@ def unflatten(tensor: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
     """`torch.unflatten` likewise."""
     axis = axis % tensor.dim()
     return tensor.reshape(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :])
-
-
-def channels_last(tensor: Tensor) -> bool:
-    """It is an image (or a volume) whose channels lie innermost in memory, and nothing looks on."""
-    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if form is None or not inplace_is_safe(tensor) or tensor.is_contiguous():
-        return False
-    return tensor.is_contiguous(memory_format=form)
 
 
 class ChooseFunction(Rule):

@@ -9,7 +9,7 @@ from manualgrad.ops.distance import pairwise_distance
 from manualgrad.ops.elementary import ChooseFunction, DifferenceFunction, broadcast, stands_for
 from manualgrad.ops.loss import MEAN, NONE, Loss, _nn, reduced
 from manualgrad.registry import Call, Maker, register
-from manualgrad.rule import FLOAT32, Rule, cast
+from manualgrad.rule import FLOAT32, Rule, cast, replaces, reusing
 from manualgrad.rule.torch_internals import CLAMP_PASSES_AT_ITS_BOUND, COMPILED_MULTILABEL_MARGIN_IS_WRONG
 
 
@@ -264,11 +264,24 @@ def multi_margin_loss(
     return MultiMarginLossFunction.apply(input, target, p, margin, weight, reduction)
 
 
+def _active_pairs(input: Tensor, index: Tensor, is_label: Tensor) -> Tensor:
+    """Σ_j a_jc for each class c, less Σ_c a_jc at each label t_j."""
+    is_other = torch.zeros_like(input, dtype=torch.long).scatter_add(-1, index, is_label.long()) == 0
+    ahead = 1 - input.gather(-1, index).unsqueeze(-1) + input.unsqueeze(-2) > 0
+    active = ahead & is_label.unsqueeze(-1) & is_other.unsqueeze(-2)
+    return active.sum(-2).scatter_add(-1, index, -active.sum(-1))
+
+
+def multilabel_margin_gradient(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
+    is_label = (target < 0).cumsum(-1) == 0
+    return h / max(input.shape[-1], 1) * _active_pairs(input, target * is_label, is_label)
+
+
+@replaces(multilabel_margin_gradient)
 def _without_padding(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
     """The gradient with only as many columns of labels as the longest row has: fewer pairs to compare."""
     longest = int(((target < 0).cumsum(-1) == 0).sum(-1).max()) if target.numel() else 0
-    gradient = MultiLabelMarginLossFunction.grad_input  # pyright: ignore[reportAttributeAccessIssue]
-    return gradient(h, input, target[..., :longest])
+    return reusing(multilabel_margin_gradient)(h, input, target[..., :longest])
 
 
 class MultiLabelMarginLossFunction(Rule):
@@ -279,7 +292,6 @@ class MultiLabelMarginLossFunction(Rule):
     """
 
     autocast = FLOAT32
-    vendor_kernels = {"grad_input": _without_padding}
 
     def forward(input: Tensor, target: Tensor, reduction: int) -> Tensor:
         return _nn.multilabel_margin_loss(input, target, reduction)
@@ -289,16 +301,7 @@ class MultiLabelMarginLossFunction(Rule):
         return grad.unsqueeze(-1) if reduction == NONE else grad / max(rows, 1) if reduction == MEAN else grad
 
     def grad_input(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
-        is_label = (target < 0).cumsum(-1) == 0
-        return h / max(input.shape[-1], 1) * _active_pairs(input, target * is_label, is_label)
-
-
-def _active_pairs(input: Tensor, index: Tensor, is_label: Tensor) -> Tensor:
-    """Σ_j a_jc for each class c, less Σ_c a_jc at each label t_j."""
-    is_other = torch.zeros_like(input, dtype=torch.long).scatter_add(-1, index, is_label.long()) == 0
-    ahead = 1 - input.gather(-1, index).unsqueeze(-1) + input.unsqueeze(-2) > 0
-    active = ahead & is_label.unsqueeze(-1) & is_other.unsqueeze(-2)
-    return active.sum(-2).scatter_add(-1, index, -active.sum(-1))
+        return multilabel_margin_gradient(h, input, target)
 
 
 @stands_for(_nn.multilabel_margin_loss)

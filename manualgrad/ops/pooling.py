@@ -21,7 +21,6 @@ from manualgrad.ops.elementary import (
     AbsoluteFunction,
     Numbers,
     PowerFunction,
-    channels_last,
     drop_in,
     each,
     flatten,
@@ -30,7 +29,8 @@ from manualgrad.ops.elementary import (
 )
 from manualgrad.ops.padding import pad
 from manualgrad.registry import Call, Maker, register, stand_ins
-from manualgrad.rule import Rule, replaces
+from manualgrad.rule import Rule, replaces, reusing
+from manualgrad.rule.operations import is_channels_last
 from manualgrad.saving import large
 
 kernels: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
@@ -131,12 +131,11 @@ def sum_over_windows(g: Tensor, j: Tensor, sizes: tuple[int, ...]) -> Tensor:
 def _sum_in_channels_last(g: Tensor, j: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """The same in the memory format of g."""
     n = len(sizes)
-    if g.dim() == n + 2 and channels_last(g):
+    if g.dim() == n + 2 and is_channels_last(g):
         g, j = (x.movedim(1, -1).flatten(1, -2) for x in (g, j))
         total = g.new_zeros(len(g), math.prod(sizes), g.shape[-1]).scatter_add_(1, j, g)
         return total.unflatten(1, sizes).movedim(-1, 1)
-    total = g.new_zeros(*g.shape[:-n], math.prod(sizes)).scatter_add_(-1, j.flatten(-n), g.flatten(-n))
-    return total.reshape(*g.shape[:-n], *sizes)
+    return reusing(sum_over_windows)(g, j, sizes)
 
 
 def compacted(indices: Tensor, pool: Pool) -> Tensor:
@@ -177,7 +176,7 @@ def looked_up(table: Tensor, index: Tensor) -> Tensor:
 @replaces(looked_up)
 def _looked_up_in_order_of_memory(table: Tensor, index: Tensor) -> Tensor:
     """In a third of the time."""
-    if channels_last(index):
+    if is_channels_last(index):
         return _looked_up_in_order_of_memory(table, index.movedim(1, -1)).movedim(-1, 1)
     return table.index_select(0, index.reshape(-1)).reshape(index.shape)
 
@@ -316,7 +315,7 @@ def sum_over_means(g: Tensor, pool: Pool, last: int) -> Tensor:
 @replaces(sum_over_means)
 def _means_in_channels_last(g: Tensor, pool: Pool, last: int) -> Tensor:
     """The same in the memory format of g."""
-    if g.dim() == len(pool.sizes) + 2 and channels_last(g):
+    if g.dim() == len(pool.sizes) + 2 and is_channels_last(g):
         return sum_over_means(g.movedim(1, -1), pool, last - 1).movedim(-1, 1)
     return sum_over_means(g, pool, last)
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import Numbers, channels_last, drop_in, each, flatten, stands_for, unflatten
+from manualgrad.ops.elementary import Numbers, drop_in, each, flatten, stands_for, unflatten
 from manualgrad.registry import Call, register
-from manualgrad.rule import LOWER, Rule, cast, replaces
+from manualgrad.rule import LOWER, Rule, cast, replaces, reusing
+from manualgrad.rule.operations import CHANNELS_LAST, is_channels_last
 from manualgrad.rule.torch_internals import is_batched
 
 Pair = tuple[int, int]
@@ -73,7 +74,7 @@ _BAND = 64
 @replaces(along_axis)
 def _along_axis_by_bands(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
     """The same of a matrix that is zero except near its diagonal, by bands of rows."""
-    if channels_last(tensor):
+    if is_channels_last(tensor):
         return _along_axis_by_bands(matrix, tensor.movedim(1, -1), axis - 1).movedim(-1, 1)
     n, m = matrix.shape
     reach = 4 * n / max(min(n, m), 1) + 2  # of the widest kernel, in rows
@@ -121,9 +122,6 @@ class Nearest:
         return times if exact and (self.scale is None or self.scale[axis] == times) else 0
 
 
-_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-
-
 def pixels_taken(nearest: Nearest, device: torch.device) -> list[Tensor]:
     """i(p) along each axis: what the kernel makes of images that show at each pixel its place.
 
@@ -135,7 +133,7 @@ def pixels_taken(nearest: Nearest, device: torch.device) -> list[Tensor]:
     images = [place >> (8 * i) & 255 if digits > 1 else place for place in places for i in range(digits)]
     shown = torch.stack(images).to(nearest.dtype).unsqueeze(1).repeat(1, nearest.channels, *[1] * k)
     if nearest.innermost:
-        shown = shown.contiguous(memory_format=_CHANNELS_LAST[k])
+        shown = shown.contiguous(memory_format=CHANNELS_LAST[shown.dim()])
     found = nearest(shown)[:, 0].unflatten(0, (k, digits)).long()
     shift = 8 * torch.arange(digits, device=device).reshape(digits, *[1] * k)
     taken = (found << shift).sum(1).unbind()
@@ -179,9 +177,9 @@ def sum_over_places(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
 @replaces(sum_over_places)
 def _sum_over_places(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
     """The same in the memory format of g."""
-    if channels_last(g):
+    if is_channels_last(g):
         return _sum_over_places(g.movedim(1, -1), axis - 1, i, n).movedim(-1, 1)
-    return g.new_zeros(*g.shape[:axis], n, *g.shape[axis:][1:]).index_add_(axis, i, g)
+    return reusing(sum_over_places)(g, axis, i, n)
 
 
 def _with_kernel(
@@ -190,7 +188,7 @@ def _with_kernel(
     """The input in the dtype that autocast gives it, and the kernel for it."""
     shape = tuple(input.shape[2:])
     (input,) = cast(NearestFunction, (input,))
-    form = _CHANNELS_LAST.get(len(shape))
+    form = CHANNELS_LAST.get(input.dim())
     eager = not torch.compiler.is_compiling()  # torch.compile's replacement of a kernel depends on no layout
     innermost = eager and form is not None and not is_batched(input) and input.is_contiguous(memory_format=form)
     return input, Nearest(mode, shape, size, scale, min(input.shape[1], 4), innermost, input.dtype)

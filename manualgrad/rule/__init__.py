@@ -40,7 +40,7 @@ spec.py reads and checks the class, function.py makes the Function, dispatch.py 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch.autograd import Function
@@ -51,6 +51,7 @@ from manualgrad.rule.dispatch import make_apply, make_apply_
 from manualgrad.rule.function import Implementation
 from manualgrad.rule.function import saved_by as saved_by
 from manualgrad.rule.reuse import replaces as replaces
+from manualgrad.rule.reuse import reusing as reusing
 from manualgrad.rule.spec import Spec
 
 
@@ -111,6 +112,13 @@ class Rule:
             if hasattr(cls, "forward_"):
                 cls.apply_ = staticmethod(make_apply_(implementation))
             cls.implementation = implementation
+
+
+def every_rule(of: type[Rule] = Rule) -> Iterator[type[Rule]]:
+    """The rules that are defined so far. One with several bases comes several times."""
+    for rule in of.__subclasses__():
+        yield rule
+        yield from every_rule(rule)
 
 
 LOWER = {"cpu": "lower", "cuda": "lower"}

@@ -19,6 +19,7 @@ import builtins
 import inspect
 import linecache
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import FunctionType
@@ -41,6 +42,11 @@ class Formula:
     def tree(self) -> ast.FunctionDef | None:
         """The syntax tree, None if there is no source (as of what ``exec`` has defined)."""
         return tree_of(self.function)
+
+    def place(self, line: int | None = None) -> str:
+        """The method, and where it is."""
+        code = self.function.__code__
+        return f'{self.function.__qualname__} (file "{code.co_filename}", line {line or code.co_firstlineno})'
 
     @cached_property
     def statements(self) -> list[ast.Assign] | None:
@@ -145,9 +151,7 @@ class Line:
 
     @property
     def place(self) -> str:
-        code = getattr(self.formula.function, "__code__", None)
-        name = getattr(self.formula.function, "__qualname__", self.formula.target)
-        return name if code is None else f'{name}, file "{code.co_filename}", line {self.lineno}'
+        return self.formula.place(self.lineno)
 
 
 class Program:
@@ -177,7 +181,7 @@ class Program:
         names = self._new_names(formula)
         if names is None:
             return [self._call(formula)]
-        lines = [Line(_Rename(names).visit(_copied(x)), formula, x.lineno) for x in formula.statements]
+        lines = [Line(_Rename(names).visit(deepcopy(x)), formula, x.lineno) for x in formula.statements]
         lines[-1].statement.targets = [ast.Name(formula.target, ast.Store())]  # even if a local name is the same
         return lines
 
@@ -226,24 +230,20 @@ class Program:
         return Line(ast.Assign(target, ast.Call(ast.Name(name, ast.Load()), args, [])), formula, lineno)
 
     @property
-    def statements(self) -> list[tuple[ast.Assign, Formula]]:
-        return [(line.statement, line.formula) for line in self.lines]
-
-    @property
     def places(self) -> list[str]:
         """Where the author wrote each line."""
         return [line.place for line in self.lines]
 
     @property
-    def result_line(self) -> str:
-        return f"return ({', '.join(map(str, self.results))}{',' if len(self.results) == 1 else ''})"
-
-    @property
     def source(self) -> str:
         """The program as text."""
-        lines = [ast.unparse(ast.fix_missing_locations(line.statement)) for line in self.lines]
+        return self.text([ast.unparse(ast.fix_missing_locations(line.statement)) for line in self.lines])
+
+    def text(self, lines: Iterable[str]) -> str:
+        """The function of these lines, with the parameters and the results of the program."""
         head = f"def {self.name}({', '.join(self.parameters)}):"
-        return "\n".join([head, *(f"    {x}" for x in (*lines, self.result_line)), ""])
+        end = f"return ({', '.join(map(str, self.results))}{',' if len(self.results) == 1 else ''})"
+        return "\n".join([head, *(f"    {x}" for x in (*lines, end)), ""])
 
     def compiled(self) -> Callable[..., tuple[Any, ...]]:
         return compile_source(self.source, self.name, self.scope, self.places)
@@ -274,10 +274,6 @@ def note_place(error: BaseException) -> None:
         if 0 <= line < len(places):
             error.add_note(f"in the formula {places[line]}")
         traceback = traceback.tb_next
-
-
-def _copied(statement: ast.Assign) -> ast.Assign:
-    return ast.parse(ast.unparse(ast.fix_missing_locations(statement))).body[0]  # type: ignore[return-value]
 
 
 class _Rename(ast.NodeTransformer):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from torch.nn import Parameter
 from manualgrad import accelerators, fuse, saving
 from manualgrad.fallback import UNRELATED_ERRORS
 from manualgrad.rule.formulas import Formula, Program, note_place
+from manualgrad.rule.operations import CHANNELS_LAST, is_channels_last
 from manualgrad.rule.reuse import Reusing, Unsupported, fast, makes_tables
 from manualgrad.rule.spec import SHAPE_OF_OUTPUT, Spec
 from manualgrad.rule.torch_internals import (
@@ -130,13 +130,11 @@ class Plan:
 
     @cached_property
     def reusing(self) -> Compute:
-        program = self._with_kernels(fast_formulas=True)
-        return compiled_with_reuse(program, program.compiled())
+        return compiled_with_reuse(self._with_kernels(fast_formulas=True))
 
     @cached_property
     def compute_early(self) -> Callable[..., tuple[Any, ...]]:
-        program = Program("forward", self.early_formulas, self.early_names, self.early)
-        return compiled_with_reuse(program, program.compiled())
+        return compiled_with_reuse(Program("forward", self.early_formulas, self.early_names, self.early))
 
     @cached_property
     def batch_dims(self) -> Callable[..., tuple[int]]:
@@ -156,12 +154,11 @@ def _kernel_or(formula: Formula, kernel: Callable[..., Any], fast_formula: bool)
     return Formula(formula.target, compute, formula.names)
 
 
-def compiled_with_reuse(program: Program, plain: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_with_reuse(program: Program) -> Callable[..., Any]:
     try:
-        reusing = Reusing(program)
+        return Reusing(program).compiled()
     except Unsupported:
-        return plain
-    return reusing.compiled() if reusing.differs else plain
+        return program.compiled()
 
 
 def _select(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -197,15 +194,12 @@ def saved_by(node: Any) -> tuple[type[Any], dict[str, Any]] | None:
     return None
 
 
-@dataclass
 class Implementation:
     """The parts of the Functions of one rule."""
 
-    spec: Spec
-
-    def __post_init__(self) -> None:
-        rule, spec = self.spec.rule, self.spec
-        self.rule = rule
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        rule = self.rule = spec.rule
         self.forward = rule.forward
         self.n = len(spec.inputs)
         self.has_statistics = bool(rule.statistics)
@@ -235,15 +229,20 @@ class Implementation:
 
     def _recompute(self, *values: Any) -> Any:
         """The formula ``recompute``, with statistics from the inputs if the backward is differentiated."""
-        key = backward_is_differentiated()
-        compute = self.pushforwards.get(("recompute", key))
-        if compute is None:
-            given = self.spec.given - self.spec.moving if key else self.spec.given
-            formulas = self.spec.order(["recompute"], given)
-            program = Program("forward", formulas, self.spec.formulas["recompute"].names, ["recompute"])
-            compute = program.compiled() if key else compiled_with_reuse(program, program.compiled())
-            self.pushforwards[("recompute", key)] = compute
-        return compute(*values)[0]
+        differentiated = backward_is_differentiated()
+        return (self._recompute_differentiable if differentiated else self._recompute_saved)(*values)[0]
+
+    @cached_property
+    def _recompute_saved(self) -> Callable[..., Any]:
+        return compiled_with_reuse(self._program_to_recompute(self.spec.given))
+
+    @cached_property
+    def _recompute_differentiable(self) -> Callable[..., Any]:
+        return self._program_to_recompute(self.spec.given - self.spec.moving).compiled()
+
+    def _program_to_recompute(self, given: frozenset[str]) -> Program:
+        names = self.spec.formulas["recompute"].names
+        return Program("forward", self.spec.order(["recompute"], given), names, ["recompute"])
 
     # --- forward ---
 
@@ -391,11 +390,9 @@ class Implementation:
 
     def formatted(self, found: Gradients, grad: Tensor) -> Gradients:
         """With the memory format of the upstream gradient, where the rule says so."""
-        form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(grad.dim())
-        if form is None or grad.is_contiguous() or not inplace_is_safe(grad):
+        if not inplace_is_safe(grad) or not is_channels_last(grad):  # (under vmap it cannot be asked)
             return found
-        if not grad.is_contiguous(memory_format=form):
-            return found
+        form = CHANNELS_LAST[grad.dim()]
         places = [self.spec.gradients.index(name) for name in self.rule.format_of_grad]
         return tuple(
             x.contiguous(memory_format=form) if i in places and x is not None and x.dim() == grad.dim() else x

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""By the number of axes."""
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """A batch of images (or of volumes) whose channels are innermost in memory."""
+    form = CHANNELS_LAST.get(tensor.dim())
+    return form is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=form)
 
 
 def _fits(operand: Any, other: Any) -> bool:

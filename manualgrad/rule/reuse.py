@@ -14,7 +14,7 @@ operations are replaced by a faster one with the same result to rounding (see `r
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import CodeType, FunctionType
@@ -86,14 +86,13 @@ class _Steps:
         self.steps: list[Step] = []
         self.captured: set[str] = set()
         """Names that a function inside an expression reads, whenever it is called."""
-        for line, (statement, _) in enumerate(program.statements):
-            self.line = line
-            target = statement.targets[0]
+        for self.line, line in enumerate(program.lines):
+            target = line.statement.targets[0]
             parts = target.elts if isinstance(target, ast.Tuple) else [target]
             names = [x.id for x in parts if isinstance(x, ast.Name)]
             if len(names) < len(parts):  # nested, or starred
                 raise Unsupported
-            self._add(tuple(names), self._operation(statement.value))
+            self._add(tuple(names), self._operation(line.statement.value))
 
     def _add(self, targets: tuple[str, ...], node: ast.expr) -> ast.Name:
         for inner in ast.walk(node):
@@ -184,8 +183,7 @@ class Reusing:
 
     @property
     def source(self) -> str:
-        head = f"def {self.program.name}({', '.join(self.program.parameters)}):"
-        return "\n".join([head, *(f"    {x}" for x in (*self.text, self.program.result_line)), ""])
+        return self.program.text(self.text)
 
     def compiled(self) -> Callable[..., tuple[Any, ...]]:
         places = [self.program.places[step.line] for step in self.steps]
@@ -348,7 +346,7 @@ class Reusing:
 
     def _function(self, node: ast.Call, i: int) -> tuple[ast.expr, str | None]:
         function = self.value(node.func)
-        into = _POINTWISE_FUNCTIONS.get(function) if _is_hashable(function) else None
+        into = _POINTWISE_FUNCTIONS.get(function) if isinstance(function, Hashable) else None
         if into and len(node.args) == 1 and not node.keywords and self._is_writable(node.args[0], i):
             return _into(into, node.args[0]), _id(node.args[0])
         faster = fast(function)
@@ -360,10 +358,6 @@ class Reusing:
 
 
 _POINTWISE_FUNCTIONS: dict[Any, str] = {getattr(torch, x): x for x in POINTWISE if hasattr(torch, x)}
-
-
-def _is_hashable(function: Any) -> bool:
-    return getattr(type(function), "__hash__", None) is not None
 
 
 def _is_same(a: ast.expr, b: ast.expr) -> bool:
@@ -403,26 +397,24 @@ def replaces(function: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
     return enter
 
 
-def replacements() -> dict[Any, Callable[..., Any]]:
-    """Each function that has a faster one, with it."""
-    return dict(_replacements)
-
-
 def fast(function: Any) -> Any:
     """The function as a program with reuse calls it."""
-    if not _is_hashable(function):
+    if not isinstance(function, Hashable):
         return function
-    if function in _replacements:
-        return _replacements[function]
+    return _replacements[function] if function in _replacements else reusing(function)
+
+
+def reusing(function: Any) -> Any:
+    """A function of ours that formulas call, with its temporaries reused."""
     if not isinstance(function, FunctionType) or not function.__module__.startswith("manualgrad.ops."):
         return function
     if function not in _fast:
         _fast[function] = function  # while it is made: it may call itself
-        reusing = _rewritten_helper(function)
-        if reusing is None:
+        found = _rewritten_helper(function)
+        if found is None:
             _fast[function] = _with_fast_callees(function)
-        elif reusing.differs:
-            compute = reusing.compiled()
+        elif found.differs:
+            compute = found.compiled()
             _fast[function] = lambda *args: compute(*args)[0]
     return _fast[function]
 
@@ -459,7 +451,7 @@ def _names_in(code: CodeType) -> set[str]:
 
 def returns_fresh(function: Any) -> bool:
     """The function returns memory of its own."""
-    if not _is_hashable(function):
+    if not isinstance(function, Hashable):
         return False
     if function in _replacements:
         return True

@@ -70,16 +70,16 @@ class Spec:
             if inspect.isfunction(method) and name not in self.base.__annotations__
         }
 
-    @property
+    @cached_property
     def gradients(self) -> tuple[str, ...]:
         return tuple(f"grad_{name}" for name in self.inputs)
 
-    @property
+    @cached_property
     def given(self) -> frozenset[str]:
         """What no formula needs to compute."""
         return frozenset((*self.values, "grad"))
 
-    @property
+    @cached_property
     def moving(self) -> frozenset[str]:
         """Statistics that are functions of the inputs: a formula of the same name computes them."""
         return frozenset(self.rule.statistics) & frozenset(self.formulas)
@@ -94,8 +94,8 @@ class Spec:
             self._check_formula(name, formula)
         self._check_use()
         for formula in self.formulas.values():
-            for line, what in impurities(formula.tree, PURE_ALWAYS):
-                raise TypeError(f"{place(formula, line)}: a formula computes new tensors, but this one {what}")
+            for line, what in impurities(formula.tree, ["writes"]):
+                raise TypeError(f"{formula.place(line)}: a formula computes new tensors, but this one {what}")
 
     def _check_attributes(self) -> None:
         classes = self.rule.__mro__[: self.rule.__mro__.index(self.base)]
@@ -138,18 +138,20 @@ class Spec:
     def _check_formula(self, name: str, formula: Formula) -> None:
         target = name.removeprefix("grad_")
         if name.startswith("grad_") and target not in self.inputs:
-            raise TypeError(f"{place(formula)}: forward has no input {target!r}{_suggestion(target, self.inputs)}")
+            raise TypeError(
+                f"{formula.place()}: forward has no input {target!r}{_suggestion(target, self.inputs)}"
+            )
         known = {*self.given, *self.formulas}
         for needed in formula.names:
             if needed not in known:
                 raise TypeError(
-                    f"{place(formula)} asks for {needed!r}, which is no input, output, statistic or method"
+                    f"{formula.place()} asks for {needed!r}, which is no input, output, statistic or method"
                     f"{_suggestion(needed, known)}"
                 )
         try:
             self.order([name], self.given)
         except TypeError as error:
-            raise TypeError(f"{place(formula)}: {error}") from None
+            raise TypeError(f"{formula.place()}: {error}") from None
 
     def _check_use(self) -> None:
         """Each method that the class itself has is part of a gradient."""
@@ -159,15 +161,9 @@ class Spec:
         for name, method in vars(self.rule).items():
             if name in self.formulas and name not in used and isinstance(method, staticmethod):
                 names = {*self.gradients, *_METHODS}
-                raise TypeError(f"{place(self.formulas[name])}: no gradient names it{_suggestion(name, names)}")
+                raise TypeError(f"{self.formulas[name].place()}: no gradient names it{_suggestion(name, names)}")
         if not any(name in self.formulas for name in self.gradients):
             raise TypeError(f"{self.rule.__name__} has no gradient: define grad_{self.inputs[0]}, for example")
-
-
-def place(formula: Formula, line: int | None = None) -> str:
-    """A method and where it is."""
-    code = formula.function.__code__
-    return f'{formula.function.__qualname__} (file "{code.co_filename}", line {line or code.co_firstlineno})'
 
 
 def _is_tensor(hint: Any) -> bool:
@@ -182,8 +178,6 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 
 # --- what a formula may not do ---
-
-PURE_ALWAYS = ("writes",)
 
 
 def impurities(tree: ast.FunctionDef | None, kinds: Iterable[str] = ("writes", "tests")) -> list[tuple[int, str]]:
