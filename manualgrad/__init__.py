@@ -2,7 +2,7 @@
 
     import manualgrad.nn as nn      # instead of import torch.nn as nn
     manualgrad.convert(model)       # or a model that exists, in place; `revert` gives it back
-    with manualgrad.enabled(): ...  # or torch's own functions, called in here
+    with manualgrad.override_torch_functions(): ...  # or torch's own functions, called in here
     print(manualgrad.show(nn.GELU)) # the derivation, the gradient as written, and the program made of it
 
 Each layer and loss is a `torch.autograd.Function` whose gradient is written by hand, its derivation beside it
@@ -14,9 +14,9 @@ import manualgrad.rule.torch_internals  # noqa: F401  # isort: skip  (first: it 
 from manualgrad import nn, registry
 from manualgrad.adapters import register_adapter
 from manualgrad.conversion import conversion_report, convert, revert
-from manualgrad.enabling import enabled
 from manualgrad.fallback import FallbackError, record_fallbacks
 from manualgrad.meter import saved_bytes
+from manualgrad.override import override_torch_functions
 from manualgrad.rule import Rule
 from manualgrad.show import show
 from manualgrad.verification import verify
@@ -28,8 +28,8 @@ __all__ = [
     "Rule",
     "conversion_report",
     "convert",
-    "enabled",
     "nn",
+    "override_torch_functions",
     "record_fallbacks",
     "register_adapter",
     "registry",

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from manualgrad.binding import derived
 from manualgrad.fallback import UNRELATED_ERRORS
 from manualgrad.nn import functional
 from manualgrad.ops.activation import SwishFunction
 from manualgrad.ops.elementary import product
 from manualgrad.ops.linear_cross_entropy import linear_cross_entropy_in_float32
+from manualgrad.rebinding import derived
 
 Forward = TypeVar("Forward", bound=Callable[[Any, Tensor], Tensor])
 

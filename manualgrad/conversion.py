@@ -3,12 +3,12 @@
 What sets a module of `torch.nn` apart from ours is its class alone, so its class alone is exchanged: model,
 modules, parameters, buffers, hooks, optimizers and tied weights stay the objects that they are. Its class becomes
 
-    of torch.nn                 ours, `binding.derived`
+    of torch.nn                 ours, `rebinding.derived`
     a subclass of one           a subclass of both, made here, if it overrides nothing that ours does
     parametrized                `torch.nn.utils.parametrize` gives each module a class of its own: the same over
                                 what becomes of the one beneath
     known to an adapter         a subclass, made here, with the adapter's forward (`manualgrad.adapters`)
-    any other, with a forward   if ``functional``, a subclass, made here, whose forward runs inside `enabled`
+    any other, with a forward   if ``functional``, a subclass that runs inside `override_torch_functions`
     ReLU in place before a pool a subclass, made here, that saves a bit mask: no pool saves what it is given
 
 Functions that modules hold (an ``activation``) are exchanged in the same way. `revert` reads all of it off the
@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from manualgrad import adapters, binding
-from manualgrad.enabling import enabled
+from manualgrad import adapters, rebinding
 from manualgrad.nn import functional as our_functional
 from manualgrad.ops.activation import leaky_relu_with_mask, relu_with_mask
+from manualgrad.override import override_torch_functions
 
 Model = TypeVar("Model", bound=nn.Module)
 Class = type[nn.Module]
@@ -49,7 +49,7 @@ def convert(model: Model, *, functional: bool = False, fused_loss: bool = False)
     Args:
         model: any module: a network, one layer, a loss; also inside of DataParallel, DDP or torch.compile.
         functional: what the model's own ``forward`` methods call (``F.relu``, ``x.softmax(-1)``) is ours as well:
-            they run inside `enabled`.
+            they run inside `override_torch_functions`.
         fused_loss: a causal language model of `transformers` that is given labels in training computes its loss by
             `linear_cross_entropy`, which never has more than some of the logits; in its output there are none.
 
@@ -250,7 +250,7 @@ def _class_was(kind: Class) -> Class:
 
 def _ours(kind: Any) -> Any:
     """Our class for one of torch.nn; itself, if there is none."""
-    return binding.derived(kind) if binding.is_module(kind) else kind
+    return rebinding.derived(kind) if rebinding.is_module(kind) else kind
 
 
 def _overridden(kind: Class, torchs: Class) -> list[str]:
@@ -292,7 +292,7 @@ def _maker(make: Callable[..., _Contents]) -> Callable[..., Class]:
         kind, (bases, contents) = given[0], make(*given)
         bases = bases if issubclass(kind, _Quiet) else (_Quiet, *bases)
         about = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        about |= {"_made": (maker, given), "_note": "", **binding.NOT_SCRIPTABLE}
+        about |= {"_made": (maker, given), "_note": "", **rebinding.NOT_SCRIPTABLE}
         return _metaclass(type(kind))(kind.__name__, bases, about | contents)
 
     @functools.wraps(make)
@@ -330,10 +330,10 @@ def _enabling(kind: Class) -> _Contents:
 
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with enabled():
+        with override_torch_functions():
             return kind.forward(self, *args, **kwargs)
 
-    return (kind,), {"forward": forward, "_note": "its forward runs inside enabled()"}
+    return (kind,), {"forward": forward, "_note": "its forward runs inside override_torch_functions()"}
 
 
 @_maker

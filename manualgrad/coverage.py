@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from manualgrad import nn
 from manualgrad.meter import saved_bytes
-from manualgrad.registry import Call, Maker, Op, ops, stand_ins
+from manualgrad.registry import Op, SampleInput, TensorFactory, kernel_replacements, ops
 from manualgrad.verification.derivatives import derivative, line, quotient
 from manualgrad.verification.subject import Subject, upstream
 
@@ -48,7 +48,10 @@ def missing() -> list[str]:
     functions = [
         name
         for name, value in vars(F).items()
-        if callable(value) and not inspect.isclass(value) and not name.startswith("_") and value not in stand_ins
+        if callable(value)
+        and not inspect.isclass(value)
+        and not name.startswith("_")
+        and value not in kernel_replacements
         if (getattr(value, "__module__", None) or "torch").startswith("torch")
     ]
     return [
@@ -104,7 +107,7 @@ def orders(op: Op) -> tuple[str, str]:
     Along a line a derivative is one number. The truth is the difference quotient of our own, one order lower,
     which the laws have held against the order below in turn.
     """
-    call = next(call for call in op.samples(Maker()) if call.gradient_is_derivative or call.after)
+    call = next(call for call in op.sample_inputs(TensorFactory()) if call.gradient_is_derivative or call.after)
     args, kwargs = call.marked()
     lines = [_along(_of_what_precedes(f, call), args, kwargs) for f in (op.function, op.reference)]
     marks = ["", ""]
@@ -116,7 +119,7 @@ def orders(op: Op) -> tuple[str, str]:
     return marks[0], marks[1]
 
 
-def _of_what_precedes(function: Callable[..., Any], call: Call) -> Callable[..., Any]:
+def _of_what_precedes(function: Callable[..., Any], call: SampleInput) -> Callable[..., Any]:
     after = call.after
     return function if after is None else lambda x, *args, **kwargs: function(after(x), *args, **kwargs)
 
@@ -154,15 +157,17 @@ class Row(NamedTuple):
     orders_of_torch: str
     kept: float
     kept_by_torch: float
-    lacks: dict[str, str]
+    expected_failures: dict[str, str]
 
     def __str__(self) -> str:
         modules = ", ".join(f"`{name}`" for name in self.modules)
-        laws = {reason: [law for law in self.lacks if self.lacks[law] == reason] for reason in self.lacks.values()}
-        lacks = "; ".join(f"`{'`, `'.join(names)}`: {reason}" for reason, names in laws.items())
+        laws: dict[str, list[str]] = {}
+        for law, reason in self.expected_failures.items():
+            laws.setdefault(reason, []).append(law)
+        failures = "; ".join(f"`{'`, `'.join(names)}`: {reason}" for reason, names in laws.items())
         return (
             f"| `{self.name}` | {modules} | {self.file} | {self.orders} | {self.orders_of_torch} | "
-            f"{self.kept:.3g} | {self.kept_by_torch:.3g} | {lacks} |"
+            f"{self.kept:.3g} | {self.kept_by_torch:.3g} | {failures} |"
         )
 
 
@@ -176,12 +181,14 @@ def row(op: Op) -> Row:
         warnings.simplefilter("ignore")
         ours, torch_s = orders(op)
         kept, kept_by_torch = (_kept(op, function) for function in (op.function, op.reference))
-    return Row(op.name, modules_of(op), f"`{op.area}.py`", ours, torch_s, kept, kept_by_torch, dict(op.lacks))
+    return Row(
+        op.name, modules_of(op), f"`{op.area}.py`", ours, torch_s, kept, kept_by_torch, dict(op.expected_failures)
+    )
 
 
 def _kept(op: Op, function: Callable[..., Any]) -> float:
     """Bytes kept for backward at the big sample in float32, for each number of the first differentiable tensor."""
-    call: Call = op.big(Maker(torch.float32))
+    call: SampleInput = op.benchmark_input(TensorFactory(torch.float32))
     args, kwargs = call.marked()
     return saved_bytes(function, *args, **kwargs).everything / call[call.differentiable()[0]].numel()
 

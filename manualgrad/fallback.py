@@ -131,7 +131,7 @@ def reason_for_torch(values: Iterable[Any]) -> str:
 # --- errors ---
 
 
-class Misfit(Exception):
+class ShapeMismatchError(Exception):
     """Shapes past whose end torch's own function would read: a RuntimeError without asking it."""
 
 
@@ -192,7 +192,7 @@ def with_torchs_say(reference: Callable[..., Any], function: Callable[..., Any])
                 return reference(*args, **kwargs)
         try:
             return function(*args, **kwargs)
-        except Misfit as misfit:
+        except ShapeMismatchError as misfit:
             raise RuntimeError(str(misfit)) from None
         except Exception as error:
             if isinstance(error, UNRELATED_ERRORS) or torch.compiler.is_compiling():

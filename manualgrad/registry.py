@@ -2,7 +2,11 @@
 
 An operation registers itself where it is defined, with the inputs it is to be tried on:
 
-    register(gelu, GELU, samples=lambda t: [Call(t(5, 3)), Call(t(5, 3), approximate="tanh")])
+    register(
+        gelu,
+        sample_inputs=lambda t: [SampleInput(t(5, 3))],
+        benchmark_input=lambda t: SampleInput(t(1024, 1024)),
+    )
 
 torch's counterpart is found by name, so a table entry never repeats what torch already says.
 """
@@ -24,7 +28,7 @@ Place = int | str | tuple[int | str, int]
 """Where an argument stands; of one in a list of tensors, where the list stands and where it stands in the list."""
 
 
-class Call:
+class SampleInput:
     """The arguments of one call."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -33,7 +37,7 @@ class Call:
         self.gradient_is_derivative = True
         self.after: Callable[[Tensor], Tensor] | None = None
 
-    def with_gradient_by_definition(self, after: Callable[[Tensor], Tensor] | None = None) -> Call:
+    def with_gradient_by_definition(self, after: Callable[[Tensor], Tensor] | None = None) -> SampleInput:
         """The gradient is what torch defines it to be, not the derivative: no finite difference shows it.
 
         It may be the derivative of the whole, if the first argument has come through the function `after`.
@@ -74,10 +78,10 @@ class Call:
             return self[place[0]][place[1]]
         return self.args[place] if isinstance(place, int) else self.kwargs[place]
 
-    def replace(self, places: Iterable[Place], values: Iterable[Any]) -> Call:
+    def replace(self, places: Iterable[Place], values: Iterable[Any]) -> SampleInput:
         """The same call with other arguments at some places."""
         args, kwargs = map(_copied, self.args), {name: _copied(value) for name, value in self.kwargs.items()}
-        other = Call(*args, **kwargs)
+        other = SampleInput(*args, **kwargs)
         for place, value in zip(places, values, strict=True):
             if hasattr(self[place], "fixed") and isinstance(value, Tensor):
                 value.fixed = True  # type: ignore[attr-defined]
@@ -106,7 +110,7 @@ def _copied(value: Any) -> Any:
 
 
 @dataclass
-class Maker:
+class TensorFactory:
     """Makes the tensors of a sample: random, of one dtype and device, the same for the same seed."""
 
     dtype: torch.dtype = torch.float64
@@ -136,34 +140,34 @@ class Maker:
 class Op:
     """One function of torch.nn.functional with what is needed to try it."""
 
-    written: FunctionType | str
+    implementation: FunctionType | str
     reference: Callable[..., Any]
     """torch's own."""
     area: str
-    samples: Callable[[Maker], Iterable[Call]]
-    big: Callable[[Maker], Call]
+    sample_inputs: Callable[[TensorFactory], Iterable[SampleInput]]
+    benchmark_input: Callable[[TensorFactory], SampleInput]
     random: bool
-    special: bool
-    lacks: Mapping[str, str]
+    supports_special_values: bool
+    expected_failures: Mapping[str, str]
 
     @property
     def name(self) -> str:
-        return self.written if isinstance(self.written, str) else self.written.__name__
+        return self.implementation if isinstance(self.implementation, str) else self.implementation.__name__
 
     @property
     def function(self) -> Callable[..., Any]:
         """Ours."""
-        if isinstance(self.written, str):
+        if isinstance(self.implementation, str):
             return getattr(importlib.import_module("manualgrad.nn.functional"), self.name)
-        return self.written
+        return self.implementation
 
     def __repr__(self) -> str:
         return self.name
 
 
 _table: dict[str, Op] = {}
-stand_ins: dict[Any, Callable[..., Any]] = {}
-"""Ours for operations that torch's functions call, and call in ours once bound (see `elementary.stands_for`). What
+kernel_replacements: dict[Any, Callable[..., Any]] = {}
+"""Ours for operations that torch's functions call, and call in ours once bound (see `elementary.implements`). What
 torch's function checks, warns of and broadcasts before it calls them needs no copy."""
 observers: list[Callable[[Any], None]] = []
 """Called with torch's function whenever one has been entered after manualgrad was imported. One may refuse."""
@@ -187,18 +191,18 @@ def register_kernel(kernel: Any, ours: Callable[..., Any]) -> None:
     Raises:
         ValueError: it is registered already, or torch.nn calls it and has been bound to ours already.
     """
-    _enter(stand_ins, kernel, ours, kernel)
+    _enter(kernel_replacements, kernel, ours, kernel)
 
 
 def register(
     function: Any,
     *,
     reference: Callable[..., Any] | None = None,
-    samples: Callable[[Maker], Iterable[Call]],
-    big: Callable[[Maker], Call],
+    sample_inputs: Callable[[TensorFactory], Iterable[SampleInput]],
+    benchmark_input: Callable[[TensorFactory], SampleInput],
     random: bool = False,
-    special: bool = True,
-    lacks: Mapping[str, str] | None = None,
+    supports_special_values: bool = True,
+    expected_failures: Mapping[str, str] | None = None,
 ) -> None:
     """Enter an operation into the table.
 
@@ -206,12 +210,12 @@ def register(
         function: ours, named as in torch.nn.functional, or if it is not there, in torch; the name alone of one
             that calls ours and is torch's own otherwise.
         reference: torch's own, where it stands in neither.
-        samples: small inputs, away from kinks, on which every law is tried.
-        big: an input of the size that real models have, for the benchmark.
+        sample_inputs: small inputs, away from kinks, on which every law is tried.
+        benchmark_input: an input of the size that real models have, for the benchmark.
         random: the result depends on the random state.
-        special: ±0, ±inf, nan and the kinks may stand in its floating inputs.
-        lacks: laws that do not hold for it ("law-2": on its third sample), each with the reason, shown to users; a
-            stale one fails a test.
+        supports_special_values: ±0, ±inf, nan and the kinks may stand in its floating inputs.
+        expected_failures: laws that do not hold for it ("law-2": on its third sample), each with the reason,
+            which users see. A law that holds after all fails a test.
 
     Raises:
         ValueError: one of this name is registered already; or torch.nn calls it, and the modules were bound to our
@@ -220,7 +224,16 @@ def register(
     name = function if isinstance(function, str) else function.__name__
     theirs = reference or getattr(torch.nn.functional, name, None) or getattr(torch, name)
     area = sys._getframe(1).f_globals["__name__"].rpartition(".")[2]
-    op = Op(function, theirs, area, samples, big, random, special, lacks or {})
+    op = Op(
+        implementation=function,
+        reference=theirs,
+        area=area,
+        sample_inputs=sample_inputs,
+        benchmark_input=benchmark_input,
+        random=random,
+        supports_special_values=supports_special_values,
+        expected_failures=expected_failures or {},
+    )
     _enter(_table, op.name, op, theirs)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from manualgrad import coverage, nn
-from manualgrad.registry import Maker, Op, ops
+from manualgrad.registry import Op, TensorFactory, ops
 from manualgrad.rule import Rule, saved_by
 from manualgrad.verification import LAWS
 
@@ -97,7 +97,7 @@ def rules_of(op: Op) -> list[type[Rule]]:
     found: dict[type[Rule], None] = {}
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
-        for call in op.samples(Maker()):
+        for call in op.sample_inputs(TensorFactory()):
             args, kwargs = call.marked()
             outputs = op.function(*args, **kwargs)
             found |= dict.fromkeys(_rules_behind(outputs))
@@ -187,11 +187,13 @@ def _saved(rule: type[Rule], gradients: Iterable[str]) -> str:
 
 
 def _laws(op: Op) -> str:
-    lacking = {law for law in LAWS if any(key == law or key.startswith(f"{law}-") for key in op.lacks)}
+    lacking = {law for law in LAWS if any(key == law or key.startswith(f"{law}-") for key in op.expected_failures)}
     holds = ", ".join(law for law in LAWS if law not in lacking)
-    text = "\n".join(textwrap.wrap(f"Laws that hold on {len([*op.samples(Maker())])} samples: {holds}.", WIDTH))
-    if op.lacks:
-        reasons = "\n".join(f"    {law}: {reason}" for law, reason in op.lacks.items())
+    text = "\n".join(
+        textwrap.wrap(f"Laws that hold on {len([*op.sample_inputs(TensorFactory())])} samples: {holds}.", WIDTH)
+    )
+    if op.expected_failures:
+        reasons = "\n".join(f"    {law}: {reason}" for law, reason in op.expected_failures.items())
         text += f"\nWhat it lacks:\n{reasons}"
     return text
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from manualgrad import registry
-from manualgrad.binding import bound
+from manualgrad.rebinding import bound
 from manualgrad.registry import Op
 from manualgrad.rule import Rule, every_rule
 from manualgrad.rule.formulas import Program, tree_of
@@ -96,10 +96,10 @@ class Bundle:
         return "\n\n".join([HEADER.format(title=op.name).rstrip(), *blocks]) + f"\n\n\n{body}\n"
 
     def entry(self, op: Op) -> None:
-        if isinstance(op.written, str):
+        if isinstance(op.implementation, str):
             self.torchs_function(op.name, op.reference)
         else:
-            self.function(op.name, inspect.unwrap(op.written))
+            self.function(op.name, inspect.unwrap(op.implementation))
 
     # --- functions ---
 
@@ -289,8 +289,10 @@ def _ours() -> dict[Any, Any]:
     rules = {rule.apply: rule for rule in every_rule() if "apply" in vars(rule)}
     found: dict[Any, Any] = {}
     for op in registry.ops().values():
-        found[op.reference] = op.written if isinstance(op.written, str) else inspect.unwrap(op.written)
-    for kernel, ours in registry.stand_ins.items():
+        found[op.reference] = (
+            op.implementation if isinstance(op.implementation, str) else inspect.unwrap(op.implementation)
+        )
+    for kernel, ours in registry.kernel_replacements.items():
         inner = inspect.unwrap(ours, stop=lambda f: f in rules)
         found[kernel] = rules.get(inner, inner)
     return {key: value for key, value in found.items() if not isinstance(value, str) or hasattr(F, value)}

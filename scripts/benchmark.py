@@ -234,7 +234,7 @@ def measure_operation(op: registry.Op, settings: Settings) -> OperationRow:
     dtype = settings.torch_dtype()
     for _ in range(REPEATS):
         (ours, our_forward), (torch_s, torch_forward) = (make(f, dtype=dtype) for f in (op.function, op.reference))
-        if "torchs_gradient_of_each_subset" not in op.lacks:  # where torch's is wrong
+        if "torchs_gradient_of_each_subset" not in op.expected_failures:  # where torch's is wrong
             compare(op.name, ours(), torch_s(), lambda: make(op.reference, dtype=torch.float64)[0](), dtype)
         our_kept, torchs_kept = (saved_bytes(forward).everything for forward in (our_forward, torch_forward))
         kept = (1 + our_kept) / (1 + torchs_kept)  # 1: both may keep nothing
@@ -264,7 +264,7 @@ def timed(step: Step, settings: Settings) -> float:
 def layer_norm_derivatives() -> list[tuple[str, float, float, float]]:
     """Derivatives along a line, by the modes they are taken in ("rf": forward over reverse): of the plain formula,
     whose every step torch differentiates, of ours, and of torch's layer norm."""
-    make = registry.Maker()
+    make = registry.TensorFactory()
     points, directions, upstream = [make(4, 6)], [make(4, 6)], make(4, 6)
 
     def plain(x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 import manualgrad
 from manualgrad import convert, registry, verify
-from manualgrad.registry import Call, Maker, Op
+from manualgrad.registry import Op, SampleInput, TensorFactory
 from manualgrad.verification.subject import upstream
 
 Part = Callable[[], Iterable[Row]]
@@ -167,20 +167,20 @@ def compared(make: Making, device: str, dtype: torch.dtype, wrong: bool = False,
     return judged(found, torch_s._replace(drew=drew), torch_s if drew or wrong else true, dtype)
 
 
-def on(call: Call, device: str, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+def on(call: SampleInput, device: str, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of a call, on a device and in a dtype, those marked that have a gradient."""
     places = call.tensors()
     tensors = [x.to(device, dtype if x.is_floating_point() else x.dtype) for x in (call[at] for at in places)]
     return call.replace(places, tensors).marked()
 
 
-def of_operation(op: Op, call: Call, function: Callable[..., Any] | None = None) -> Making:
+def of_operation(op: Op, call: SampleInput, function: Callable[..., Any] | None = None) -> Making:
     ours_is = function or op.function
     return lambda ours, device, dtype: (ours_is if ours else op.reference, *on(call, device, dtype), ())
 
 
 def torch_is_wrong(op: Op) -> bool:
-    return "torchs_gradient_of_each_subset" in op.lacks
+    return "torchs_gradient_of_each_subset" in op.expected_failures
 
 
 # 1 and 2: operations and modules
@@ -193,16 +193,16 @@ def operations() -> dict[str, Op]:
 
 def stage_operations(options: argparse.Namespace) -> Items:
     def samples(op: Op) -> Iterator[Row]:
-        calls = {dtype: list(op.samples(Maker(dtype))) for dtype in DTYPES.values()}
+        calls = {dtype: list(op.sample_inputs(TensorFactory(dtype))) for dtype in DTYPES.values()}
         for number in range(len(calls[torch.float32])):
             for dtype, samples in calls.items():
                 row = compared(of_operation(op, samples[number]), options.device, dtype, torch_is_wrong(op))
                 yield {"case": f"sample {number} ({samples[number]})", **row}
 
     def laws(op: Op) -> Iterator[Row]:
-        call = next(iter(op.samples(Maker())))
+        call = next(iter(op.sample_inputs(TensorFactory())))
         for law in (*LAWS, *(["gradient"] if op.random else [])):
-            if reason := op.lacks.get(law, op.lacks.get(f"{law}-0")):
+            if reason := op.expected_failures.get(law, op.expected_failures.get(f"{law}-0")):
                 yield {"status": NOT_RUN, "case": law, "detail": f"{law} is declared to be lacking: {reason}"}
                 continue
             args, kwargs = on(call, options.device, torch.float64)
@@ -229,9 +229,9 @@ def stage_modules(options: argparse.Namespace) -> Items:
         torch.manual_seed(0)
         module = making(manualgrad.nn if ours else torch.nn).train(training)
         if name.startswith("Lazy"):
-            module(*inputs(Maker(torch.float32)).args)
+            module(*inputs(TensorFactory(torch.float32)).args)
         module.to(low).to(device, dtype)
-        return module, *on(inputs(Maker(low)), device, dtype), list(module.parameters())
+        return module, *on(inputs(TensorFactory(low)), device, dtype), list(module.parameters())
 
     def rows(name: str) -> Iterator[Row]:
         if name not in INPUTS:
@@ -449,7 +449,7 @@ def stage_speed(options: argparse.Namespace) -> Items:
 
     def eager(op: Op, name: str) -> Iterator[Row]:
         dtype = DTYPES[name]
-        call = op.big(Maker(dtype))
+        call = op.benchmark_input(TensorFactory(dtype))
         row = compared(of_operation(op, call), device, dtype, torch_is_wrong(op), truth=device)
         yield {"case": str(call), **row}
         functions = {"ours": op.function, "torch": op.reference}
@@ -460,10 +460,10 @@ def stage_speed(options: argparse.Namespace) -> Items:
         torch.compiler.reset()
         dtype = DTYPES[name]
         functions = {"ours": op.function, "torch.compile": torch.compile(op.reference)}
-        if "compile" not in op.lacks:
+        if "compile" not in op.expected_failures:
             functions["ours compiled"] = torch.compile(op.function)
             if not op.random:  # compiled code draws other numbers
-                making = of_operation(op, op.big(Maker(dtype)), functions["ours compiled"])
+                making = of_operation(op, op.benchmark_input(TensorFactory(dtype)), functions["ours compiled"])
                 row = compared(making, device, dtype, torch_is_wrong(op), truth=device)
                 yield {"case": f"ours compiled, {name}", **row}
         makers = {who: partial(made, op, function, dtype) for who, function in functions.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from manualgrad.registry import Maker, Op, ops
+from manualgrad.registry import Op, TensorFactory, ops
 
 os.environ.setdefault("PYTHONWARNINGS", "ignore:manualgrad was not tried with torch")  # in processes of tests
 
@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 SAMPLES = [
     pytest.param(op, number, id=f"{op.name}-{number}")
     for op in ops().values()
-    for number, _ in enumerate(op.samples(Maker()))
+    for number, _ in enumerate(op.sample_inputs(TensorFactory()))
 ]
 
 
@@ -48,7 +48,7 @@ def declared(request: pytest.FixtureRequest) -> None:
     op = parameters.get("op")
     if isinstance(op, Op):
         name = parameters.get("law", request.function.__name__.removeprefix("test_"))
-        reason = op.lacks.get(name) or op.lacks.get(f"{name}-{parameters.get('number')}")
+        reason = op.expected_failures.get(name) or op.expected_failures.get(f"{name}-{parameters.get('number')}")
         if reason:
             request.node.add_marker(pytest.mark.xfail(reason=reason, run="kills the process" not in reason))
 

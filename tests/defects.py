@@ -760,7 +760,7 @@ class Exp(Function):
         return y * grad
 
 
-@planted("output hung on ctx", "nothing_on_ctx")
+@planted("output hung on ctx", "no_tensors_on_ctx")
 class OutputOnContext(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Any:
@@ -772,7 +772,7 @@ class OutputOnContext(Function):
         return ctx.y * grad
 
 
-@planted("intermediate hung on ctx", "nothing_on_ctx")
+@planted("intermediate hung on ctx", "no_tensors_on_ctx")
 class IntermediateOnContext(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Any:
@@ -785,7 +785,7 @@ class IntermediateOnContext(Function):
         return ctx.slope * grad
 
 
-@planted("intermediates in a list on ctx", "nothing_on_ctx")
+@planted("intermediates in a list on ctx", "no_tensors_on_ctx")
 class ListOnContext(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Any:
@@ -798,7 +798,7 @@ class ListOnContext(Function):
         return ctx.cache[0] * grad
 
 
-@planted("intermediates in a dict on ctx", "nothing_on_ctx")
+@planted("intermediates in a dict on ctx", "no_tensors_on_ctx")
 class DictOnContext(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Any:
@@ -811,7 +811,7 @@ class DictOnContext(Function):
         return ctx.cache["slope"] * grad
 
 
-@backward("gradient cached on ctx", "nothing_on_ctx")
+@backward("gradient cached on ctx", "no_tensors_on_ctx")
 def _(ctx: Any, grad: Tensor) -> Any:
     (x,) = ctx.saved_tensors
     ctx.gradient = 2 * x * grad
@@ -822,21 +822,21 @@ OUTPUTS: list[Tensor] = []
 LATEST: dict[str, Tensor] = {}
 
 
-@forward("outputs gathered in a global list", "nothing_leaks")
+@forward("outputs gathered in a global list", "no_memory_leaks")
 def _(ctx: Any, x: Tensor) -> Any:
     ctx.save_for_backward(x)
     OUTPUTS.append(x * x)
     return OUTPUTS[-1]
 
 
-@backward("latest gradient kept in a global", "nothing_leaks")
+@backward("latest gradient kept in a global", "no_memory_leaks")
 def _(ctx: Any, grad: Tensor) -> Any:
     (x,) = ctx.saved_tensors
     LATEST["gradient"] = 2 * x * grad
     return LATEST["gradient"].clone()
 
 
-@planted("latest input kept by the class", "nothing_leaks")
+@planted("latest input kept by the class", "no_memory_leaks")
 class Remembering(Square):
     latest: Tensor | None = None
 
@@ -859,7 +859,7 @@ class Gathering(torch.nn.Module):
         return self.outputs[-1]
 
 
-planted("outputs gathered by a module", "nothing_leaks")(Gathering())
+planted("outputs gathered by a module", "no_memory_leaks")(Gathering())
 
 
 # The second backward of one graph.
@@ -1405,19 +1405,19 @@ def _(ctx: Any, grad: Tensor) -> Any:
     return *needed, *[None] * (2 - len(needed))
 
 
-@backward("computes gradients that nobody needs", "only_what_is_needed", TWO, KeepAll, warns=True)
+@backward("computes gradients that nobody needs", "no_unneeded_gradients", TWO, KeepAll, warns=True)
 def _(ctx: Any, grad: Tensor) -> Any:
     x, w = ctx.saved_tensors
     return grad * w, grad * x
 
 
-@backward("keeps both factors for one gradient", "only_what_is_used", TWO, KeepAll, warns=True)
+@backward("keeps both factors for one gradient", "no_unused_saved_tensors", TWO, KeepAll, warns=True)
 def _(ctx: Any, grad: Tensor) -> Any:
     x, w = ctx.saved_tensors
     return grad * w if ctx.needs_input_grad[0] else None, grad * x if ctx.needs_input_grad[1] else None
 
 
-@planted("keeps an output that it does not use", "only_what_is_used", warns=True)
+@planted("keeps an output that it does not use", "no_unused_saved_tensors", warns=True)
 class Hoarding(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""convert, revert, enabled: what changes is the class, and which functions are called; nothing else does."""
+"""convert, revert, override_torch_functions: classes and called functions change, nothing else."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import manualgrad
-from manualgrad import adapters, conversion, convert, enabled, revert
-from manualgrad.enabling import replacement
+from manualgrad import adapters, conversion, convert, override_torch_functions, revert
+from manualgrad.override import replacement
 
 
 class Mine(nn.Linear):
@@ -273,7 +273,7 @@ def test_compiled(backend: str) -> None:
     expected = step(model())
     found = torch.compile(convert(model(), functional=True), fullgraph=True, backend=backend)
     assert_close(step(found), expected)
-    with enabled():
+    with override_torch_functions():
         assert_close(step(torch.compile(model(), fullgraph=True, backend=backend)), expected)
 
 
@@ -307,7 +307,7 @@ def test_conversion_in_several_threads() -> None:
     assert len(set(found)) == 1
 
 
-# --- enabled ---
+# --- override_torch_functions ---
 
 
 def _names(info: Any) -> list[tuple[str, Callable[..., Any]]]:
@@ -341,7 +341,7 @@ def test_every_name_that_torch_has_for_ours(info: Any) -> None:
                 expected = tried(function, arguments)
             except RuntimeError:  # a sample that cannot be written in place
                 continue
-            with enabled():
+            with override_torch_functions():
                 found = tried(function, arguments)
             compare(found, expected)
 
@@ -371,7 +371,7 @@ def test_every_name_that_torch_has_for_ours(info: Any) -> None:
 )
 def test_led_to_ours(call: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(3, 4, dtype=DTYPE, requires_grad=True)
-    with enabled():
+    with override_torch_functions():
         found = call(x)
     assert any(name.endswith("FunctionBackward") for name in nodes(found))
     assert not foreign(found)
@@ -398,7 +398,7 @@ def test_led_to_ours(call: Callable[[Tensor], Tensor]) -> None:
 @pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:.*deprecated:DeprecationWarning")
 def test_left_to_torch(call: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(3, 4, dtype=DTYPE, requires_grad=True)
-    with enabled():
+    with override_torch_functions():
         found = call(x)
     assert not any(name.endswith("FunctionBackward") for name in nodes(found))
     if not found.is_meta:
@@ -418,7 +418,7 @@ class Tagged(Tensor):
 
 def test_a_subclass_of_tensor_is_asked() -> None:
     x = torch.randn(3).as_subclass(Tagged).requires_grad_()
-    with enabled():
+    with override_torch_functions():
         assert type(F.gelu(x)) is Tagged
     assert F.gelu in Tagged.seen
 
@@ -435,15 +435,15 @@ def test_a_gradient_is_not_needed() -> None:
 def test_nested_left_by_an_error_and_as_a_decorator() -> None:
     x = torch.randn(3, requires_grad=True)
 
-    @enabled()
+    @override_torch_functions()
     def function(x: Tensor) -> Tensor:
-        with enabled():
+        with override_torch_functions():
             inner = F.relu(x)
         return F.relu(inner)
 
     assert nodes(function(x)) == {"ReLUFunctionBackward", "AccumulateGrad"}
     assert nodes(function(x)) == {"ReLUFunctionBackward", "AccumulateGrad"}
-    with pytest.raises(ZeroDivisionError), enabled():
+    with pytest.raises(ZeroDivisionError), override_torch_functions():
         raise ZeroDivisionError
     assert nodes(F.relu(x)) == {"ReluBackward0", "AccumulateGrad"}
 
@@ -452,7 +452,7 @@ def test_nested_left_by_an_error_and_as_a_decorator() -> None:
 def test_powers_at_zero(exponent: float) -> None:
     x = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
     (expected,) = torch.autograd.grad(x.pow(exponent).sum(), x)
-    with enabled():
+    with override_torch_functions():
         output = x.pow(exponent)
     assert nodes(output) == {"PowerFunctionBackward", "AccumulateGrad"}
     assert_close(torch.autograd.grad(output.sum(), x)[0], expected)
@@ -461,7 +461,7 @@ def test_powers_at_zero(exponent: float) -> None:
 def test_only_in_its_own_thread() -> None:
     x = torch.randn(3, requires_grad=True)
     found: list[set[str]] = []
-    with enabled():
+    with override_torch_functions():
         thread = threading.Thread(target=lambda: found.append(nodes(F.relu(x))))
         thread.start()
         thread.join()
@@ -483,7 +483,7 @@ def test_torchs_own_errors(call: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(3, 4, dtype=DTYPE, requires_grad=True)
     with pytest.raises(Exception) as expected:  # noqa: PT011
         call(x)
-    with pytest.raises(type(expected.value)) as found, enabled():
+    with pytest.raises(type(expected.value)) as found, override_torch_functions():
         call(x)
     assert str(found.value) == str(expected.value)
 
@@ -501,7 +501,7 @@ def test_transforms_forward_mode_and_second_derivatives() -> None:
         lambda: torch.autograd.functional.hvp(function, x, v)[1],
     ):
         expected = transformed()
-        with enabled():
+        with override_torch_functions():
             assert_close(transformed(), expected)
 
 
@@ -509,7 +509,7 @@ def test_transforms_forward_mode_and_second_derivatives() -> None:
 def test_autocast(dtype: torch.dtype) -> None:
     x, w = torch.randn(2, 8, 8, requires_grad=True)
     results = []
-    for context in (enabled(), nullcontext()):
+    for context in (override_torch_functions(), nullcontext()):
         with context, torch.autocast("cpu", dtype=dtype):
             output = F.layer_norm(F.linear(x, w).softmax(-1), (8,))
         results.append((output, torch.autograd.grad(output.float().pow(3).sum(), x)[0]))
@@ -519,7 +519,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 def test_backward_inside() -> None:
     x = torch.randn(3, 4, dtype=DTYPE, requires_grad=True)
-    with enabled():
+    with override_torch_functions():
         (g,) = torch.autograd.grad(x.sigmoid().pow(2).sum(), x, create_graph=True)
         (h,) = torch.autograd.grad(g.sum(), x)
     (g0,) = torch.autograd.grad(x.sigmoid().pow(2).sum(), x, create_graph=True)

@@ -38,11 +38,11 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import manualgrad
-from manualgrad import saving
+from manualgrad import recomputation
 from manualgrad.nn import LinearCrossEntropyOptions
 from manualgrad.nn import functional as our_functional
 from manualgrad.ops.normalization import sync_batch_norm
-from manualgrad.registry import Call, Maker, Op
+from manualgrad.registry import Op, SampleInput, TensorFactory
 
 Make = Callable[[Any], Module]
 
@@ -444,7 +444,7 @@ def process(rank: int, group: Callable[[int], None], rendezvous: str) -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # so a linear layer does
     torch.set_num_threads(1)
-    saving.SMALL = 0
+    recomputation.SMALL = 0
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
@@ -474,7 +474,7 @@ Placed = Callable[[Tensor], Tensor]
 
 
 def derived(
-    function: Callable[..., Any], call: Call, first: Placed, differentiable: Placed, others: Placed
+    function: Callable[..., Any], call: SampleInput, first: Placed, differentiable: Placed, others: Placed
 ) -> list[Tensor]:
     """The value and its gradients, where the arguments are placed so."""
     leaves = call.differentiable()
@@ -502,7 +502,7 @@ def test_rules_take_dtensors_wherever_torch_does(op: Op, mesh: DeviceMesh) -> No
     def plain(tensor: Tensor) -> Tensor:
         return tensor
 
-    call = next(iter(op.samples(Maker())))
+    call = next(iter(op.sample_inputs(TensorFactory())))
     if op.random or not call.differentiable():
         pytest.skip("nothing to compare")
     compared = 0

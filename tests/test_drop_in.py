@@ -19,19 +19,19 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 from manualgrad.meter import saved_bytes
-from manualgrad.registry import Call, Maker, Op
+from manualgrad.registry import Op, SampleInput, TensorFactory
 from manualgrad.verification.subject import set_seed
 
 SEED = 7
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
-def sample(op: Op, number: int, device: str, dtype: torch.dtype = torch.float64) -> Call:
-    return list(op.samples(Maker(dtype, device)))[number]
+def sample(op: Op, number: int, device: str, dtype: torch.dtype = torch.float64) -> SampleInput:
+    return list(op.sample_inputs(TensorFactory(dtype, device)))[number]
 
 
 @pytest.fixture
-def call(op: Op, number: int, device: str) -> Call:
+def call(op: Op, number: int, device: str) -> SampleInput:
     return sample(op, number, device)
 
 
@@ -45,7 +45,7 @@ def seeded(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def of_tensors(op: Op, call: Call, function: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
+def of_tensors(op: Op, call: SampleInput, function: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
     """The operation as a function of the tensors that have a gradient; several results as one vector."""
     places, chosen = call.differentiable(), seeded(function or op.function)
 
@@ -69,7 +69,7 @@ def joined(result: Any) -> Tensor:
         return torch.cat(parts)
 
 
-def tensors_of(call: Call, needed: Sequence[bool] | None = None) -> list[Tensor]:
+def tensors_of(call: SampleInput, needed: Sequence[bool] | None = None) -> list[Tensor]:
     found = [call[place].detach().clone() for place in call.differentiable()]
     return [x.requires_grad_(needed is None or needed[i]) for i, x in enumerate(found)]
 
@@ -106,7 +106,7 @@ def test_value(op: Op, number: int, device: str) -> None:
         assert torch.equal(state, torch.get_rng_state()), "random stream"
 
 
-def test_torchs_gradient_of_each_subset(op: Op, call: Call) -> None:
+def test_torchs_gradient_of_each_subset(op: Op, call: SampleInput) -> None:
     for needed in itertools.product((False, True), repeat=len(call.differentiable())):
         ours, found = gradients(of_tensors(op, call), tensors_of(call, needed))
         torch_s, expected = gradients(of_tensors(op, call, op.reference), tensors_of(call, needed))
@@ -114,7 +114,7 @@ def test_torchs_gradient_of_each_subset(op: Op, call: Call) -> None:
         assert_close(found, expected)
 
 
-def test_gradcheck(op: Op, call: Call) -> None:
+def test_gradcheck(op: Op, call: SampleInput) -> None:
     if not call.gradient_is_derivative:
         return
     torch.autograd.gradcheck(
@@ -126,14 +126,14 @@ def test_gradcheck(op: Op, call: Call) -> None:
     )
 
 
-def test_gradgradcheck(op: Op, call: Call) -> None:
+def test_gradgradcheck(op: Op, call: SampleInput) -> None:
     torch.autograd.gradgradcheck(
         of_tensors(op, call), tensors_of(call), check_fwd_over_rev=True, check_batched_grad=not op.random
     )
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")
-def test_complex(op: Op, call: Call) -> None:
+def test_complex(op: Op, call: SampleInput) -> None:
     """Differentiated wherever torch does, as torch does; never silently wrong."""
     places = call.differentiable()
     changed = call.replace(places, [torch.complex(call[place], like(call[place])) for place in places])
@@ -173,7 +173,7 @@ def test_torchs_autocast(op: Op, number: int, device: str) -> None:
         assert_close((ours, found), (torch_s, expected), rtol=rounding, atol=rounding)
 
 
-def low_precision_errors(op: Op, call: Call, dtype: torch.dtype) -> list[tuple[float, float, float]]:
+def low_precision_errors(op: Op, call: SampleInput, dtype: torch.dtype) -> list[tuple[float, float, float]]:
     """For each gradient the error against float64 of ours and of torch's, and the size of its last place."""
     places = [*call.differentiable(), *call.fixed()]
     exact = call.replace(places, [call[place].double() for place in places])
@@ -206,7 +206,7 @@ def test_torchs_low_precision(op: Op, number: int, device: str) -> None:
 def test_low_precision_at_full_size(op: Op, device: str) -> None:
     """Over many elements chance averages out: the error is no worse than torch's, with nothing added."""
     for dtype in (torch.bfloat16, torch.float16):
-        for ours, allowed, _ in low_precision_errors(op, op.big(Maker(dtype, device)), dtype):
+        for ours, allowed, _ in low_precision_errors(op, op.benchmark_input(TensorFactory(dtype, device)), dtype):
             assert ours <= 1.01 * allowed, dtype
 
 
@@ -221,7 +221,7 @@ def layouts(tensor: Tensor) -> list[Tensor]:
     return found
 
 
-def test_strides(op: Op, call: Call) -> None:
+def test_strides(op: Op, call: SampleInput) -> None:
     function, reference = of_tensors(op, call), of_tensors(op, call, op.reference)
     tensors = tensors_of(call)
     output, expected = gradients(function, tensors)
@@ -236,7 +236,7 @@ def test_strides(op: Op, call: Call) -> None:
         assert_close(gradients(function, tensors, upstream)[1], expected)
 
 
-def refused(function: Callable[..., Any], call: Call) -> bool:
+def refused(function: Callable[..., Any], call: SampleInput) -> bool:
     try:
         function(*call.args, **call.kwargs)
     except (IndexError, RuntimeError):
@@ -244,7 +244,7 @@ def refused(function: Callable[..., Any], call: Call) -> bool:
     return False
 
 
-def test_torchs_zero_size(op: Op, call: Call) -> None:
+def test_torchs_zero_size(op: Op, call: SampleInput) -> None:
     first = call.args[0]
     if first.dim() < 2:
         return
@@ -283,7 +283,7 @@ def test_torchs_special_values(op: Op, number: int, device: str) -> None:
     """±0, ±inf, nan and the kinks, in each input and upstream: torch's value, or better where torch has nan."""
     for dtype in (torch.float64, torch.float32):
         call = sample(op, number, device, dtype)
-        if not op.special:
+        if not op.supports_special_values:
             return
         function, reference = of_tensors(op, call), of_tensors(op, call, op.reference)
         tensors = tensors_of(call)
@@ -309,11 +309,11 @@ def test_torchs_special_values(op: Op, number: int, device: str) -> None:
 
 
 def test_special_values_are_declared_where_they_fail(op: Op, device: str) -> None:
-    if op.special:
+    if op.supports_special_values:
         return
-    trial = dataclasses.replace(op, special=True)
+    trial = dataclasses.replace(op, supports_special_values=True)
     failures: list[Exception | AssertionError] = []
-    for number, _ in enumerate(op.samples(Maker())):
+    for number, _ in enumerate(op.sample_inputs(TensorFactory())):
         try:
             test_torchs_special_values(trial, number, device)
         except (AssertionError, RuntimeError, ValueError) as failure:
@@ -326,7 +326,7 @@ def special(tensor: Tensor, shift: int = 0) -> Tensor:
     return torch.tensor(values, dtype=tensor.dtype, device=tensor.device).reshape(tensor.shape)
 
 
-def broken(call: Call) -> list[Call]:
+def broken(call: SampleInput) -> list[SampleInput]:
     """The call with one argument of a wrong shape, dtype or kind."""
     found = []
     for place in [*range(len(call.args)), *call.kwargs]:
@@ -351,7 +351,7 @@ def broken(call: Call) -> list[Call]:
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size", "ignore:.*out of bounds")
-def test_errors(op: Op, call: Call) -> None:
+def test_errors(op: Op, call: SampleInput) -> None:
     """Where torch refuses, so do we, with the same type of error; where it does not, we agree."""
     for bad in broken(call):
         outcomes: list[Any] = []
@@ -369,12 +369,12 @@ def test_errors(op: Op, call: Call) -> None:
             assert_close(ours, torch_s, equal_nan=True)
 
 
-# --- manners ---
+# --- side effects ---
 
 
 def test_kept_for_backward(op: Op, device: str) -> None:
     """No more bytes than torch keeps, for each subset of inputs."""
-    call = op.big(Maker(torch.float32, device))
+    call = op.benchmark_input(TensorFactory(torch.float32, device))
     for needed in itertools.product((False, True), repeat=len(call.differentiable())):
         ours, torch_s = (
             saved_bytes(of_tensors(op, call, function), *tensors_of(call, needed)).everything
@@ -397,7 +397,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def written_into(call: Call, function: Callable[..., Any], write: Callable[[Tensor], Any]) -> Any:
+def written_into(call: SampleInput, function: Callable[..., Any], write: Callable[[Tensor], Any]) -> Any:
     """Outputs and inputs after a write into each output, and the gradients; or where it raises."""
     leaves = tensors_of(call)
     inputs, raises = [x * 1 for x in leaves], "write"
@@ -414,7 +414,7 @@ def written_into(call: Call, function: Callable[..., Any], write: Callable[[Tens
     return outputs, inputs, gradients
 
 
-def test_writes_into_outputs(op: Op, call: Call) -> None:
+def test_writes_into_outputs(op: Op, call: SampleInput) -> None:
     """What torch lets one write into, ours does, with torch's values and gradients. Where torch has kept what was
     written over, and raises in backward, ours raises, or has the gradients of a write into a copy."""
 
@@ -434,7 +434,7 @@ def test_writes_into_outputs(op: Op, call: Call) -> None:
                 assert_close(our, their, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_only_our_rules_in_the_graph(op: Op, call: Call) -> None:
+def test_only_our_rules_in_the_graph(op: Op, call: SampleInput) -> None:
     output = of_tensors(op, call)(*tensors_of(call))
     assert not foreign(output)
     ours = {name for name in nodes(output) if name.endswith("FunctionBackward")}

@@ -25,11 +25,11 @@ from manualgrad.ops.linear import LinearFunction
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "explain.py"
-Call = Callable[..., tuple[int, str, str]]
+SampleInput = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(call_script: Call) -> Call:
+def call(call_script: SampleInput) -> SampleInput:
     return partial(call_script, SCRIPT)
 
 
@@ -57,7 +57,7 @@ def block(text: str, title: str) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def test_every_number_of_the_story_computed_again(call: Call) -> None:
+def test_every_number_of_the_story_computed_again(call: SampleInput) -> None:
     """By the chain rule written out for this one network, from the numbers that the page begins with."""
     status, output, error = call("--digits", 6)
     assert (status, error) == (0, "")
@@ -135,7 +135,7 @@ def test_every_number_of_the_story_computed_again(call: Call) -> None:
     assert values == sorted(values, reverse=True)
 
 
-def test_the_derivations_are_those_of_the_rules(call: Call) -> None:
+def test_the_derivations_are_those_of_the_rules(call: SampleInput) -> None:
     """Read off their docstrings, word for word, the inherited ones that they use too."""
     _, output, _ = call()
     for heading, *rules in [
@@ -151,7 +151,7 @@ def test_the_derivations_are_those_of_the_rules(call: Call) -> None:
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_the_excerpt_in_the_readme(call: Call) -> None:
+def test_the_excerpt_in_the_readme(call: SampleInput) -> None:
     section = (ROOT / "README.md").read_text().partition("## Backpropagation step by step\n")[2]
     output = call()[1]
     assert f"{section.split('```')[1]}\n" in output
@@ -290,7 +290,7 @@ class NoSlopeLinear(LinearFunction):
     ],
 )
 def test_a_wrong_rule_is_found(
-    right: Any, wrong: Any, names: str, rows: int, call: Call, monkeypatch: pytest.MonkeyPatch
+    right: Any, wrong: Any, names: str, rows: int, call: SampleInput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The exit status is 1, the last line names the parameters, and the table marks their numbers."""
     monkeypatch.setattr(right, "apply", wrong.apply)
@@ -313,7 +313,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_options(call: Call) -> None:
+def test_options(call: SampleInput) -> None:
     _, output, _ = call(
         "--widths", "3,2,4,2", "--activation", "ReLU", "--loss", "CrossEntropyLoss", "--batch-size", 5
     )
@@ -338,7 +338,7 @@ def test_numbers_of_any_size_keep_their_digits(value: float) -> None:
     assert [float(cell) for cell in line.split()] == pytest.approx([value, -value], rel=1e-3)
 
 
-def test_tensorboard(call: Call, tmp_path: Path) -> None:
+def test_tensorboard(call: SampleInput, tmp_path: Path) -> None:
     status, output, error = call("--run-dir", "lesson", "--steps", 3)
     assert (status, error) == (0, "")
     assert output.endswith("the same with pictures: tensorboard --logdir lesson\n")
@@ -381,21 +381,21 @@ CARDS = ("1_forward", "2_backward", "3_the_update", "4_the_check", "5_the_descen
         (f"{SCRIPT} cannot be written: File exists", ["--run-dir", SCRIPT]),
     ],
 )
-def test_wrong_input_gives_one_line(line: str, arguments: list[object], call: Call) -> None:
+def test_wrong_input_gives_one_line(line: str, arguments: list[object], call: SampleInput) -> None:
     status, output, error = call(*arguments)
     assert (status, output) == (2, "")
     assert error.startswith(f"error: {line}")
     assert error.count("\n") == 1
 
 
-def test_divergence_ends_with_one_line(call: Call) -> None:
+def test_divergence_ends_with_one_line(call: SampleInput) -> None:
     status, output, error = call("--learning-rate", 1e10, "--steps", 100)
     assert status == 1
     assert error == "error: the loss has grown beyond all numbers; a lower --learning-rate may help\n"
     assert max(map(len, step(output, "the loss after each step").splitlines())) < 20
 
 
-def test_help_explains_every_option(call: Call) -> None:
+def test_help_explains_every_option(call: SampleInput) -> None:
     status, output, _ = call("--help")
     assert status == 0
     assert output.count("\n  --") == output.count("(default:") == 10

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import manualgrad.nn as ours
-from manualgrad import FallbackError, Rule, convert, enabled, enabling, record_fallbacks, registry
+from manualgrad import FallbackError, Rule, convert, override, override_torch_functions, record_fallbacks, registry
 from manualgrad.fallback import Fallback, Fallbacks
 from manualgrad.ops import activation, dropout, normalization
-from manualgrad.registry import Call, register
+from manualgrad.registry import SampleInput, register
 
 ERRORS = (
     *(torch.OutOfMemoryError("out of memory"), KeyboardInterrupt(), RuntimeError("a bug of ours")),
@@ -61,7 +61,7 @@ def test_an_error_of_ours_is_raised_as_it_is(
         lambda: lib.batch_norm(x, mean, torch.ones(4), training=True),
     ):
         torch.manual_seed(0)
-        context = enabled() if inside else nullcontext()
+        context = override_torch_functions() if inside else nullcontext()
         with record_fallbacks() as fallbacks, pytest.raises(type(failing)) as caught, context:
             call()
         assert caught.value is failing
@@ -90,7 +90,7 @@ def test_a_users_function_is_called_once(inside: bool) -> None:
 
     tensors = [torch.randn(2, 3, requires_grad=True) for _ in range(3)]
     lib = F if inside else ours.functional
-    with pytest.raises(ZeroDivisionError), enabled() if inside else record_fallbacks():
+    with pytest.raises(ZeroDivisionError), override_torch_functions() if inside else record_fallbacks():
         lib.triplet_margin_with_distance_loss(*tensors, distance_function=distance)
     assert len(calls) == 1
 
@@ -113,7 +113,10 @@ def test_bad_input_has_torchs_error_and_changes_nothing(inside: bool) -> None:
     for call, torchs in zip(calls(F if inside else ours.functional), calls(F), strict=True):
         with pytest.raises((RuntimeError, ValueError, IndexError)) as expected:
             torchs()
-        with pytest.raises(type(expected.value)) as found, enabled() if inside else record_fallbacks():
+        with (
+            pytest.raises(type(expected.value)) as found,
+            override_torch_functions() if inside else record_fallbacks(),
+        ):
             call()
         assert type(found.value) is type(expected.value)
         assert str(found.value) == str(expected.value)
@@ -125,7 +128,7 @@ def test_bad_input_has_torchs_error_and_changes_nothing(inside: bool) -> None:
 def test_report_and_error() -> None:
     x = torch.randn(3, requires_grad=True)
     with record_fallbacks() as outer:
-        with enabled(), record_fallbacks() as fallbacks:
+        with override_torch_functions(), record_fallbacks() as fallbacks:
             x.pow(x)
             torch.dropout(x, 0.5, True)  # F.dropout is ours
             torch.pow(x, 2)  # so is this
@@ -140,7 +143,11 @@ def test_report_and_error() -> None:
     assert "relu" not in str(fallbacks)
     assert "layout sparse_coo" in str(outer)
     assert str(Fallbacks()) == "no call was given to torch's functions"
-    with pytest.raises(FallbackError, match="pow: ours has no overload"), record_fallbacks(error=True), enabled():
+    with (
+        pytest.raises(FallbackError, match="pow: ours has no overload"),
+        record_fallbacks(error=True),
+        override_torch_functions(),
+    ):
         x.pow(x)
     with pytest.raises(FallbackError, match="linear: a tensor of layout sparse_csr"), record_fallbacks(error=True):
         convert(nn.Linear(2, 2))(torch.eye(2).to_sparse_csr())
@@ -163,7 +170,7 @@ def erf(input: Tensor) -> Tensor:
     return ErfFunction.apply(input)
 
 
-INPUTS: Any = {"samples": lambda t: [Call(t(3))], "big": lambda t: Call(t(9))}
+INPUTS: Any = {"sample_inputs": lambda t: [SampleInput(t(3))], "benchmark_input": lambda t: SampleInput(t(9))}
 
 
 class Net(nn.Module):
@@ -175,7 +182,7 @@ def test_a_late_operation_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = convert(Net(), functional=True), torch.randn(3, requires_grad=True)
     assert "ErfFunction" not in str(model(x).grad_fn.next_functions)
     monkeypatch.setattr(registry, "_table", dict(registry._table))
-    monkeypatch.setattr(enabling, "_TABLE", dict(enabling._TABLE))
+    monkeypatch.setattr(override, "_TABLE", dict(override._TABLE))
     register(erf, **INPUTS)
     assert registry.ops()["erf"].function is erf
     assert str(model(x).grad_fn.next_functions).count("ErfFunction") == 2

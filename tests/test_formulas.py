@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from manualgrad import fuse, registry
-from manualgrad.registry import Call, Maker, Op
+from manualgrad import blocking, registry
+from manualgrad.registry import Op, SampleInput, TensorFactory
 from manualgrad.rule import Rule, every_rule, reuse
 from manualgrad.rule import function as rule_function
 from manualgrad.rule.formulas import Formula, Program
@@ -75,7 +75,7 @@ def tensors(output: Any) -> list[Tensor]:
     return [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
 
 
-def gradients(op: Op, call: Call, large: int, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+def gradients(op: Op, call: SampleInput, large: int, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     """With the program that reuses temporaries from so many numbers on. Nothing that it is given changes."""
     monkeypatch.setattr(rule_function, "LARGE", large)
     args, kwargs = call.marked()
@@ -97,15 +97,15 @@ def gradients(op: Op, call: Call, large: int, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_both_programs_agree(op: Op, number: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = [*op.samples(Maker(dtype))][number]
+    call = [*op.sample_inputs(TensorFactory(dtype))][number]
     plain, reusing = (gradients(op, call, large, monkeypatch) for large in (2**62, 0))
     assert_close(reusing, plain, equal_nan=True, check_stride=True)
 
 
 def test_both_programs_agree_at_full_size(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = op.big(Maker(torch.float32))
+    call = op.benchmark_input(TensorFactory(torch.float32))
     plain, reusing = (gradients(op, call, large, monkeypatch) for large in (2**62, 0))
-    monkeypatch.setattr(fuse, "block", None)
+    monkeypatch.setattr(blocking, "block", None)
     whole = gradients(op, call, 0, monkeypatch)
     for found in (reusing, whole):
         for x, y in zip(found, plain, strict=True):

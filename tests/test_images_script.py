@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "P
 torch.set_num_threads(1)
 SMALL = ["--width", "4", "--batch-size", "32", "--log-every", "5", "--learning-rate", "0.02"]
 
-Call = Callable[..., tuple[int, str, str]]
+SampleInput = Callable[..., tuple[int, str, str]]
 NAMES = {
     (split, what): f"{split}-{what}-idx{axes}-ubyte"
     for split in ("train", "t10k")
@@ -38,7 +38,7 @@ NAMES = {
 
 
 @pytest.fixture
-def call(call_script: Callable[..., tuple[int, str, str]]) -> Call:
+def call(call_script: Callable[..., tuple[int, str, str]]) -> SampleInput:
     return partial(call_script, SCRIPT)
 
 
@@ -93,7 +93,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.mark.parametrize("model", ["ours", "torch"])
-def test_any_set(model: str, call: Call, tmp_path: Path) -> None:
+def test_any_set(model: str, call: SampleInput, tmp_path: Path) -> None:
     """It learns, and says how well in figures that its own curves confirm."""
     write(tmp_path / "bars")
     status, output, error = call("--data", "bars", *SMALL, "--epochs", 5, "--model", model)
@@ -114,7 +114,7 @@ def test_any_set(model: str, call: Call, tmp_path: Path) -> None:
     assert shown["accuracy"][1] == pytest.approx(100 * curves["accuracy/validation_epoch"][best][1], abs=1e-2)
 
 
-def test_every_page_is_there(call: Call, tmp_path: Path) -> None:
+def test_every_page_is_there(call: SampleInput, tmp_path: Path) -> None:
     """After each epoch of the validation images, at the end of the test images."""
     write(tmp_path / "bars")
     assert call("--data", "bars", *SMALL, "--epochs", 2, "--histogram-every", 1, "--run-dir", "run")[0] == 0
@@ -163,7 +163,7 @@ def test_the_mistakes_that_are_shown_are_the_worst(tmp_path: Path, monkeypatch: 
     ]
 
 
-def test_ours_and_torch_s_make_the_same_curves(call: Call, tmp_path: Path) -> None:
+def test_ours_and_torch_s_make_the_same_curves(call: SampleInput, tmp_path: Path) -> None:
     write(tmp_path / "bars")
     for model in ("ours", "torch"):
         arguments = [*SMALL, "--epochs", 2, "--log-every", 1, "--learning-rate", 1e-3, "--model", model]
@@ -188,7 +188,7 @@ def test_every_gradient_is_ours(tmp_path: Path) -> None:
         assert bool(foreign(loss)) == (settings.model == "torch")
 
 
-def test_clothes_come_along(call: Call) -> None:
+def test_clothes_come_along(call: SampleInput) -> None:
     """One epoch of a narrow network is enough to see that they can be told apart."""
     status, output, error = call("--epochs", 1, "--width", 8, "--batch-size", 64, "--learning-rate", 0.01)
     assert (status, error) == (0, "")
@@ -249,7 +249,7 @@ def test_each_epoch_moves_the_images_anew_and_validation_never(tmp_path: Path) -
     assert torch.equal(labels, pictures.splits["validation"].labels)
 
 
-def test_a_last_picture_alone_is_left_out_of_an_epoch(call: Call, tmp_path: Path) -> None:
+def test_a_last_picture_alone_is_left_out_of_an_epoch(call: SampleInput, tmp_path: Path) -> None:
     """Of 8 x 8 pixels the last batch norm has one value a channel; validation takes all."""
     images, labels = bars(300, 0)
     images = images[:, :8, :8]
@@ -286,7 +286,7 @@ def test_training_and_validation_are_apart(tmp_path: Path) -> None:
         assert split.labels.tolist() == [image % 7 for image in found[name]]
 
 
-def test_emnist(call: Call, tmp_path: Path) -> None:
+def test_emnist(call: SampleInput, tmp_path: Path) -> None:
     """Several sets in a folder, images stored by columns, letters that begin with 1, compressed files."""
     for name in ("letters", "digits"):
         for split, seed in (("train", 0), ("test", 1)):
@@ -391,7 +391,7 @@ WHOLE = idx(bars(300, 0)[0])
     ],
 )
 def test_wrong_input_gives_one_line(
-    line: str, changed: dict[str, bytes | None], arguments: list[str], call: Call, tmp_path: Path
+    line: str, changed: dict[str, bytes | None], arguments: list[str], call: SampleInput, tmp_path: Path
 ) -> None:
     """And status 2, and no file."""
     write(tmp_path / "bars", changed)
@@ -403,13 +403,13 @@ def test_wrong_input_gives_one_line(
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
-def test_a_file_that_may_not_be_read(call: Call, tmp_path: Path) -> None:
+def test_a_file_that_may_not_be_read(call: SampleInput, tmp_path: Path) -> None:
     folder = write(tmp_path / "bars", {IMAGES: None})
     (folder / IMAGES).mkdir()
     assert call("--data", "bars") == (2, "", f"error: bars/{IMAGES} cannot be read: Is a directory\n")
 
 
-def test_a_run_goes_on_in_the_middle_of_an_epoch(call: Call, tmp_path: Path) -> None:
+def test_a_run_goes_on_in_the_middle_of_an_epoch(call: SampleInput, tmp_path: Path) -> None:
     """With the same images, moved as they would have been: the curves, the figures and the pages of one never
     stopped. And a run is not overwritten, nor taken up as another."""
     write(tmp_path / "bars")
@@ -437,7 +437,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(call: Call, tmp_path: Path) -> 
         assert once == again
 
 
-def test_a_run_is_repeated_from_its_settings(call: Call, tmp_path: Path) -> None:
+def test_a_run_is_repeated_from_its_settings(call: SampleInput, tmp_path: Path) -> None:
     write(tmp_path / "bars")
     assert call("--data", "bars", *SMALL, "--epochs", 1, "--seed", 3, "--flip", "--run-dir", "first")[0] == 0
     assert call("--settings", "first/settings.json", "--run-dir", "second")[0] == 0

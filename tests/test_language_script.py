@@ -31,11 +31,11 @@ SMALL = [word for name, value in SHAPE.items() for word in (f"--{name}", value)]
 SPOKEN = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 SPOKEN += ["iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "pi"]
 
-Call = Callable[..., tuple[int, str, str]]
+SampleInput = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(call_script: Call) -> Call:
+def call(call_script: SampleInput) -> SampleInput:
     return partial(call_script, SCRIPT)
 
 
@@ -72,7 +72,7 @@ def written(folder: Path) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("model", ["ours", "torch"])
-def test_a_language_is_learned(model: str, call: Call, tmp_path: Path) -> None:
+def test_a_language_is_learned(model: str, call: SampleInput, tmp_path: Path) -> None:
     """As well as it can be, which nobody betters; both compressors are beaten, and all the pages are there."""
     (tmp_path / "spoken.txt").write_text(spoken(6000))
     arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 3, "--length", 20, "--model", model]
@@ -103,7 +103,7 @@ def test_a_language_is_learned(model: str, call: Call, tmp_path: Path) -> None:
     assert sum(word in SPOKEN for word in heard) > 0.8 * len(heard)
 
 
-def test_writing_from_a_checkpoint(call: Call, tmp_path: Path) -> None:
+def test_writing_from_a_checkpoint(call: SampleInput, tmp_path: Path) -> None:
     """It is what the run has shown, goes on from any words, and knows temperature and length."""
     (tmp_path / "spoken.txt").write_text(spoken(2000))
     arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 2, "--length", 12, "--run-dir", "mine"]
@@ -123,7 +123,7 @@ def test_writing_from_a_checkpoint(call: Call, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_resumed_in_the_middle_of_an_epoch(call: Call, tmp_path: Path) -> None:
+def test_resumed_in_the_middle_of_an_epoch(call: SampleInput, tmp_path: Path) -> None:
     """As if it had never stopped: the same curves, writing and weights."""
     (tmp_path / "spoken.txt").write_text(spoken(1000))
     arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 2, "--dropout", 0.1, "--length", 5]
@@ -140,7 +140,7 @@ def test_resumed_in_the_middle_of_an_epoch(call: Call, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_the_same_network_in_torch(call: Call, tmp_path: Path) -> None:
+def test_the_same_network_in_torch(call: SampleInput, tmp_path: Path) -> None:
     """From one seed come the same weights and the same losses; in ours nobody's gradients but ours."""
     merges = Vocabulary.learn(spoken(500).encode(), 300).merges
     tokens = torch.randint(len(merges) + 256, (3, 17), generator=torch.Generator().manual_seed(0))
@@ -182,7 +182,7 @@ def test_a_torch_without_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(model(tokens), expected)
 
 
-def test_settings_from_a_file(call: Call, tmp_path: Path) -> None:
+def test_settings_from_a_file(call: SampleInput, tmp_path: Path) -> None:
     (tmp_path / "spoken.txt").write_text(spoken(600))
     arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 1, "--length", 5, "--seed", 3]
     assert call(*arguments, "--run-dir", "one")[0] == 0
@@ -192,7 +192,7 @@ def test_settings_from_a_file(call: Call, tmp_path: Path) -> None:
     assert {name: found[name] for name in SHAPE} == SHAPE
 
 
-def test_help_explains_every_option(call: Call) -> None:
+def test_help_explains_every_option(call: SampleInput) -> None:
     status, output, _ = call("--help")
     assert status == 0
     assert "Learn to write like a text" in output
@@ -221,7 +221,7 @@ def test_help_explains_every_option(call: Call) -> None:
     ],
 )
 def test_wrong_input_gives_one_line(
-    line: str, content: bytes | dict[str, bytes] | None, arguments: list[object], call: Call, tmp_path: Path
+    line: str, content: bytes | dict[str, bytes] | None, arguments: list[object], call: SampleInput, tmp_path: Path
 ) -> None:
     """And status 2, and no file."""
     if isinstance(content, bytes):
@@ -238,7 +238,7 @@ def test_wrong_input_gives_one_line(
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
-def test_what_cannot_write(call: Call, tmp_path: Path) -> None:
+def test_what_cannot_write(call: SampleInput, tmp_path: Path) -> None:
     """A damaged checkpoint, and one of something else."""
     (tmp_path / "spoken.txt").write_text(spoken(600))
     assert call("--data", "spoken.txt", *SMALL, "--epochs", 1, "--length", 5, "--run-dir", "mine")[0] == 0

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from manualgrad import verify
-from manualgrad.registry import Maker, Op
+from manualgrad.registry import Op, TensorFactory
 from manualgrad.verification import LAWS, Report
 
 DISTRIBUTED = "distributed"  # starts two processes: tried once, not for every sample
 
 
 def verified(op: Op, number: int | None, device: str, law: str) -> Report:
-    maker = Maker(device=device)
-    call = op.big(maker) if number is None else list(op.samples(maker))[number]
+    maker = TensorFactory(device=device)
+    call = op.benchmark_input(maker) if number is None else list(op.sample_inputs(maker))[number]
     args, kwargs = call.marked()
     return verify(
         op.function,

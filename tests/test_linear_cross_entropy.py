@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from manualgrad import nn
 from manualgrad.meter import saved_bytes
 from manualgrad.ops import linear_cross_entropy as area
-from manualgrad.registry import Maker, ops
+from manualgrad.registry import TensorFactory, ops
 from manualgrad.verification import LAWS
 
 ours: Any = getattr(nn.functional, "linear_cross_entropy")  # noqa: B009 (torch 2.11 has none)
@@ -49,7 +49,7 @@ def in_one_piece(
 
 def problem(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[list[Tensor], Tensor]:
     """Input, weight and bias, of which every gradient is needed, and a target with an ignored row."""
-    make = Maker(dtype)
+    make = TensorFactory(dtype)
     tensors = [make(5, 2), make(3, 2), make(3)][: 3 if bias else 2]
     return [x.requires_grad_() for x in tensors], torch.tensor([0, 2, -100, 1, 2])
 
@@ -66,7 +66,7 @@ def rules(output: Tensor) -> set[str]:
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law != DISTRIBUTED])
-@pytest.mark.parametrize("which", range(len(list(OP.samples(Maker())))))
+@pytest.mark.parametrize("which", range(len(list(OP.sample_inputs(TensorFactory())))))
 def test_law_in_pieces(law: str, which: int, device: str) -> None:
     verified(OP, which, device, law).raise_if_failed()
 
@@ -75,7 +75,7 @@ def test_law_in_pieces(law: str, which: int, device: str) -> None:
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
 @pytest.mark.parametrize("more", [(), (2,)], ids=["plain", "high-dimensional"])
 def test_the_oracles_derivatives_to_second_order(reduction: str, soft: bool, more: tuple[int, ...]) -> None:
-    make = Maker()
+    make = TensorFactory()
     for smoothing, weighted, biased in itertools.product((0.0, 0.2), (False, True), (False, True)):
         tensors = [make(5, 2), make(3, *more, 2), *([make(3, *more)] if biased else [])]
         tensors = [x.requires_grad_() for x in tensors]
@@ -94,7 +94,7 @@ def test_the_oracles_derivatives_to_second_order(reduction: str, soft: bool, mor
 
 
 def test_one_row_alone() -> None:
-    make = Maker()
+    make = TensorFactory()
     tensors = [make(2).requires_grad_(), make(9, 2).requires_grad_()]
     for target in (torch.tensor(4), make(9).softmax(0)):
         for reduction in ("mean", "none"):
@@ -105,7 +105,7 @@ def test_one_row_alone() -> None:
 
 
 def test_what_is_right_is_differentiable_too() -> None:
-    make = Maker()
+    make = TensorFactory()
     tensors = [make(5, 2), make(3, 2), make(5, 3).softmax(1), make(3, low=0.5, high=2)]
 
     def loss(x: Tensor, weight: Tensor, target: Tensor, classes: Tensor, function: Any = ours) -> Tensor:
@@ -144,7 +144,7 @@ def test_only_needed_slopes_are_kept() -> None:
 
 
 def test_scores_are_not_kept() -> None:
-    make = Maker(torch.float32)
+    make = TensorFactory(torch.float32)
     tensors = [make(64, 4).requires_grad_(), make(512, 4).requires_grad_()]
     for reduction in ("none", "mean"):
         for target in (make.index(512, 64), make(64, 512).softmax(1)):
@@ -227,7 +227,7 @@ def test_checkpointed(reentrant: bool) -> None:
 
 def test_a_scaled_loss_keeps_small_gradients_of_float16() -> None:
     """Of 4096 rows each takes 1/4096 of the mean, which would vanish before the scale comes."""
-    make = Maker(torch.float16)
+    make = TensorFactory(torch.float16)
     x, weight, target = make(4096, 4), make(64, 4), make.index(64, 4096)
     found = []
     for dtype in (torch.float16, torch.float64):
@@ -239,7 +239,7 @@ def test_a_scaled_loss_keeps_small_gradients_of_float16() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_pieces_are_as_precise_as_one(dtype: torch.dtype) -> None:
-    make = Maker(dtype)
+    make = TensorFactory(dtype)
     values, target = [make(256, 16), make(64, 16) * 0.3, make(64)], make.index(64, 256)
     exact = [x.double().requires_grad_() for x in values]
     truth = torch.autograd.grad(in_one_piece(exact[0], exact[1], target, exact[2]), exact)
@@ -346,7 +346,7 @@ def test_options_make_no_difference() -> None:
         )
 
 
-# --- manners ---
+# --- side effects ---
 
 
 def test_bad_input_is_refused() -> None:
@@ -419,7 +419,7 @@ def test_module() -> None:
     space: Any = nn
     for more in ((), (2,)):
         module = space.LinearCrossEntropyLoss(2, 3, out_features=more, bias=True, label_smoothing=0.1).double()
-        x, target = Maker()(5, 2).requires_grad_(), Maker().index(3, 5, *more)
+        x, target = TensorFactory()(5, 2).requires_grad_(), TensorFactory().index(3, 5, *more)
         linear = module.linear
         shape = (3, *more)
         weight, bias = linear.weight.view(*shape, 2), linear.bias.view(shape)

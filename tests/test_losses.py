@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 from manualgrad import nn
 from manualgrad.ops.linear import baddbmm
-from manualgrad.registry import Maker
+from manualgrad.registry import TensorFactory
 
 ours: Any = nn.functional
 
@@ -41,7 +41,7 @@ def test_sparse_embedding_bag() -> None:
     for mode in ("sum", "mean"):
         found = []
         for functional in (ours, F):
-            weight = Maker()(6, 2).requires_grad_()
+            weight = TensorFactory()(6, 2).requires_grad_()
             output = functional.embedding_bag(index, weight, offsets, mode=mode, sparse=True, padding_idx=2)
             output.sin().sum().backward()
             assert weight.grad is not None
@@ -58,7 +58,7 @@ def test_after_log_softmax_the_gradient_of_ctc_is_the_derivative_to_second_order
     def loss(x: Tensor) -> Tensor:
         return ours.ctc_loss(x.log_softmax(-1), targets, *lengths)
 
-    x = Maker()(5, 2, 3).requires_grad_()
+    x = TensorFactory()(5, 2, 3).requires_grad_()
     assert torch.autograd.gradcheck(loss, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(loss, x, check_fwd_over_rev=True)
 
@@ -69,7 +69,7 @@ def test_adaptive_softmax_calls_ours(cutoffs: list[int]) -> None:
     for module in (nn, torch.nn):
         torch.manual_seed(0)
         softmax = module.AdaptiveLogSoftmaxWithLoss(4, 8, cutoffs, div_value=2.0, head_bias=True).double()
-        x = Maker()(6, 4).requires_grad_()
+        x = TensorFactory()(6, 4).requires_grad_()
         output, loss = softmax(x, torch.tensor([0, 7, 2, 5, 4, 0]))
         gradients = torch.autograd.grad(loss, [x, *softmax.parameters()])
         results.append([output, loss, *gradients, softmax.log_prob(x), softmax.predict(x)])

@@ -15,8 +15,8 @@ from graph import foreign
 from torch.testing import assert_close
 
 from manualgrad import nn
-from manualgrad.binding import replaced
-from manualgrad.registry import Maker, Op
+from manualgrad.rebinding import replaced
+from manualgrad.registry import Op, TensorFactory
 
 
 def public(module: ModuleType) -> list[str]:
@@ -141,7 +141,7 @@ def test_sparse_embedding_and_max_norm() -> None:
 )
 def test_grouped_products(a: tuple[int, ...], b: tuple[int, ...], groups: int) -> None:
     """torch has them in float32 and lower alone, which is too coarse for the laws: against the plain products."""
-    make = Maker(torch.float32)
+    make = TensorFactory(torch.float32)
     x, y = make(*a).requires_grad_(), make(*b).requires_grad_()
     ends = torch.tensor([3, 8], dtype=torch.int32) if groups else None
 
@@ -182,7 +182,7 @@ def network(nn: ModuleType, dtype: torch.dtype = torch.float32) -> torch.nn.Modu
 
 def test_a_network_compiles_into_one_graph() -> None:
     backend = "inductor" if shutil.which("g++") else "aot_eager"
-    x, t = Maker(torch.float32)(16, 8), Maker(torch.float32)(16, 1)
+    x, t = TensorFactory(torch.float32)(16, 8), TensorFactory(torch.float32)(16, 1)
     results = []
     for compiled in (False, True):
         model, loss = network(nn).eval(), nn.MSELoss()
@@ -203,7 +203,7 @@ def test_the_loss_curve_is_torchs(dtype: torch.dtype, tolerance: float) -> None:
     for module in (nn, torch.nn):
         model, loss = network(module, dtype), module.MSELoss()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        make = Maker(dtype)
+        make = TensorFactory(dtype)
         curve = []
         for _ in range(200):
             x = make(32, 8)

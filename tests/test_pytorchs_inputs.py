@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves, tree_map
 
 from manualgrad import nn, registry
-from manualgrad.binding import replaced
+from manualgrad.rebinding import replaced
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it would like to have hypothesis

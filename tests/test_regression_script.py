@@ -47,7 +47,7 @@ def call(call_script: Callable[..., tuple[int, str, str]]) -> Callable[..., tupl
     return partial(call_script, SCRIPT)
 
 
-Call = Callable[..., tuple[int, str, str]]
+SampleInput = Callable[..., tuple[int, str, str]]
 
 
 def table(rows: int = 300) -> pd.DataFrame:
@@ -107,7 +107,7 @@ def test_any_table(model: str, tmp_path: Path) -> None:
     assert {tag.split("/")[1] for tag in histograms} == {f"{name}.{part}" for name in layers for part in parts}
 
 
-def test_ours_and_torch_s_make_the_same_curves(call: Call, tmp_path: Path) -> None:
+def test_ours_and_torch_s_make_the_same_curves(call: SampleInput, tmp_path: Path) -> None:
     write(tmp_path, table())
     for model in ("ours", "torch"):
         arguments = ["--epochs", 5, "--dtype", "float64", "--model", model, "--run-dir", model]
@@ -129,7 +129,7 @@ def test_the_diamonds_come_along(tmp_path: Path) -> None:
     assert figures(output)["R²"][2] > 0.95
 
 
-def test_missing_and_unseen_values(call: Call, tmp_path: Path) -> None:
+def test_missing_and_unseen_values(call: SampleInput, tmp_path: Path) -> None:
     """Numbers missing here and there, a column with none at all, texts that only one row has."""
     gaps = table()
     gaps.loc[::7, "area"] = np.nan
@@ -184,7 +184,7 @@ AREA = "area,price\n"
     ],
 )
 def test_wrong_input_gives_one_line(
-    line: str, content: pd.DataFrame | str | bytes | None, arguments: list[str], call: Call, tmp_path: Path
+    line: str, content: pd.DataFrame | str | bytes | None, arguments: list[str], call: SampleInput, tmp_path: Path
 ) -> None:
     """And status 2, and no file."""
     match content:
@@ -255,7 +255,7 @@ def steps_done(folder: Path) -> int:
     return max((int(path.stem.removeprefix("step-")) for path in folder.glob("runs/*/step-*.pt")), default=0)
 
 
-def test_a_run_is_kept(call: Call, tmp_path: Path) -> None:
+def test_a_run_is_kept(call: SampleInput, tmp_path: Path) -> None:
     """Neither overwritten, nor resumed as something else."""
     write(tmp_path, table())
     arguments = ["--data", "houses.csv", "--target", "price", *SMALL, "--epochs", 1, "--run-dir", "mine"]
@@ -266,7 +266,7 @@ def test_a_run_is_kept(call: Call, tmp_path: Path) -> None:
     assert call(*arguments, "--width", 32, "--resume") == (2, "", message)
 
 
-def test_divergence_ends_with_one_line(call: Call, tmp_path: Path) -> None:
+def test_divergence_ends_with_one_line(call: SampleInput, tmp_path: Path) -> None:
     """Growing without bound is no wrong input: the status is 1, and the line names the layer."""
     write(tmp_path, table())
     arguments = ["--target", "price", *SMALL, "--learning-rate", 1e30, "--weight-decay", 0]

@@ -188,7 +188,7 @@ def test_cuda_autocast_as_torch_registers_it(op: registry.Op) -> None:
     function runs, as the profiler sees it."""
     rules = {f"{found.__name__}Backward": found for found in every_rule()}
     ours, run = set(), set()
-    for call in op.samples(registry.Maker()):
+    for call in op.sample_inputs(registry.TensorFactory()):
         args, kwargs = call.marked()
         ours |= {
             name for name in nodes(op.function(*args, **kwargs)) & rules.keys() if "cuda" in rules[name].autocast

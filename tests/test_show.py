@@ -24,7 +24,7 @@ def test_every_operation_is_shown(op: Op) -> None:
         assert f"{rule.__name__}      manualgrad/ops/" in text
         assert "def forward" in text
         assert "def backward" in text
-    for law, reason in op.lacks.items():
+    for law, reason in op.expected_failures.items():
         assert f"{law}: {reason}" in text
 
 

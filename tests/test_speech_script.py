@@ -21,12 +21,12 @@ from manualgrad.training.checkpoint import all_in, load
 
 SCRIPT = Path(speech.__file__)
 SMALL = ["--width", 16, "--depth", 2, "--batch-size", 16, "--dropout", 0, "--learning-rate", 0.01]
-Call = Callable[..., tuple[int, str, str]]
+SampleInput = Callable[..., tuple[int, str, str]]
 torch.set_num_threads(1)
 
 
 @pytest.fixture
-def call(call_script: Callable[..., tuple[int, str, str]]) -> Call:
+def call(call_script: Callable[..., tuple[int, str, str]]) -> SampleInput:
     return partial(call_script, SCRIPT)
 
 
@@ -77,7 +77,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.mark.parametrize("model", ["ours", "torch"])
-def test_words_are_told_apart(model: str, recordings: Path, call: Call, tmp_path: Path) -> None:
+def test_words_are_told_apart(model: str, recordings: Path, call: SampleInput, tmp_path: Path) -> None:
     """It learns, says how well in figures that its curves confirm, and leaves pages to see and to hear."""
     arguments = ["--data", recordings, *SMALL, "--epochs", 8, "--model", model]
     status, output, error = call(*arguments)
@@ -100,7 +100,7 @@ def test_words_are_told_apart(model: str, recordings: Path, call: Call, tmp_path
     assert sum(tag.startswith("worst_heard_test/") for tag in sounds) == (wrong or 8)  # if none is wrong, any
 
 
-def test_strings_are_transcribed(recordings: Path, call: Call, tmp_path: Path) -> None:
+def test_strings_are_transcribed(recordings: Path, call: SampleInput, tmp_path: Path) -> None:
     settings = [*SMALL, "--epochs", 20]
     status, output, error = call("--data", recordings, "--ctc", *settings, "--run-dir", "mine")
     assert (status, error) == (0, "")
@@ -118,7 +118,7 @@ def test_strings_are_transcribed(recordings: Path, call: Call, tmp_path: Path) -
     assert any(tag.startswith("worst_heard_test/1 said") for tag in tags(tmp_path / "mine", "audio"))
 
 
-def test_the_digits_come_along(call: Call, tmp_path: Path) -> None:
+def test_the_digits_come_along(call: SampleInput, tmp_path: Path) -> None:
     """One epoch is enough to see that they can be told apart."""
     status, output, error = call("--epochs", 1, "--width", 32, "--depth", 2, "--run-dir", "mine")
     assert (status, error) == (0, "")
@@ -128,7 +128,7 @@ def test_the_digits_come_along(call: Call, tmp_path: Path) -> None:
     assert tags(tmp_path / "mine", "audio") == set()  # of these there are spectra alone
 
 
-def test_a_speaker_held_out(recordings: Path, call: Call) -> None:
+def test_a_speaker_held_out(recordings: Path, call: SampleInput) -> None:
     """That speaker is tested, and no other; nobody learns from that one."""
     arguments = ["--data", recordings, *SMALL, "--epochs", 1, "--held-out-speaker", "bob"]
     status, output, error = call(*arguments)
@@ -150,7 +150,7 @@ def test_every_recording_is_in_one_part_of_the_split(recordings: Path) -> None:
         assert every.labels[parts[name]].bincount().tolist() == [size] * 3
 
 
-def test_an_unfinished_run_goes_on(recordings: Path, call: Call, tmp_path: Path) -> None:
+def test_an_unfinished_run_goes_on(recordings: Path, call: SampleInput, tmp_path: Path) -> None:
     """With the curves of one that never stopped; and each page is there once."""
     arguments = ["--data", recordings, "--ctc", *SMALL, "--epochs", 4, "--keep-last", 10]
     _, whole, _ = call(*arguments, "--run-dir", "whole")
@@ -169,7 +169,7 @@ def test_an_unfinished_run_goes_on(recordings: Path, call: Call, tmp_path: Path)
         assert len(events.Images(tag)) == times
 
 
-def test_settings_from_a_file(recordings: Path, call: Call, tmp_path: Path) -> None:
+def test_settings_from_a_file(recordings: Path, call: SampleInput, tmp_path: Path) -> None:
     """As those of another run."""
     arguments = ["--data", recordings, "--held-out-speaker", "cat", *SMALL, "--epochs", 1, "--run-dir", "one"]
     _, one, _ = call(*arguments)
@@ -255,7 +255,7 @@ SPOIL = {
 
 
 @pytest.mark.parametrize("line", SPOIL)
-def test_a_spoilt_recording_is_named(line: str, recordings: Path, call: Call, tmp_path: Path) -> None:
+def test_a_spoilt_recording_is_named(line: str, recordings: Path, call: SampleInput, tmp_path: Path) -> None:
     """In one line, with status 2; and nothing is written."""
     path = recordings / "up_bob_0.wav"
     if (spoil := SPOIL[line]) is not None:
@@ -311,7 +311,7 @@ def test_wrong_input_gives_one_line(
     change: Callable[[Path], object] | None,
     arguments: list[str],
     recordings: Path,
-    call: Call,
+    call: SampleInput,
     tmp_path: Path,
 ) -> None:
     """And status 2, and no file."""
@@ -320,11 +320,11 @@ def test_wrong_input_gives_one_line(
     refused(call, tmp_path, line, "--data", "recordings", *arguments)
 
 
-def test_a_speaker_of_the_digits_cannot_be_held_out(call: Call, tmp_path: Path) -> None:
+def test_a_speaker_of_the_digits_cannot_be_held_out(call: SampleInput, tmp_path: Path) -> None:
     refused(call, tmp_path, "--held-out-speaker needs --data", "--held-out-speaker", "ann")
 
 
-def refused(call: Call, folder: Path, line: str, *arguments: object) -> None:
+def refused(call: SampleInput, folder: Path, line: str, *arguments: object) -> None:
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     status, output, error = call(*arguments)
     assert (status, output) == (2, "")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from manualgrad.registry import Call, Maker, Op, ops
+from manualgrad.registry import Op, SampleInput, TensorFactory, ops
 from manualgrad.standalone import standalone
 
 
-def outputs_and_gradients(function: Any, call: Call) -> tuple[list[Tensor], list[Tensor | None]]:
+def outputs_and_gradients(function: Any, call: SampleInput) -> tuple[list[Tensor], list[Tensor | None]]:
     args, kwargs = call.marked()
     torch.manual_seed(0)
     found = function(*args, **kwargs)
@@ -43,7 +43,7 @@ def test_it_computes_the_same(op: Op) -> None:
     text = standalone(op)
     assert "manualgrad" not in text
     function = getattr(loaded(text, op.name), op.name)
-    for call in op.samples(Maker()):
+    for call in op.sample_inputs(TensorFactory()):
         outputs, gradients = outputs_and_gradients(function, call)
         expected, of_ours = (
             outputs_and_gradients(op.reference, call)[0],

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from manualgrad import nn
 from manualgrad.ops.normalization import sync_batch_norm
-from manualgrad.registry import Maker
+from manualgrad.registry import TensorFactory
 
 synced: Any = sync_batch_norm
 
@@ -34,7 +34,7 @@ def process(rank: int, rows: tuple[int, int], rendezvous: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    make = Maker()
+    make = TensorFactory()
     x, upstream, along = (make(sum(rows), 3, 2) for _ in range(3))
     affine = [make(3), make(3)]
     affine_along = [make(3), make(3)]

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import manualgrad
 import manualgrad.nn as ours
-from manualgrad import convert, enabled, record_fallbacks
+from manualgrad import convert, override_torch_functions, record_fallbacks
 
 
 def jagged(features: int = 8) -> Tensor:
@@ -268,7 +268,7 @@ def test_tools_that_look_at_classes_say_what_to_do() -> None:
 
 def test_inside_enabled() -> None:
     x = torch.randn(2, 4, requires_grad=True)
-    with enabled(), record_fallbacks() as fallbacks:
+    with override_torch_functions(), record_fallbacks() as fallbacks:
         assert type(torch.softmax(x.as_subclass(Plain), -1)) is Plain
         assert not fallbacks
         Listening.seen = []

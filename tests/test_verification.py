@@ -33,7 +33,10 @@ def test_a_planted_defect_is_found(defect: Defect) -> None:
 
 
 def test_every_default_law_has_a_defect_planted() -> None:
-    exempt = {"adjoint", "as_reference"}  # what breaks the first breaks forward_mode; the second needs a reference
+    exempt = {
+        "adjoint",
+        "matches_reference",
+    }  # what breaks the first breaks forward_mode; the second needs a reference
     assert {name for name, law in LAWS.items() if not law.on_request} - exempt <= {d.law for d in DEFECTS}
 
 
@@ -94,9 +97,9 @@ def test_the_report() -> None:
     (row,) = [row for row in report.rows if row.law == "gradient"]
     assert "gradient of 'w' at [" in row.evidence
     assert "finite difference" in row.evidence
-    assert row.smallest.count("[[") == 2  # cut to one number each
+    assert row.minimal_example.count("[[") == 2  # cut to one number each
     with pytest.raises(
-        AssertionError, match=r"(?s)Doubled: \d+ laws fail.*finite difference.*smallest input: x = "
+        AssertionError, match=r"(?s)Doubled: \d+ laws fail.*finite difference.*minimal example: x = "
     ):
         report.raise_if_failed()
     assert json.loads(report.to_json())["failures"] == report.failures
@@ -107,10 +110,10 @@ def test_a_reference_judges_where_nothing_else_can() -> None:
     """Forward and backward agree with each other; only what was meant tells."""
     mean = lambda x: x.mean(-1)  # noqa: E731
     x = pair()[0]
-    assert verify(lambda x: x.mean(0), x[:, :3], laws=["as_reference"], reference=mean).failures == [
-        "as_reference"
+    assert verify(lambda x: x.mean(0), x[:, :3], laws=["matches_reference"], reference=mean).failures == [
+        "matches_reference"
     ]
-    assert verify(mean, x, laws=["as_reference"], reference=mean).ok
+    assert verify(mean, x, laws=["matches_reference"], reference=mean).ok
 
 
 def test_what_is_required_must_be_offered() -> None:
@@ -161,7 +164,7 @@ def test_a_module_and_its_generator_are_left_as_they_were() -> None:
 
     module = Noisy(2, 2).double()
     before = dict(vars(module)), [id(w) for w in module._flat_weights], module.generator.get_state()
-    verify(module, pair()[0][..., :2], laws=["gradient", "nothing_leaks", "deterministic"]).raise_if_failed()
+    verify(module, pair()[0][..., :2], laws=["gradient", "no_memory_leaks", "deterministic"]).raise_if_failed()
     assert vars(module) == before[0]
     assert [id(w) for w in module._flat_weights] == before[1]
     assert torch.equal(module.generator.get_state(), before[2])

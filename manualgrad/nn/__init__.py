@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch.nn as _torch
 
-from manualgrad.binding import derived, is_module
+from manualgrad.rebinding import derived, is_module
 
 if TYPE_CHECKING:  # ours have torch's signatures
     from torch.nn import *  # noqa: F403

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn import functional as _torch
 
 from manualgrad import registry
-from manualgrad.binding import replaced
+from manualgrad.rebinding import replaced
 
 if TYPE_CHECKING:  # ours have torch's signatures
     from torch.nn.functional import *  # noqa: F403

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import Elementwise, Pointwise, drop_in, refusing_as, stands_for
-from manualgrad.registry import Call, register
+from manualgrad.ops.elementary import Elementwise, Pointwise, implements, with_errors_of, with_torch_errors
+from manualgrad.recomputation import large, usable_recipe_of
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import LOWER, Rule, replaces, reusing
-from manualgrad.saving import large, usable_recipe_of
 
 _elu = torch._C._nn.elu  # F.elu with its two scales  # pyright: ignore[reportAttributeAccessIssue]
 _elu_ = torch._C._nn.elu_  # pyright: ignore[reportAttributeAccessIssue]
@@ -59,7 +59,7 @@ def _named(function: Callable[..., Tensor], name: str, rule: type[Rule]) -> Call
     formula = str(rule.__doc__).partition("\n")[0].partition("      ")[0]
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"{formula}, as `torch.nn.functional.{name}`. Any shape."
-    return drop_in(function)
+    return with_torch_errors(function)
 
 
 class SigmoidFunction(Pointwise):
@@ -200,7 +200,7 @@ silu = _activation_inplace("silu", SiLUFunction)
 mish = _activation_inplace("mish", MishFunction)
 
 
-@drop_in
+@with_torch_errors
 def softsign(input: Tensor) -> Tensor:
     """x / (1 + |x|), as `torch.nn.functional.softsign`. Any shape."""
     return (ComplexSoftsignFunction if input.is_complex() else SoftsignFunction).apply(input)
@@ -258,7 +258,7 @@ class GELUTanhFunction(Pointwise):
         return s * (1 + input * (1 - s) * (2 * k + 6 * k * c * square))
 
 
-@drop_in
+@with_torch_errors
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     """x Φ(x), or with ``approximate="tanh"`` its approximation, as `torch.nn.functional.gelu`. Any shape."""
     if approximate == "none":
@@ -281,7 +281,7 @@ class SoftplusFunction(Pointwise):
         return torch.where(z > threshold, 1, torch.sigmoid(z))
 
 
-@drop_in
+@with_torch_errors
 def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """(1/β) log(1 + e^(βx)), as `torch.nn.functional.softplus`. Any shape."""
     return SoftplusFunction.apply(input, beta, threshold)
@@ -337,13 +337,13 @@ def _elu_applied(input: Tensor, alpha: float, scale: float, input_scale: float, 
     return _applied(ELUFunction, input, alpha, scale, input_scale, inplace=inplace, from_output=from_output)
 
 
-@drop_in
+@with_torch_errors
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """x where x > 0, else α (eˣ - 1), as `torch.nn.functional.elu`. Any shape."""
     return _elu_applied(input, alpha, 1.0, 1.0, inplace)
 
 
-@drop_in
+@with_torch_errors
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """x where x > 0, else α (e^(x/α) - 1), as `torch.nn.functional.celu`. Any shape.
 
@@ -355,7 +355,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return _elu_applied(input, alpha, 1.0, 1 / alpha, inplace)
 
 
-@drop_in
+@with_torch_errors
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """ELU with the α and the scale that keep mean 0 and variance 1, as `torch.nn.functional.selu`. Any shape."""
     return _elu_applied(input, *_SELU, 1.0, inplace)
@@ -389,7 +389,7 @@ class LeakyReLUFromOutputFunction(LeakyReLUFunction):
         return output > 0
 
 
-@drop_in
+@with_torch_errors
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """x where x > 0, else s x, as `torch.nn.functional.leaky_relu`. Any shape."""
     from_output = LeakyReLUFromOutputFunction if negative_slope >= 0 else None
@@ -417,7 +417,7 @@ class PReLUFunction(Rule):
         return torch.where(input > 0, 0, grad * input)
 
 
-@drop_in
+@with_torch_errors
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """x where x > 0, else w x, as `torch.nn.functional.prelu`.
 
@@ -453,7 +453,7 @@ def _with_slopes(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Ten
     return torch.ops.aten.rrelu_with_noise_functional(input, slope, lower, upper, True)
 
 
-@drop_in
+@with_torch_errors
 def rrelu(
     input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
 ) -> Tensor:
@@ -564,25 +564,25 @@ def _relu(input: Tensor, inplace: bool = False) -> Tensor:
 relu = _named(_relu, "relu", ReLUFunction)
 
 
-@partial(refusing_as, partial(F.relu, inplace=True))
+@partial(with_errors_of, partial(F.relu, inplace=True))
 def relu_with_mask(input: Tensor) -> Tensor:
     """`relu` in place that saves a bit mask and not its output: less, if the next layer saves no output either."""
     return _applied(ReLUFunction, input, inplace=True)
 
 
-@partial(refusing_as, partial(F.leaky_relu, inplace=True))
+@partial(with_errors_of, partial(F.leaky_relu, inplace=True))
 def leaky_relu_with_mask(input: Tensor, negative_slope: float) -> Tensor:
     """`leaky_relu` likewise."""
     return _applied(LeakyReLUFunction, input, negative_slope, inplace=True)
 
 
-@drop_in
+@with_torch_errors
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """x where x > threshold, else `value`, as `torch.nn.functional.threshold`. Any shape."""
     return _applied(ThresholdFunction, input, threshold, value, inplace=inplace)
 
 
-@drop_in
+@with_torch_errors
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """x, clamped to [min_val, max_val], as `torch.nn.functional.hardtanh`. Any shape.
 
@@ -592,19 +592,19 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     return _applied(HardtanhFunction, input, min_val, max_val, inplace=inplace)
 
 
-@drop_in
+@with_torch_errors
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """x, clamped to [0, 6], as `torch.nn.functional.relu6`. Any shape."""
     return hardtanh(input, 0.0, 6.0, inplace)
 
 
-@drop_in
+@with_torch_errors
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """x where |x| > λ, else 0, as `torch.nn.functional.hardshrink`. Any shape."""
     return HardshrinkFunction.apply(input, lambd)
 
 
-@drop_in
+@with_torch_errors
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """x moved towards 0 by λ, as `torch.nn.functional.softshrink`. Any shape.
 
@@ -681,7 +681,7 @@ class GLUFunction(Rule):
         return torch.cat([grad_a, grad_a * a * (1 - s)], dim)
 
 
-@drop_in
+@with_torch_errors
 def glu(input: Tensor, dim: int = -1) -> Tensor:
     """The first half of x along `dim` times σ of the second, as `torch.nn.functional.glu`.
 
@@ -714,40 +714,40 @@ for _function, _variants in (
     register(
         _function,
         # Six numbers: torch's kernels treat a nan in another way where they are vectorized.
-        samples=lambda t, variants=_variants: [Call(t(2, 3), **variant) for variant in variants],
-        big=lambda t, variants=_variants: Call(t(1024, 1024), **variants[0]),
+        sample_inputs=lambda t, variants=_variants: [SampleInput(t(2, 3), **variant) for variant in variants],
+        benchmark_input=lambda t, variants=_variants: SampleInput(t(1024, 1024), **variants[0]),
     )
 
-stands_for(torch.sigmoid_)(SigmoidFunction.apply_)
-stands_for(torch.tanh_)(TanhFunction.apply_)
+implements(torch.sigmoid_)(SigmoidFunction.apply_)
+implements(torch.tanh_)(TanhFunction.apply_)
 
 for _function, _called in ((sigmoid, torch.sigmoid), (tanh, torch.tanh)):
-    stands_for(_called)(_function)
+    implements(_called)(_function)
     register(
         _function,
-        samples=lambda t: [Call(t(5, 3)), Call(t())],
-        big=lambda t: Call(t(1024, 1024)),
+        sample_inputs=lambda t: [SampleInput(t(5, 3)), SampleInput(t())],
+        benchmark_input=lambda t: SampleInput(t(1024, 1024)),
     )
 
 register(
     hardsigmoid,
-    samples=lambda t: [Call(t(2, 3))],
-    big=lambda t: Call(t(1024, 1024)),
-    special=False,  # torch's slope is 1/6 rounded to float32, in float64 too
+    sample_inputs=lambda t: [SampleInput(t(2, 3))],
+    benchmark_input=lambda t: SampleInput(t(1024, 1024)),
+    supports_special_values=False,  # torch's slope is 1/6 rounded to float32, in float64 too
 )
 
 register(
     prelu,
-    samples=lambda t: [Call(t(5, 3), t(3)), Call(t(2, 3, 2, 2), t(1)), Call(t(4), t())],
-    big=lambda t: Call(t(16, 64, 32, 32), t(64)),
+    sample_inputs=lambda t: [SampleInput(t(5, 3), t(3)), SampleInput(t(2, 3, 2, 2), t(1)), SampleInput(t(4), t())],
+    benchmark_input=lambda t: SampleInput(t(16, 64, 32, 32), t(64)),
 )
 
 register(
     rrelu,
-    samples=lambda t: [Call(t(5, 3), training=True), Call(t(5, 3), 0.2, 0.6, training=True)],
-    big=lambda t: Call(t(1024, 1024), training=True),
+    sample_inputs=lambda t: [SampleInput(t(5, 3), training=True), SampleInput(t(5, 3), 0.2, 0.6, training=True)],
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), training=True),
     random=True,
-    lacks={
+    expected_failures={
         "vmap": "torch draws only for x ≤ 0, so what one example is given depends on those before it, and not "
         'even `randomness="same"` gives what a loop does'
     },
@@ -755,6 +755,6 @@ register(
 
 register(
     glu,
-    samples=lambda t: [Call(t(5, 4)), Call(t(2, 6, 3), 1)],
-    big=lambda t: Call(t(1024, 1024)),
+    sample_inputs=lambda t: [SampleInput(t(5, 4)), SampleInput(t(2, 6, 3), 1)],
+    benchmark_input=lambda t: SampleInput(t(1024, 1024)),
 )

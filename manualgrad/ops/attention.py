@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad import fuse
+from manualgrad import blocking
 from manualgrad.ops.dropout import kept_scale
-from manualgrad.ops.elementary import drop_in, unflatten
-from manualgrad.registry import Call, Maker, register
+from manualgrad.ops.elementary import unflatten, with_torch_errors
+from manualgrad.registry import SampleInput, TensorFactory, register
 from manualgrad.rule import LOWER, Rule, replaces
 
 Products = tuple[Tensor, Tensor, Tensor]
@@ -173,7 +173,7 @@ def _products_by_blocks(
         return grad_S @ K, grad_S.mT @ Q, kP.mT @ g
     batch, (length, columns) = Q.shape[:-2], (Q.shape[-2], K.shape[-2])
     rows = min(_ROWS, length) if causal else length
-    heads = min(batch[-1], max(1, (fuse.size() or 0) // (rows * columns)))
+    heads = min(batch[-1], max(1, (blocking.size() or 0) // (rows * columns)))
     of_query, of_key, of_value = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
     space = Q.new_empty(2, heads * rows * columns)
     masks = [x if x is None else x.expand(*batch, length, columns) for x in (M, k[0])]
@@ -200,7 +200,7 @@ _ROWS = 128
 
 def _pays(Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None) -> bool:
     """Blocks are faster (there are several, and none is tiny) and possible (no head or example broadcasts)."""
-    size = fuse.size()
+    size = blocking.size()
     scores = Q.shape[-3:-1].numel() * K.shape[-2]  # of one example
     return (
         size is not None
@@ -235,7 +235,7 @@ def _sum_heads(tensor: Tensor, n: int) -> Tensor:
     return tensor if n == 1 else unflatten(tensor, -3, (tensor.shape[-3] // n, n)).sum(-3)
 
 
-@drop_in
+@with_torch_errors
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -266,15 +266,15 @@ def scaled_dot_product_attention(
 
 register(
     scaled_dot_product_attention,
-    samples=lambda t: [
-        Call(t(2, 1, 3, 2), t(2, 1, 4, 2), t(2, 1, 4, 2), is_causal=True),
-        Call(t(2, 3, 2), t(2, 4, 2), t(2, 4, 3), t(3, 4), scale=0.5),
-        Call(t(1, 4, 3, 2), t(1, 2, 3, 2), t(1, 2, 3, 2), enable_gqa=True),
-        Call(t(2, 3, 2), t(2, 3, 2), t(2, 3, 2), torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool()),
+    sample_inputs=lambda t: [
+        SampleInput(t(2, 1, 3, 2), t(2, 1, 4, 2), t(2, 1, 4, 2), is_causal=True),
+        SampleInput(t(2, 3, 2), t(2, 4, 2), t(2, 4, 3), t(3, 4), scale=0.5),
+        SampleInput(t(1, 4, 3, 2), t(1, 2, 3, 2), t(1, 2, 3, 2), enable_gqa=True),
+        SampleInput(t(2, 3, 2), t(2, 3, 2), t(2, 3, 2), torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool()),
     ],
-    big=lambda t: Call(t(2, 8, 256, 64), t(2, 8, 256, 64), t(2, 8, 256, 64), is_causal=True),
-    special=False,  # a row that nothing attends to still multiplies what it holds by 0
-    lacks=dict.fromkeys(
+    benchmark_input=lambda t: SampleInput(t(2, 8, 256, 64), t(2, 8, 256, 64), t(2, 8, 256, 64), is_causal=True),
+    supports_special_values=False,  # a row that nothing attends to still multiplies what it holds by 0
+    expected_failures=dict.fromkeys(
         ("special_values-0", "special_values-2", "special_values-3"),
         "an infinite query or key has weight 0 at last, and products with it are 0 · ∞ = nan",
     ),
@@ -282,8 +282,8 @@ register(
 
 
 def _multi_head(
-    t: Maker, query: Tensor, key: Tensor, *, separate: bool = False, bias: bool = True, **more: Any
-) -> Call:
+    t: TensorFactory, query: Tensor, key: Tensor, *, separate: bool = False, bias: bool = True, **more: Any
+) -> SampleInput:
     """A call with weights of the sizes that query and key ask for."""
     e, k = query.shape[-1], key.shape[-1]
     if separate:
@@ -292,15 +292,15 @@ def _multi_head(
     extra = (t(1, 1, e), t(1, 1, e), True) if more.pop("extra", False) else (None, None, False)
     out = (t(e, e), t(e) if bias else None)
     more["use_separate_proj_weight"] = separate
-    return Call(query, key, key, e, more.pop("heads", 2), *affine, *extra, 0.0, *out, **more)
+    return SampleInput(query, key, key, e, more.pop("heads", 2), *affine, *extra, 0.0, *out, **more)
 
 
 register(
     "multi_head_attention_forward",
-    samples=lambda t: [
+    sample_inputs=lambda t: [
         _multi_head(t, t(2, 1, 2), t(3, 1, 2), heads=1),
         _multi_head(t, t(4, 2), t(3, 3), separate=True, bias=False, need_weights=False),
         _multi_head(t, t(4, 2), t(3, 2), attn_mask=t.fixed(4, 3), average_attn_weights=False, bias=False),
     ],
-    big=lambda t: _multi_head(t, t(128, 8, 256), t(128, 8, 256), heads=8, need_weights=False),
+    benchmark_input=lambda t: _multi_head(t, t(128, 8, 256), t(128, 8, 256), heads=8, need_weights=False),
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import stands_for
+from manualgrad.ops.elementary import implements
 from manualgrad.ops.loss import MEAN, NONE, _nn
 from manualgrad.ops.softmax import log_softmax
-from manualgrad.registry import Call, register
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import FLOAT32, Rule, cast, replaces, reusing
 
 
@@ -44,7 +44,7 @@ def weight_of(t: Tensor, valid: Tensor, weight: Tensor | None, like: Tensor) -> 
     return valid.to(like.dtype) if weight is None else torch.where(valid, weight.take(t).to(like.dtype), 0)
 
 
-@stands_for(_nn.nll_loss_nd)
+@implements(_nn.nll_loss_nd)
 class NLLLossFunction(ClassLoss):
     r"""ℓ = -x[t]        x: (N, C, ...) of log-probabilities   t: (N, ...)      ∂L/∂x[t] = -γ w,  else 0"""
 
@@ -118,7 +118,7 @@ def _along(weight: Tensor, input: Tensor) -> Tensor:
     return weight.reshape(-1, *[1] * (input.dim() - 2))
 
 
-@stands_for(_nn.cross_entropy_loss)
+@implements(_nn.cross_entropy_loss)
 def cross_entropy_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
 ) -> Tensor:
@@ -142,21 +142,21 @@ def cross_entropy_loss(
 
 register(
     "nll_loss",
-    samples=lambda t: [
-        Call(t(5, 3), t.index(3, 5)),
-        Call(t(5, 3), t.index(3, 5), t.fixed(3, low=0.5, high=2), ignore_index=1),
-        Call(t(2, 3, 4), t.index(3, 2, 4), ignore_index=0, reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t.index(3, 5)),
+        SampleInput(t(5, 3), t.index(3, 5), t.fixed(3, low=0.5, high=2), ignore_index=1),
+        SampleInput(t(2, 3, 4), t.index(3, 2, 4), ignore_index=0, reduction="none"),
     ],
-    big=lambda t: Call(t(512, 8192), t.index(8192, 512)),
+    benchmark_input=lambda t: SampleInput(t(512, 8192), t.index(8192, 512)),
 )
 
 register(
     "cross_entropy",
-    samples=lambda t: [
-        Call(t(5, 3), t.index(3, 5)),
-        Call(t(5, 3), t.index(3, 5), t.fixed(3, low=0.5, high=2), ignore_index=1, label_smoothing=0.1),
-        Call(t(2, 3, 2), t.index(3, 2, 2), label_smoothing=0.2, reduction="none"),
-        Call(t(2, 3, 2), t(2, 3, 2).softmax(1), t(3, low=0.5, high=2), label_smoothing=0.1),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t.index(3, 5)),
+        SampleInput(t(5, 3), t.index(3, 5), t.fixed(3, low=0.5, high=2), ignore_index=1, label_smoothing=0.1),
+        SampleInput(t(2, 3, 2), t.index(3, 2, 2), label_smoothing=0.2, reduction="none"),
+        SampleInput(t(2, 3, 2), t(2, 3, 2).softmax(1), t(3, low=0.5, high=2), label_smoothing=0.1),
     ],
-    big=lambda t: Call(t(512, 8192), t.index(8192, 512)),
+    benchmark_input=lambda t: SampleInput(t(512, 8192), t.index(8192, 512)),
 )

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import Numbers, drop_in, each, of_dimensions, rows, unflatten
+from manualgrad.ops.elementary import Numbers, each, of_dimensions, rows, unflatten, with_torch_errors
 from manualgrad.ops.padding import pad
-from manualgrad.registry import Call, Maker, register
+from manualgrad.registry import SampleInput, TensorFactory, register
 from manualgrad.rule import LOWER, Rule, replaces
 
 
@@ -275,7 +275,7 @@ def correlation_in_time(x: Tensor, g: Tensor, shift: int) -> Tensor:
     return rows(x[first + shift : end + shift]).mT @ rows(g[first:end])
 
 
-@drop_in
+@with_torch_errors
 def conv_tbc(input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
     """Convolution along the first axis, as `torch.nn.functional.conv_tbc`.
 
@@ -284,30 +284,30 @@ def conv_tbc(input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tenso
     return TimeBatchChannelsFunction.apply(input, weight, bias, pad)
 
 
-def _samples(t: Maker, n: int) -> list[Call]:
+def _samples(t: TensorFactory, n: int) -> list[SampleInput]:
     sides, small, k = ((6,), (5, 4), (3, 2, 2))[n - 1], ((4,), (3, 4), (2, 2, 3))[n - 1], (2, 1, 3)[-n:]
     ones = (1,) * (n - 1)
     return [
-        Call(t(2, 2, *sides), t(3, 2, *k), t(3), stride=2, padding=1),
-        Call(t(2, 3, *small), t(3, 1, *k), t(3), 1, (1,) * n, (*ones, 2), groups=3),
-        Call(t(2, *small), t(1, 2, *(3,) * n), padding="same", dilation=2),
+        SampleInput(t(2, 2, *sides), t(3, 2, *k), t(3), stride=2, padding=1),
+        SampleInput(t(2, 3, *small), t(3, 1, *k), t(3), 1, (1,) * n, (*ones, 2), groups=3),
+        SampleInput(t(2, *small), t(1, 2, *(3,) * n), padding="same", dilation=2),
     ]
 
 
-def _transposed_samples(t: Maker, n: int) -> list[Call]:
+def _transposed_samples(t: TensorFactory, n: int) -> list[SampleInput]:
     sides, k = ((3,), (3, 2), (2, 2, 2))[n - 1], (2, 1, 3)[-n:]
     ones = (1,) * (n - 1)
     return [
-        Call(t(2, 1, *sides), t(1, 3, *k), t(3), stride=2, padding=1, output_padding=1),
-        Call(t(2, 3, *sides), t(3, 1, *k), t(3), 1, (1, 0, 1)[-n:], 0, 3, (*ones, 2)),
-        Call(t(2, *sides), t(2, 1, *k)),
+        SampleInput(t(2, 1, *sides), t(1, 3, *k), t(3), stride=2, padding=1, output_padding=1),
+        SampleInput(t(2, 3, *sides), t(3, 1, *k), t(3), 1, (1, 0, 1)[-n:], 0, 3, (*ones, 2)),
+        SampleInput(t(2, *sides), t(2, 1, *k)),
     ]
 
 
-def _big(t: Maker, n: int) -> Call:
+def _big(t: TensorFactory, n: int) -> SampleInput:
     shape = ((8, 64, 1024), (8, 64, 28, 28), (2, 16, 16, 28, 28))[n - 1]
     width = shape[1]
-    return Call(t(*shape), t(width, width, *(3,) * n), t(width), padding=1)
+    return SampleInput(t(*shape), t(width, width, *(3,) * n), t(width), padding=1)
 
 
 for _n, _plain, _transposed in (
@@ -316,11 +316,14 @@ for _n, _plain, _transposed in (
     (3, conv3d, conv_transpose3d),
 ):
     _of_size = partial(_big, n=_n)
-    register(_plain, samples=partial(_samples, n=_n), big=_of_size)
-    register(_transposed, samples=partial(_transposed_samples, n=_n), big=_of_size)
+    register(_plain, sample_inputs=partial(_samples, n=_n), benchmark_input=_of_size)
+    register(_transposed, sample_inputs=partial(_transposed_samples, n=_n), benchmark_input=_of_size)
 
 register(
     conv_tbc,
-    samples=lambda t: [Call(t(4, 2, 3), t(2, 3, 2), t(2), 2), Call(t(5, 1, 2), t(3, 2, 1), t(1))],
-    big=lambda t: Call(t(256, 8, 64), t(3, 64, 64), t(64), 1),
+    sample_inputs=lambda t: [
+        SampleInput(t(4, 2, 3), t(2, 3, 2), t(2), 2),
+        SampleInput(t(5, 1, 2), t(3, 2, 1), t(1)),
+    ],
+    benchmark_input=lambda t: SampleInput(t(256, 8, 64), t(3, 64, 64), t(64), 1),
 )

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import stands_for
+from manualgrad.ops.elementary import implements
 from manualgrad.ops.loss import MEAN, NONE, reduced
-from manualgrad.registry import Call, register
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule, replaces
 
 _NEVER = -1e30  # log 0: finite, so that differences of two stay numbers, and so do all derivatives
@@ -145,7 +145,7 @@ def _log_sum_in_pairs(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.logaddexp(torch.logaddexp(a, b), c)
 
 
-@stands_for(torch.ctc_loss)
+@implements(torch.ctc_loss)
 def ctc_loss(
     log_probs: Tensor,
     targets: Tensor,
@@ -169,24 +169,24 @@ def ctc_loss(
 
 register(
     "ctc_loss",
-    samples=lambda t: [
-        Call(
+    sample_inputs=lambda t: [
+        SampleInput(
             t(5, 3, 4).log_softmax(2), 1 + t.index(3, 3, 2), torch.tensor([5, 4, 5]), torch.tensor([2, 1, 0])
         ).with_gradient_by_definition(after=partial(torch.log_softmax, dim=2)),
-        Call(
+        SampleInput(
             *(t(4, 2, 3).log_softmax(2), torch.tensor([0, 0, 1]).to(t.device), (4, 4), (2, 1)),
             blank=2,
             reduction="none",
         ).with_gradient_by_definition(),
-        Call(
+        SampleInput(
             *(t(4, 3), torch.tensor([1, 2]).to(t.device), (4,), (2,)), reduction="sum", zero_infinity=True
         ).with_gradient_by_definition(),
     ],
-    big=lambda t: Call(
+    benchmark_input=lambda t: SampleInput(
         t(150, 32, 64).log_softmax(2), 1 + t.index(63, 32, 30), torch.full((32,), 150), torch.full((32,), 30)
     ),
-    special=False,  # log-probabilities have no infinity but -∞
-    lacks={
+    supports_special_values=False,  # log-probabilities have no infinity but -∞
+    expected_failures={
         **dict.fromkeys(
             ("compile", "compile_dynamic"),
             "the shapes that torch's forward computes with depend on the lengths",

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import PlainDifferenceFunction, broadcast, drop_in
-from manualgrad.registry import Call, register
+from manualgrad.ops.elementary import PlainDifferenceFunction, broadcast, with_torch_errors
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule
 
 Axes = int | tuple[int, ...]
@@ -63,7 +63,7 @@ def norm(input: Tensor, p: float, dim: Axes = -1, keepdim: bool = False) -> Tens
     return VectorNormFunction.apply(input, p, dim, keepdim)
 
 
-@drop_in
+@with_torch_errors
 def pairwise_distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Tensor:
     """The p-norm of x1 - x2 + ε along the last axis, as `torch.nn.functional.pairwise_distance`.
 
@@ -74,13 +74,13 @@ def pairwise_distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6,
 
 register(
     pairwise_distance,
-    samples=lambda t: [
-        Call(t(4, 3), t(4, 3)),
-        Call(t(2, 4, 3), t(3), p=3.0, keepdim=True),
-        Call(t(3), t(3), p=math.inf),
+    sample_inputs=lambda t: [
+        SampleInput(t(4, 3), t(4, 3)),
+        SampleInput(t(2, 4, 3), t(3), p=3.0, keepdim=True),
+        SampleInput(t(3), t(3), p=math.inf),
     ],
-    big=lambda t: Call(t(4096, 256), t(4096, 256)),
-    special=False,  # which of several infinities is the largest is not defined
+    benchmark_input=lambda t: SampleInput(t(4096, 256), t(4096, 256)),
+    supports_special_values=False,  # which of several infinities is the largest is not defined
 )
 
 
@@ -131,7 +131,7 @@ def _symmetric(pairs: Tensor, n: int) -> Tensor:
     return upper + upper.mT
 
 
-@drop_in
+@with_torch_errors
 def pdist(input: Tensor, p: float = 2.0) -> Tensor:
     """The p-norms of the differences of each two rows, as `torch.nn.functional.pdist`.
 
@@ -142,10 +142,10 @@ def pdist(input: Tensor, p: float = 2.0) -> Tensor:
 
 register(
     pdist,
-    samples=lambda t: [Call(t(4, 3)), Call(t(4, 2), p=3.0)],
-    big=lambda t: Call(t(256, 64)),
-    special=False,  # 0 · ∞ in the sums over pairs
-    lacks={"torchs_zero_size": "torch's gradient of no rows at all kills the process"},
+    sample_inputs=lambda t: [SampleInput(t(4, 3)), SampleInput(t(4, 2), p=3.0)],
+    benchmark_input=lambda t: SampleInput(t(256, 64)),
+    supports_special_values=False,  # 0 · ∞ in the sums over pairs
+    expected_failures={"torchs_zero_size": "torch's gradient of no rows at all kills the process"},
 )
 
 
@@ -182,7 +182,7 @@ def normalize_gradient(grad: Tensor, u: Tensor, n: Tensor, p: float, dim: Axes, 
     return (grad - s * norm_gradient(u, p, dim)) / n
 
 
-@drop_in
+@with_torch_errors
 def normalize(
     input: Tensor, p: float = 2.0, dim: Axes = 1, eps: float = 1e-12, out: Tensor | None = None
 ) -> Tensor:
@@ -194,8 +194,12 @@ def normalize(
 
 register(
     normalize,
-    samples=lambda t: [Call(t(4, 3)), Call(t(2, 3, 2), p=3.0, dim=-1), Call(t(2, 3, 2), p=1.0, dim=(0, 2))],
-    big=lambda t: Call(t(4096, 256)),
+    sample_inputs=lambda t: [
+        SampleInput(t(4, 3)),
+        SampleInput(t(2, 3, 2), p=3.0, dim=-1),
+        SampleInput(t(2, 3, 2), p=1.0, dim=(0, 2)),
+    ],
+    benchmark_input=lambda t: SampleInput(t(4096, 256)),
 )
 
 
@@ -229,7 +233,7 @@ class CosineSimilarityFunction(Rule):
         return normalize_gradient(grad.unsqueeze(dim) * u1, u2, n2, 2, dim, eps)
 
 
-@drop_in
+@with_torch_errors
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """The cosine of the angle between x1 and x2 along `dim`, as `torch.nn.functional.cosine_similarity`.
 
@@ -240,6 +244,6 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -
 
 register(
     cosine_similarity,
-    samples=lambda t: [Call(t(4, 3), t(4, 3)), Call(t(2, 3, 2), t(3, 1), dim=-2)],
-    big=lambda t: Call(t(4096, 256), t(4096, 256)),
+    sample_inputs=lambda t: [SampleInput(t(4, 3), t(4, 3)), SampleInput(t(2, 3, 2), t(3, 1), dim=-2)],
+    benchmark_input=lambda t: SampleInput(t(4096, 256), t(4096, 256)),
 )

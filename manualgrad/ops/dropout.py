@@ -8,8 +8,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import drop_in
-from manualgrad.registry import Call, register
+from manualgrad.ops.elementary import with_torch_errors
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule
 
 _SELU_FLOOR = 1.7580993408473766  # α λ of SELU
@@ -64,7 +64,7 @@ def _dropped(rule: type[Rule], input: Tensor, p: float, training: bool, inplace:
     return rule.apply_(input, p, *settings) if inplace else rule.apply(input, p, *settings)
 
 
-@drop_in
+@with_torch_errors
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Zero each element with probability p, scale the others, as `torch.nn.functional.dropout`. Any shape.
 
@@ -79,12 +79,12 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
 register(
     dropout,
-    samples=lambda t: [
-        Call(t(5, 3), p=0.4),
-        Call(t(5, 3), p=1.0),
-        Call(t(5, 3), training=False),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), p=0.4),
+        SampleInput(t(5, 3), p=1.0),
+        SampleInput(t(5, 3), training=False),
     ],
-    big=lambda t: Call(t(1024, 1024), p=0.1),
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), p=0.1),
     random=True,
 )
 
@@ -134,7 +134,7 @@ def _warn_of_axes(name: str, input: Tensor, expected: tuple[int, int]) -> None:
         warnings.warn(f"{name}: a {input.dim()}-D input is deprecated: use dropout instead.", stacklevel=4)
 
 
-@drop_in
+@with_torch_errors
 def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Drop whole channels, as `torch.nn.functional.dropout1d`. Shape ([N,] C, L).
 
@@ -146,7 +146,7 @@ def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     return _dropped(NoiseFunction, input, p, training, inplace, input.dim() - 1, False)
 
 
-@drop_in
+@with_torch_errors
 def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Drop whole channels, as `torch.nn.functional.dropout2d`. Shape (N, C, H, W), or (N, C, L) with a warning."""
     _warn_of_axes("dropout2d", input, (4, 4))
@@ -155,20 +155,20 @@ def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     return _dropped(NoiseFunction, input, p, training, inplace, 2, False)
 
 
-@drop_in
+@with_torch_errors
 def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Drop whole channels, as `torch.nn.functional.dropout3d`. Shape ([N,] C, D, H, W)."""
     _warn_of_axes("dropout3d", input, (4, 5))
     return _dropped(NoiseFunction, input, p, training, inplace, 2 if input.dim() == 5 else 1, False)
 
 
-@drop_in
+@with_torch_errors
 def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
     """Drop to SELU's lower bound and keep mean and variance, as `torch.nn.functional.alpha_dropout`. Any shape."""
     return _dropped(NoiseFunction, input, p, training, inplace, input.dim(), True)
 
 
-@drop_in
+@with_torch_errors
 def feature_alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
     """Alpha dropout of whole channels, as `torch.nn.functional.feature_alpha_dropout`. Shape (N, C, ...)."""
     if input.dim() < 2 and training:
@@ -185,10 +185,10 @@ for _function, _shapes, _big in (
 ):
     register(
         _function,
-        samples=lambda t, shapes=_shapes: [
-            *(Call(t(*shape), p=0.4, training=True) for shape in shapes),
-            Call(t(*shapes[0]), p=1.0, training=True),
+        sample_inputs=lambda t, shapes=_shapes: [
+            *(SampleInput(t(*shape), p=0.4, training=True) for shape in shapes),
+            SampleInput(t(*shapes[0]), p=1.0, training=True),
         ],
-        big=lambda t, shape=_big: Call(t(*shape), p=0.2, training=True),
+        benchmark_input=lambda t, shape=_big: SampleInput(t(*shape), p=0.2, training=True),
         random=True,
     )

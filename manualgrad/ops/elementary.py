@@ -10,31 +10,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.fallback import Misfit as Misfit
+from manualgrad.fallback import ShapeMismatchError as ShapeMismatchError
 from manualgrad.fallback import with_torchs_say
+from manualgrad.recomputation import recipe_of
 from manualgrad.registry import register_kernel
 from manualgrad.rule import FLOAT32, Rule
-from manualgrad.saving import recipe_of
 
 Wrapped = TypeVar("Wrapped", bound=Callable[..., object])
 
 
-def drop_in(function: Wrapped) -> Wrapped:
+def with_torch_errors(function: Wrapped) -> Wrapped:
     """A function of torch.nn.functional by ours. Bad input is refused with torch's type of error and words."""
-    return refusing_as(getattr(F, function.__name__, None) or getattr(torch, function.__name__), function)
+    return with_errors_of(getattr(F, function.__name__, None) or getattr(torch, function.__name__), function)
 
 
-def refusing_as(reference: Callable[..., object], function: Wrapped) -> Wrapped:
+def with_errors_of(reference: Callable[..., object], function: Wrapped) -> Wrapped:
     """The same of a function with another name than torch's (see `fallback`)."""
     return with_torchs_say(reference, function)  # type: ignore[return-value]
 
 
-def stands_for(kernel: Callable[..., object]) -> Callable[[Wrapped], Wrapped]:
+def implements(kernel: Callable[..., object]) -> Callable[[Wrapped], Wrapped]:
     """What follows, a rule or a function, is what torch's functions, bound, call in place of this operation."""
 
     def enter(ours: Wrapped) -> Wrapped:
         # a rule is called by its apply, and so is a Function
-        register_kernel(kernel, refusing_as(getattr(kernel, "apply", kernel), getattr(ours, "apply", ours)))
+        register_kernel(kernel, with_errors_of(getattr(kernel, "apply", kernel), getattr(ours, "apply", ours)))
         return ours
 
     return enter
@@ -47,7 +47,7 @@ def of_dimensions(make: Callable[[int], Wrapped], dimensions: Iterable[int] = (1
         function = make(n)
         function.__name__ = function.__qualname__ = f"{function.__name__}{n}d"
         function.__doc__ = (function.__doc__ or "").replace("{n}", str(n))
-        found.append(drop_in(function))
+        found.append(with_torch_errors(function))
     return found
 
 
@@ -112,7 +112,7 @@ class Pointwise(Elementwise):
         return grad * derivative.conj()
 
 
-@stands_for(torch.abs)
+@implements(torch.abs)
 class AbsoluteFunction(Rule):
     r"""y = |x|      ∂L/∂x = g sign x      (at 0: 0; for complex x: sign x = x / |x|)"""
 
@@ -125,7 +125,7 @@ class AbsoluteFunction(Rule):
         return grad * input.sgn()
 
 
-@stands_for(torch.pow)
+@implements(torch.pow)
 class PowerFunction(Pointwise):
     r"""y = xⁿ      y′ = n xⁿ⁻¹      n: a number"""
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import stands_for
-from manualgrad.registry import Call, register
+from manualgrad.ops.elementary import implements
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule, replaces
 from manualgrad.rule.torch_internals import beyond_reverse_mode
 
@@ -59,7 +59,7 @@ def _rows_added_then_padded(g: Tensor, t: Tensor, count: int, padding: int) -> T
     return table
 
 
-@stands_for(torch.embedding)
+@implements(torch.embedding)
 def embedding(
     weight: Tensor, index: Tensor, padding: int = -1, by_frequency: bool = False, sparse: bool = False
 ) -> Tensor:
@@ -68,12 +68,12 @@ def embedding(
 
 register(
     "embedding",
-    samples=lambda t: [
-        Call(t.index(6, 4, 3), t(6, 2)),
-        Call(t.index(6, 7), t(6, 2), padding_idx=-2).with_gradient_by_definition(),
-        Call(t.index(3, 7), t(3, 2), scale_grad_by_freq=True, padding_idx=1).with_gradient_by_definition(),
+    sample_inputs=lambda t: [
+        SampleInput(t.index(6, 4, 3), t(6, 2)),
+        SampleInput(t.index(6, 7), t(6, 2), padding_idx=-2).with_gradient_by_definition(),
+        SampleInput(t.index(3, 7), t(3, 2), scale_grad_by_freq=True, padding_idx=1).with_gradient_by_definition(),
     ],
-    big=lambda t: Call(t.index(8192, 4096), t(8192, 512)),
+    benchmark_input=lambda t: SampleInput(t.index(8192, 4096), t(8192, 512)),
 )
 
 _SUM, _MEAN, _MAX = range(3)  # torch's numbers for the modes
@@ -214,7 +214,7 @@ def _reaches_the_end(offsets: Tensor, index: Tensor) -> bool:
     return offsets.is_cpu and int(offsets[-1]) == len(index)
 
 
-@stands_for(torch.embedding_bag)
+@implements(torch.embedding_bag)
 def embedding_bag(
     weight: Tensor,
     index: Tensor,
@@ -244,16 +244,16 @@ def embedding_bag(
 
 register(
     "embedding_bag",
-    samples=lambda t: [
-        Call(t.index(6, 4, 3), t(6, 2)),
-        Call(
+    sample_inputs=lambda t: [
+        SampleInput(t.index(6, 4, 3), t(6, 2)),
+        SampleInput(
             *(t.index(6, 7), t(6, 2), torch.tensor([0, 2, 2, 7]).to(t.device)),
             mode="sum",
             per_sample_weights=t(7),
             include_last_offset=True,
             padding_idx=1,
         ),
-        Call(t.index(3, 4, 3), t(3, 2), mode="max", padding_idx=-2),
+        SampleInput(t.index(3, 4, 3), t(3, 2), mode="max", padding_idx=-2),
     ],
-    big=lambda t: Call(t.index(8192, 512, 8), t(8192, 512)),
+    benchmark_input=lambda t: SampleInput(t.index(8192, 512, 8), t(8192, 512)),
 )

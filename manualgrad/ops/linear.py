@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import drop_in, rows, stands_for
-from manualgrad.registry import Call, register
+from manualgrad.ops.elementary import implements, rows, with_torch_errors
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import LOWER, Rule
 
 
@@ -38,7 +38,7 @@ class LinearFunction(Rule):
         return rows(grad).sum(0)
 
 
-@drop_in
+@with_torch_errors
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""y = x Wᵀ + b, as `torch.nn.functional.linear`.
 
@@ -61,13 +61,13 @@ def _linear_of_unusual_shape(input: Tensor, weight: Tensor, bias: Tensor | None)
 
 register(
     linear,
-    samples=lambda t: [
-        Call(t(5, 3), t(4, 3), t(4)),
-        Call(t(2, 5, 3), t(4, 3), t(4)),
-        Call(t(5, 3), t(3)),
-        Call(t(5, 3), t(4, 3), t(1)),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t(4, 3), t(4)),
+        SampleInput(t(2, 5, 3), t(4, 3), t(4)),
+        SampleInput(t(5, 3), t(3)),
+        SampleInput(t(5, 3), t(4, 3), t(1)),
     ],
-    big=lambda t: Call(t(512, 1024), t(1024, 1024), t(1024)),
+    benchmark_input=lambda t: SampleInput(t(512, 1024), t(1024, 1024), t(1024)),
 )
 
 
@@ -109,7 +109,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return products.reshape(*products.shape[:-2], a.shape[-1] * b.shape[-1])
 
 
-@drop_in
+@with_torch_errors
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""yₖ = u Wₖ vᵀ + bₖ, as `torch.nn.functional.bilinear`.
 
@@ -120,12 +120,12 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
 
 register(
     bilinear,
-    samples=lambda t: [
-        Call(t(5, 3), t(5, 2), t(4, 3, 2), t(4)),
-        Call(t(2, 3, 3), t(2, 3, 2), t(1, 3, 2)),
-        Call(t(3), t(2), t(4, 3, 2), t(4)),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t(5, 2), t(4, 3, 2), t(4)),
+        SampleInput(t(2, 3, 3), t(2, 3, 2), t(1, 3, 2)),
+        SampleInput(t(3), t(2), t(4, 3, 2), t(4)),
     ],
-    big=lambda t: Call(t(256, 64), t(256, 64), t(64, 64, 64), t(64)),
+    benchmark_input=lambda t: SampleInput(t(256, 64), t(256, 64), t(64, 64, 64), t(64)),
 )
 
 
@@ -166,13 +166,13 @@ class ProductAndSumFunction(Rule):
         return beta.conjugate() * grad
 
 
-@drop_in
+@with_torch_errors
 def bmm(input: Tensor, mat2: Tensor) -> Tensor:
     """A B of each matrix of a batch, (N, l, m) and (N, m, n), as `torch.bmm`."""
     return ProductFunction.apply(input, mat2)
 
 
-@drop_in
+@with_torch_errors
 def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: complex = 1, alpha: complex = 1) -> Tensor:
     """β C + α A B of each matrix of a batch, as `torch.baddbmm`. C broadcasts; α and β may be complex."""
     whole = input.expand(*batch1.shape[:2], batch2.shape[2])
@@ -180,15 +180,17 @@ def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: complex = 1,
 
 
 register(
-    bmm, samples=lambda t: [Call(t(2, 3, 4), t(2, 4, 2))], big=lambda t: Call(t(16, 128, 128), t(16, 128, 128))
+    bmm,
+    sample_inputs=lambda t: [SampleInput(t(2, 3, 4), t(2, 4, 2))],
+    benchmark_input=lambda t: SampleInput(t(16, 128, 128), t(16, 128, 128)),
 )
 register(
     baddbmm,
-    samples=lambda t: [
-        Call(t(2, 3, 2), t(2, 3, 4), t(2, 4, 2)),
-        Call(t(3, 1), t(2, 3, 4), t(2, 4, 2), beta=0.5, alpha=2.0),
+    sample_inputs=lambda t: [
+        SampleInput(t(2, 3, 2), t(2, 3, 4), t(2, 4, 2)),
+        SampleInput(t(3, 1), t(2, 3, 4), t(2, 4, 2), beta=0.5, alpha=2.0),
     ],
-    big=lambda t: Call(t(16, 128, 128), t(16, 128, 128), t(16, 128, 128)),
+    benchmark_input=lambda t: SampleInput(t(16, 128, 128), t(16, 128, 128), t(16, 128, 128)),
 )
 
 
@@ -232,7 +234,7 @@ def _zero_behind(tensor: Tensor, ends: Tensor | None, axis: int | None) -> Tenso
     return torch.where(inside.unsqueeze(1) if axis == 0 else inside, tensor, 0)
 
 
-@stands_for(F.grouped_mm)
+@implements(F.grouped_mm)
 def grouped_mm(
     mat_a: Tensor,
     mat_b: Tensor,

@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manualgrad.binding import bound
 from manualgrad.ops.classification import _along, weight_of
-from manualgrad.ops.elementary import flatten, refusing_as, rows
+from manualgrad.ops.elementary import flatten, rows, with_errors_of
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.ops.loss import MEAN, NONE, REDUCTIONS, overridable
-from manualgrad.registry import Call, register
+from manualgrad.rebinding import bound
+from manualgrad.recomputation import keeping_is_seen
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule, cast, replaces
 from manualgrad.rule.reuse import fast
 from manualgrad.rule.torch_internals import beyond_reverse_mode, inplace_is_safe, is_last_backward
-from manualgrad.saving import keeping_is_seen
 
 _PIECE = 2**24
 """Scores at a time, 64 MiB of them in float32: rows enough for products at full speed."""
@@ -437,7 +437,7 @@ _reference: Any = getattr(F, "linear_cross_entropy", _composed)  # torch has it 
 
 
 @overridable
-@partial(refusing_as, _reference)
+@partial(with_errors_of, _reference)
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -578,10 +578,10 @@ def _check_shapes(
 register(
     linear_cross_entropy,
     reference=_reference,
-    samples=lambda t: [
-        Call(t(5, 2), t(3, 2), t.index(3, 5), linear_bias=t(3), weight=t.fixed(3, low=0.5, high=2)),
-        Call(t(4, 2), t(3, 2, 2), t.index(3, 4, 2), ignore_index=1, label_smoothing=0.1, reduction="none"),
-        Call(
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 2), t(3, 2), t.index(3, 5), linear_bias=t(3), weight=t.fixed(3, low=0.5, high=2)),
+        SampleInput(t(4, 2), t(3, 2, 2), t.index(3, 4, 2), ignore_index=1, label_smoothing=0.1, reduction="none"),
+        SampleInput(
             t(4, 2),
             t(3, 2),
             t(4, 3).softmax(1),
@@ -589,10 +589,12 @@ register(
             weight=t(3, low=0.5, high=2),
             label_smoothing=0.1,
         ),
-        Call(t(2), t(3, 2), t.index(3), linear_bias=t(3), label_smoothing=0.2, weight=t.fixed(3, low=0.5, high=2)),
-        Call(t(4, 2), t(3, 2, 2), t(4, 3, 2).softmax(1), reduction="sum"),
+        SampleInput(
+            t(2), t(3, 2), t.index(3), linear_bias=t(3), label_smoothing=0.2, weight=t.fixed(3, low=0.5, high=2)
+        ),
+        SampleInput(t(4, 2), t(3, 2, 2), t(4, 3, 2).softmax(1), reduction="sum"),
     ],
-    big=lambda t: Call(t(256, 128), t(8192, 128), t.index(8192, 256)),
+    benchmark_input=lambda t: SampleInput(t(256, 128), t(8192, 128), t.index(8192, 256)),
 )
 
 

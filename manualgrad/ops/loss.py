@@ -16,8 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from manualgrad.ops.elementary import AbsoluteFunction, DifferenceFunction, broadcast, drop_in, stands_for
-from manualgrad.registry import Call, register
+from manualgrad.ops.elementary import (
+    AbsoluteFunction,
+    DifferenceFunction,
+    broadcast,
+    implements,
+    with_torch_errors,
+)
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import FLOAT32, Rule
 from manualgrad.rule.torch_internals import unwrapped
 
@@ -87,7 +93,7 @@ def reduced(losses: Tensor, reduction: int) -> Tensor:
     return losses.mean() if reduction == MEAN else losses.sum() if reduction == SUM else losses
 
 
-@stands_for(_nn.mse_loss)
+@implements(_nn.mse_loss)
 class MSELossFunction(DifferenceLoss):
     r"""ℓ = d²,   d = x - t      ∂L/∂x = 2 h d"""
 
@@ -98,7 +104,7 @@ class MSELossFunction(DifferenceLoss):
         return 2 * h * difference
 
 
-@stands_for(_nn.huber_loss)
+@implements(_nn.huber_loss)
 class HuberLossFunction(DifferenceLoss):
     r"""ℓ = ½ d² where |d| ≤ δ, else δ (|d| - ½ δ),   d = x - t      ∂L/∂x = h d,  d clamped to [-δ, δ]
 
@@ -112,7 +118,7 @@ class HuberLossFunction(DifferenceLoss):
         return h * difference.clamp(-delta, delta)
 
 
-@stands_for(_nn.smooth_l1_loss)
+@implements(_nn.smooth_l1_loss)
 class SmoothL1LossFunction(HuberLossFunction):
     r"""ℓ = ½ d²/β where |d| < β, else |d| - ½ β:  Huber's loss with δ = β, divided by β
 
@@ -126,7 +132,7 @@ class SmoothL1LossFunction(HuberLossFunction):
         return h / delta * difference.clamp(-delta, delta)
 
 
-@stands_for(_nn.l1_loss)
+@implements(_nn.l1_loss)
 def l1_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
     """|x - t|. The difference is saved in place of both. If only one of them is complex, the other is converted
     first, and gets the real part of its gradient."""
@@ -144,15 +150,19 @@ for _name, _settings, _weighted in (
 ):
     register(
         _name,
-        samples=lambda t, settings=_settings, weighted=_weighted: [
-            *(Call(t(5, 3), t(5, 3), **setting) for setting in settings),
-            *([Call(t(5, 3), t(5, 3), weight=t(5, 3, low=0.5, high=2), reduction="none")] if weighted else []),
+        sample_inputs=lambda t, settings=_settings, weighted=_weighted: [
+            *(SampleInput(t(5, 3), t(5, 3), **setting) for setting in settings),
+            *(
+                [SampleInput(t(5, 3), t(5, 3), weight=t(5, 3, low=0.5, high=2), reduction="none")]
+                if weighted
+                else []
+            ),
         ],
-        big=lambda t: Call(t(1024, 1024), t(1024, 1024)),
+        benchmark_input=lambda t: SampleInput(t(1024, 1024), t(1024, 1024)),
     )
 
 
-@stands_for(_nn.binary_cross_entropy)
+@implements(_nn.binary_cross_entropy)
 class BCELossFunction(PairLoss):
     r"""ℓ = -w (t log x + (1 - t) log(1 - x))      (logarithms not below -100)
 
@@ -174,7 +184,7 @@ class BCELossFunction(PairLoss):
         return derivative if weight is None else weight * derivative
 
 
-@stands_for(torch.binary_cross_entropy_with_logits)
+@implements(torch.binary_cross_entropy_with_logits)
 class BCEWithLogitsLossFunction(PairLoss):
     r"""ℓ = -w (w₊ t log σ(x) + (1 - t) log σ(-x))      w: a weight   w₊: one of the positive part
 
@@ -204,34 +214,36 @@ class BCEWithLogitsLossFunction(PairLoss):
 
 register(
     "binary_cross_entropy",
-    samples=lambda t: [
-        Call(t(5, 3, low=0.05, high=0.95), t(5, 3, low=0, high=1)),
-        Call(t(4, 3, low=0.05, high=0.95), t(4, 3, low=0, high=1), t.fixed(3, low=0.5, high=2), reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3, low=0.05, high=0.95), t(5, 3, low=0, high=1)),
+        SampleInput(
+            t(4, 3, low=0.05, high=0.95), t(4, 3, low=0, high=1), t.fixed(3, low=0.5, high=2), reduction="none"
+        ),
     ],
-    big=lambda t: Call(t(1024, 1024, low=0.05, high=0.95), t(1024, 1024, low=0, high=1)),
-    special=False,  # only probabilities are taken
+    benchmark_input=lambda t: SampleInput(t(1024, 1024, low=0.05, high=0.95), t(1024, 1024, low=0, high=1)),
+    supports_special_values=False,  # only probabilities are taken
 )
 
 register(
     "binary_cross_entropy_with_logits",
-    samples=lambda t: [
-        Call(t(5, 3), t(5, 3, low=0, high=1)),
-        Call(
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t(5, 3, low=0, high=1)),
+        SampleInput(
             *(t(4, 3), t(4, 3, low=0, high=1), t.fixed(3, low=0.5, high=2)),
             pos_weight=t.fixed(3, low=0.5, high=2),
             reduction="none",
         ),
     ],
-    big=lambda t: Call(t(1024, 1024), t(1024, 1024, low=0, high=1)),
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), t(1024, 1024, low=0, high=1)),
 )
 
 register(
     "multilabel_soft_margin_loss",  # torch composes it of logsigmoid
-    samples=lambda t: [
-        Call(t(5, 3), t(5, 3, low=0, high=1)),
-        Call(t(2, 4, 3), t(4, 3, low=0, high=1), t(3, low=0.5, high=2), reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t(5, 3, low=0, high=1)),
+        SampleInput(t(2, 4, 3), t(4, 3, low=0, high=1), t(3, low=0.5, high=2), reduction="none"),
     ],
-    big=lambda t: Call(t(4096, 80), t(4096, 80, low=0, high=1)),
+    benchmark_input=lambda t: SampleInput(t(4096, 80), t(4096, 80, low=0, high=1)),
 )
 
 
@@ -258,18 +270,20 @@ class KLDivFunction(Loss):
         return p * grad_p if log_target else grad_p
 
 
-@stands_for(torch.kl_div)
+@implements(torch.kl_div)
 def kl_div(input: Tensor, target: Tensor, reduction: int, *, log_target: bool) -> Tensor:
     return KLDivFunction.apply(*broadcast(input, target), reduction, log_target)
 
 
 register(
     "kl_div",
-    samples=lambda t: [
-        Call(t(5, 3).log_softmax(1), t(5, 3).softmax(1), reduction="batchmean"),
-        Call(t(3), t(4, 3), reduction="none", log_target=True),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3).log_softmax(1), t(5, 3).softmax(1), reduction="batchmean"),
+        SampleInput(t(3), t(4, 3), reduction="none", log_target=True),
     ],
-    big=lambda t: Call(t(512, 2048).log_softmax(1), t(512, 2048).softmax(1), reduction="batchmean"),
+    benchmark_input=lambda t: SampleInput(
+        t(512, 2048).log_softmax(1), t(512, 2048).softmax(1), reduction="batchmean"
+    ),
 )
 
 
@@ -306,7 +320,7 @@ class StirlingFunction(Rule):
         return torch.where(input > 1, grad * (t.log() + 0.5 / t), 0)
 
 
-@stands_for(torch.poisson_nll_loss)
+@implements(torch.poisson_nll_loss)
 def poisson_nll_loss(
     input: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: int
 ) -> Tensor:
@@ -321,11 +335,11 @@ def poisson_nll_loss(
 
 register(
     "poisson_nll_loss",
-    samples=lambda t: [
-        Call(t(5, 3), t(5, 3, low=1.1, high=4)),
-        Call(t(4, 3, low=0.5, high=2), t(3, low=0, high=3), False, True, reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t(5, 3, low=1.1, high=4)),
+        SampleInput(t(4, 3, low=0.5, high=2), t(3, low=0, high=3), False, True, reduction="none"),
     ],
-    big=lambda t: Call(t(1024, 1024), t(1024, 1024, low=0, high=4)),
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), t(1024, 1024, low=0, high=4)),
 )
 
 
@@ -360,7 +374,7 @@ class GaussianNLLLossFunction(Rule):
 
 
 @overridable
-@drop_in
+@with_torch_errors
 def gaussian_nll_loss(
     input: Tensor,
     target: Tensor,
@@ -397,10 +411,10 @@ def gaussian_nll_loss(
 
 register(
     gaussian_nll_loss,
-    samples=lambda t: [
-        Call(t(5, 3), t(5, 3), t(5, 3, low=0.5, high=2)),
-        Call(t(4, 3), t(3), t(4, low=0.5, high=2), full=True, reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t(5, 3), t(5, 3, low=0.5, high=2)),
+        SampleInput(t(4, 3), t(3), t(4, low=0.5, high=2), full=True, reduction="none"),
     ],
-    big=lambda t: Call(t(1024, 1024), t(1024, 1024), t(1024, 1024, low=0.5, high=2)),
-    special=False,  # no variance below 0 is taken
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), t(1024, 1024), t(1024, 1024, low=0.5, high=2)),
+    supports_special_values=False,  # no variance below 0 is taken
 )

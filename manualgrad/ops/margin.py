@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from manualgrad.ops.distance import pairwise_distance
-from manualgrad.ops.elementary import ChooseFunction, DifferenceFunction, broadcast, stands_for
+from manualgrad.ops.elementary import ChooseFunction, DifferenceFunction, broadcast, implements
 from manualgrad.ops.loss import MEAN, NONE, Loss, _nn, reduced
-from manualgrad.registry import Call, Maker, register
+from manualgrad.registry import SampleInput, TensorFactory, register
 from manualgrad.rule import FLOAT32, Rule, cast, replaces, reusing
 from manualgrad.rule.torch_internals import CLAMP_PASSES_AT_ITS_BOUND, COMPILED_MULTILABEL_MARGIN_IS_WRONG
 
@@ -23,12 +23,12 @@ class SoftMarginLossFunction(Loss):
         return -h * target * torch.sigmoid(-target * input)
 
 
-@stands_for(_nn.soft_margin_loss)
+@implements(_nn.soft_margin_loss)
 def soft_margin_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
     return SoftMarginLossFunction.apply(input, target.expand_as(input), reduction)
 
 
-@stands_for(torch.clamp_min)
+@implements(torch.clamp_min)
 class ClampMinFunction(Rule):
     r"""y = max(x, low)      ∂L/∂x = g where x > low, else 0      (at x = low as the installed torch)"""
 
@@ -55,7 +55,7 @@ class MinimumFunction(Rule):
         return torch.where(b <= a, half, 0)
 
 
-@stands_for(torch.hinge_embedding_loss)
+@implements(torch.hinge_embedding_loss)
 def hinge_embedding_loss(input: Tensor, target: Tensor, margin: float, reduction: int) -> Tensor:
     """x where t ≠ -1, and max(0, m - x) where t ≠ 1
 
@@ -70,19 +70,19 @@ def _hinge(input: Tensor) -> Tensor:
     return ClampMinFunction.apply(input, 0)
 
 
-@stands_for(torch.minimum)
+@implements(torch.minimum)
 def minimum(a: Tensor, b: Tensor) -> Tensor:
     return MinimumFunction.apply(*broadcast(a, b))
 
 
-@stands_for(torch.margin_ranking_loss)
+@implements(torch.margin_ranking_loss)
 def margin_ranking_loss(input1: Tensor, input2: Tensor, target: Tensor, margin: float, reduction: int) -> Tensor:
     """max(0, m - t (x₁ - x₂))"""
     difference = DifferenceFunction.apply(*broadcast(input1, input2))
     return reduced(_hinge(-target * difference + margin), reduction)
 
 
-@stands_for(torch.triplet_margin_loss)
+@implements(torch.triplet_margin_loss)
 def triplet_margin_loss(
     anchor: Tensor,
     positive: Tensor,
@@ -109,36 +109,36 @@ def triplet_margin_loss(
     return reduced(_hinge(margin + near - far), reduction)
 
 
-def _signs(t: Maker, *shape: int) -> Tensor:
+def _signs(t: TensorFactory, *shape: int) -> Tensor:
     """Fixed numbers of ±1."""
     return t.fixed(*shape).sign_()
 
 
 register(
     "soft_margin_loss",
-    samples=lambda t: [
-        Call(t(5, 3), _signs(t, 5, 3)),
-        Call(t(4, 3), _signs(t, 3), reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), _signs(t, 5, 3)),
+        SampleInput(t(4, 3), _signs(t, 3), reduction="none"),
     ],
-    big=lambda t: Call(t(1024, 1024), _signs(t, 1024, 1024)),
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), _signs(t, 1024, 1024)),
 )
 
 register(
     "hinge_embedding_loss",
-    samples=lambda t: [
-        Call(t(5, 3), _signs(t, 3), margin=0.4),
-        Call(t(5, 3), t.index(3, 5, 3) - 1, reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), _signs(t, 3), margin=0.4),
+        SampleInput(t(5, 3), t.index(3, 5, 3) - 1, reduction="none"),
     ],
-    big=lambda t: Call(t(1024, 1024), _signs(t, 1024, 1024)),
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), _signs(t, 1024, 1024)),
 )
 
 register(
     "margin_ranking_loss",
-    samples=lambda t: [
-        Call(t(5, 3), t(5, 3), t(5, 3), margin=0.3),
-        Call(t(5, 2), t(1, 2), _signs(t, 5, 2), reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t(5, 3), t(5, 3), margin=0.3),
+        SampleInput(t(5, 2), t(1, 2), _signs(t, 5, 2), reduction="none"),
     ],
-    big=lambda t: Call(t(1024, 1024), t(1024, 1024), _signs(t, 1024, 1024)),
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), t(1024, 1024), _signs(t, 1024, 1024)),
 )
 
 _AT_INFINITY = {
@@ -147,22 +147,22 @@ _AT_INFINITY = {
 
 register(
     "triplet_margin_loss",
-    samples=lambda t: [
-        Call(t(5, 3), t(5, 3), t(5, 3)),
-        Call(t(4, 3), t(1, 3), t(4, 3), p=3.0, eps=1e-3, swap=True, reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t(5, 3), t(5, 3)),
+        SampleInput(t(4, 3), t(1, 3), t(4, 3), p=3.0, eps=1e-3, swap=True, reduction="none"),
     ],
-    big=lambda t: Call(t(1024, 1024), t(1024, 1024), t(1024, 1024)),
-    lacks=_AT_INFINITY,
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), t(1024, 1024), t(1024, 1024)),
+    expected_failures=_AT_INFINITY,
 )
 
 register(
     "triplet_margin_with_distance_loss",
-    samples=lambda t: [
-        Call(t(5, 3), t(5, 3), t(5, 3)),
-        Call(t(4, 3), t(4, 3), t(4, 3), swap=True, margin=0.5, reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t(5, 3), t(5, 3)),
+        SampleInput(t(4, 3), t(4, 3), t(4, 3), swap=True, margin=0.5, reduction="none"),
     ],
-    big=lambda t: Call(t(1024, 1024), t(1024, 1024), t(1024, 1024)),
-    lacks=_AT_INFINITY,
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), t(1024, 1024), t(1024, 1024)),
+    expected_failures=_AT_INFINITY,
 )
 
 
@@ -205,7 +205,7 @@ def _cosine(u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return (u * v).sum(-1, keepdim=True) / (p * q).sqrt()
 
 
-@stands_for(torch.cosine_embedding_loss)
+@implements(torch.cosine_embedding_loss)
 def cosine_embedding_loss(input1: Tensor, input2: Tensor, target: Tensor, margin: float, reduction: int) -> Tensor:
     """1 - c where t = 1,  max(0, c - m) where t = -1"""
     rows = target.dim()
@@ -218,11 +218,11 @@ def cosine_embedding_loss(input1: Tensor, input2: Tensor, target: Tensor, margin
 
 register(
     "cosine_embedding_loss",
-    samples=lambda t: [
-        Call(t(5, 3), t(5, 3), _signs(t, 5)),
-        Call(t(5, 3), t(1, 3), t.index(3, 5) - 1, margin=-0.3, reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), t(5, 3), _signs(t, 5)),
+        SampleInput(t(5, 3), t(1, 3), t.index(3, 5) - 1, margin=-0.3, reduction="none"),
     ],
-    big=lambda t: Call(t(1024, 1024), t(1024, 1024), _signs(t, 1024)),
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), t(1024, 1024), _signs(t, 1024)),
 )
 
 
@@ -255,7 +255,7 @@ class MultiMarginLossFunction(Loss):
         return grad_others.scatter_add(-1, index, -grad_others.sum(-1, keepdim=True))
 
 
-@stands_for(_nn.multi_margin_loss)
+@implements(_nn.multi_margin_loss)
 def multi_margin_loss(
     input: Tensor, target: Tensor, p: int, margin: float, weight: Tensor | None, reduction: int
 ) -> Tensor:
@@ -304,7 +304,7 @@ class MultiLabelMarginLossFunction(Rule):
         return multilabel_margin_gradient(h, input, target)
 
 
-@stands_for(_nn.multilabel_margin_loss)
+@implements(_nn.multilabel_margin_loss)
 def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
     if input.dim() == 0:  # a single class
         input, target = input.reshape(1), target.reshape(1)
@@ -313,21 +313,25 @@ def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: int) -> Ten
 
 register(
     "multi_margin_loss",
-    samples=lambda t: [
-        Call(t(5, 4), t.index(4, 5)),
-        Call(t(5, 4), t.index(4, 5), 2, 0.7, t.fixed(4, low=0.5, high=2), reduction="none"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 4), t.index(4, 5)),
+        SampleInput(t(5, 4), t.index(4, 5), 2, 0.7, t.fixed(4, low=0.5, high=2), reduction="none"),
     ],
-    big=lambda t: Call(t(8192, 100), t.index(100, 8192)),
+    benchmark_input=lambda t: SampleInput(t(8192, 100), t.index(100, 8192)),
 )
 
 register(
     "multilabel_margin_loss",
-    samples=lambda t: [
-        Call(t(3, 4), torch.tensor([[1, 2, -1, 3], [0, 0, 1, -1], [-1, 1, 2, 0]]).to(t.device), reduction="none"),
-        Call(t(4), torch.tensor([3, 0, -1, 1]).to(t.device)),
+    sample_inputs=lambda t: [
+        SampleInput(
+            t(3, 4), torch.tensor([[1, 2, -1, 3], [0, 0, 1, -1], [-1, 1, 2, 0]]).to(t.device), reduction="none"
+        ),
+        SampleInput(t(4), torch.tensor([3, 0, -1, 1]).to(t.device)),
     ],
-    big=lambda t: Call(t(256, 80), t.index(80, 256, 80).where(torch.arange(80, device=t.device) < 5, -1)),
-    lacks=dict.fromkeys(
+    benchmark_input=lambda t: SampleInput(
+        t(256, 80), t.index(80, 256, 80).where(torch.arange(80, device=t.device) < 5, -1)
+    ),
+    expected_failures=dict.fromkeys(
         ("compile", "compile_dynamic") if COMPILED_MULTILABEL_MARGIN_IS_WRONG else (),
         "torch.compile puts another forward in place of torch's, and before torch 2.14 a wrong one",
     ),

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.nn.modules import _functions
 
-from manualgrad.ops.elementary import drop_in, flatten, rows, stands_for, unflatten
-from manualgrad.registry import Call, register
+from manualgrad.ops.elementary import flatten, implements, rows, unflatten, with_torch_errors
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import FLOAT32, Rule
 from manualgrad.rule.torch_internals import cuda_autocasts
 
@@ -103,7 +103,7 @@ class LayerNormFunction(Normalization):
         return weight
 
 
-@drop_in
+@with_torch_errors
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -131,12 +131,12 @@ def _check_shape(input: Tensor, normalized_shape: Sequence[int], name: str) -> N
 
 register(
     layer_norm,
-    samples=lambda t: [
-        Call(t(5, 4), (4,), t(4), t(4)),
-        Call(t(2, 3, 4), (3, 4), t(3, 4)),
-        Call(t(5, 4), (4,), eps=0.1),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 4), (4,), t(4), t(4)),
+        SampleInput(t(2, 3, 4), (3, 4), t(3, 4)),
+        SampleInput(t(5, 4), (4,), eps=0.1),
     ],
-    big=lambda t: Call(t(2048, 512), (512,), t(512), t(512)),
+    benchmark_input=lambda t: SampleInput(t(2048, 512), (512,), t(512), t(512)),
 )
 
 
@@ -181,7 +181,7 @@ class RMSNormFunction(Rule):
         return rows(grad * xhat.conj(), k).sum(0)
 
 
-@drop_in
+@with_torch_errors
 def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -195,12 +195,12 @@ def rms_norm(
 
 register(
     rms_norm,
-    samples=lambda t: [
-        Call(t(5, 4), (4,), t(4)),
-        Call(t(2, 3, 4), (3, 4), t(3, 4), eps=0.1),
-        Call(t(5, 4), (4,)),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 4), (4,), t(4)),
+        SampleInput(t(2, 3, 4), (3, 4), t(3, 4), eps=0.1),
+        SampleInput(t(5, 4), (4,)),
     ],
-    big=lambda t: Call(t(2048, 512), (512,), t(512)),
+    benchmark_input=lambda t: SampleInput(t(2048, 512), (512,), t(512)),
 )
 
 
@@ -418,7 +418,7 @@ def _batch_norm(*args: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.aten._batch_norm_impl_index(*args, torch.backends.cudnn.enabled)[:3]
 
 
-@drop_in
+@with_torch_errors
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -450,7 +450,7 @@ def batch_norm(
     return BatchNormFunction.apply(*tensors, momentum, eps)
 
 
-@drop_in
+@with_torch_errors
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -482,7 +482,7 @@ def instance_norm(
     return InstanceNormFunction.apply(*tensors, momentum, eps)
 
 
-@drop_in
+@with_torch_errors
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
@@ -501,32 +501,32 @@ def group_norm(
 
 register(
     batch_norm,
-    samples=lambda t: [
-        Call(t(5, 3), None, None, t(3), t(3), training=True),
-        Call(t(2, 3, 2, 2), None, None, t(3), training=True, eps=0.1),
-        Call(t(2, 3, 4), t.fixed(3), t.fixed(3, low=0.5, high=2), t(3), t(3)),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), None, None, t(3), t(3), training=True),
+        SampleInput(t(2, 3, 2, 2), None, None, t(3), training=True, eps=0.1),
+        SampleInput(t(2, 3, 4), t.fixed(3), t.fixed(3, low=0.5, high=2), t(3), t(3)),
     ],
-    big=lambda t: Call(t(16, 64, 32, 32), None, None, t(64), t(64), training=True),
+    benchmark_input=lambda t: SampleInput(t(16, 64, 32, 32), None, None, t(64), t(64), training=True),
 )
 
 register(
     instance_norm,
-    samples=lambda t: [
-        Call(t(2, 3, 4), weight=t(3), bias=t(3)),
-        Call(t(2, 3, 2, 2), weight=t(3), eps=0.1),
-        Call(t(2, 3, 4), t.fixed(3), t.fixed(3, low=0.5, high=2), t(3), t(3), use_input_stats=False),
+    sample_inputs=lambda t: [
+        SampleInput(t(2, 3, 4), weight=t(3), bias=t(3)),
+        SampleInput(t(2, 3, 2, 2), weight=t(3), eps=0.1),
+        SampleInput(t(2, 3, 4), t.fixed(3), t.fixed(3, low=0.5, high=2), t(3), t(3), use_input_stats=False),
     ],
-    big=lambda t: Call(t(16, 64, 32, 32), weight=t(64), bias=t(64)),
+    benchmark_input=lambda t: SampleInput(t(16, 64, 32, 32), weight=t(64), bias=t(64)),
 )
 
 register(
     group_norm,
-    samples=lambda t: [
-        Call(t(2, 4, 3), 2, t(4), t(4)),
-        Call(t(2, 6, 2, 2), 3, t(6), eps=0.1),
-        Call(t(3, 6), 2),
+    sample_inputs=lambda t: [
+        SampleInput(t(2, 4, 3), 2, t(4), t(4)),
+        SampleInput(t(2, 6, 2, 2), 3, t(6), eps=0.1),
+        SampleInput(t(3, 6), 2),
     ],
-    big=lambda t: Call(t(16, 64, 32, 32), 8, t(64), t(64)),
+    benchmark_input=lambda t: SampleInput(t(16, 64, 32, 32), 8, t(64), t(64)),
 )
 
 
@@ -600,7 +600,7 @@ def _sum_over_processes(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
-@stands_for(_functions.SyncBatchNorm)
+@implements(_functions.SyncBatchNorm)
 def sync_batch_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -664,7 +664,7 @@ class SequenceResponseNormFunction(LocalResponseNormFunction):
     autocast = {"cuda": "float32"}
 
 
-@drop_in
+@with_torch_errors
 def local_response_norm(
     input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
@@ -680,12 +680,12 @@ def local_response_norm(
 
 register(
     local_response_norm,
-    samples=lambda t: [
-        Call(t(2, 4, 3), 3, alpha=0.5),
-        Call(t(1, 3, 2, 2), 2, alpha=0.7, beta=1.5, k=2.0),
+    sample_inputs=lambda t: [
+        SampleInput(t(2, 4, 3), 3, alpha=0.5),
+        SampleInput(t(1, 3, 2, 2), 2, alpha=0.7, beta=1.5, k=2.0),
     ],
-    big=lambda t: Call(t(8, 64, 32, 32), 5),
-    special=False,  # an infinity reaches every channel of its place
+    benchmark_input=lambda t: SampleInput(t(8, 64, 32, 32), 5),
+    supports_special_values=False,  # an infinity reaches every channel of its place
 )
 
 
@@ -717,7 +717,7 @@ class CrossMapLRNFunction(LocalResponseNormFunction):
         return (entered & ~left).to(input.dtype) / size
 
 
-@stands_for(_functions.CrossMapLRN2d)
+@implements(_functions.CrossMapLRN2d)
 def cross_map_lrn2d(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1) -> Tensor:
     """`local_response_norm` of images, (N, C, H, W), as torch.nn.CrossMapLRN2d computes it.
 
@@ -738,11 +738,11 @@ def cross_map_lrn2d(input: Tensor, size: int, alpha: float = 1e-4, beta: float =
 register(
     cross_map_lrn2d,
     reference=_functions.CrossMapLRN2d.apply,
-    samples=lambda t: [Call(t(2, 5, 2, 1), 3, 0.5), Call(t(1, 3, 2, 2), 2, 0.7, 1.5, 2.0)],
-    big=lambda t: Call(t(8, 64, 32, 32), 5),
-    special=False,  # as above
-    lacks=dict.fromkeys(
-        ("as_reference", "torchs_gradient_of_each_subset", "torchs_autocast", "complex"),
+    sample_inputs=lambda t: [SampleInput(t(2, 5, 2, 1), 3, 0.5), SampleInput(t(1, 3, 2, 2), 2, 0.7, 1.5, 2.0)],
+    benchmark_input=lambda t: SampleInput(t(8, 64, 32, 32), 5),
+    supports_special_values=False,  # as above
+    expected_failures=dict.fromkeys(
+        ("matches_reference", "torchs_gradient_of_each_subset", "torchs_autocast", "complex"),
         "torch's gradient is wrong: its window is not that of the values",
     ),
 )

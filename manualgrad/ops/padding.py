@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import drop_in
-from manualgrad.registry import Call, register
+from manualgrad.ops.elementary import with_torch_errors
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule, replaces
 
 
@@ -98,7 +98,7 @@ def _border_added(g: Tensor, axis: int, before: int, after: int, mode: str) -> T
     return total
 
 
-@drop_in
+@with_torch_errors
 def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
     """Values before and after each axis, the last axis first, as `torch.nn.functional.pad`. Any shape.
 
@@ -118,13 +118,13 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
 
 register(
     pad,
-    samples=lambda t: [
-        Call(t(5, 3), (1, 2)),
-        Call(t(2, 1, 3, 3), (2, -1, -1, 1), value=0.5),
-        Call(t(1, 3, 4), (2, 1), "reflect"),
-        Call(t(2, 2, 3, 2), (1, 0, 0, 1, 1, 1), "reflect"),
-        Call(t(2, 2, 1, 2), (1, 2, 0, 1, 1, 1), "replicate"),
-        Call(t(1, 2, 3, 2), (1, 2, 3, 0), "circular"),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), (1, 2)),
+        SampleInput(t(2, 1, 3, 3), (2, -1, -1, 1), value=0.5),
+        SampleInput(t(1, 3, 4), (2, 1), "reflect"),
+        SampleInput(t(2, 2, 3, 2), (1, 0, 0, 1, 1, 1), "reflect"),
+        SampleInput(t(2, 2, 1, 2), (1, 2, 0, 1, 1, 1), "replicate"),
+        SampleInput(t(1, 2, 3, 2), (1, 2, 3, 0), "circular"),
     ],
-    big=lambda t: Call(t(16, 64, 56, 56), (1, 1, 1, 1), "reflect"),
+    benchmark_input=lambda t: SampleInput(t(16, 64, 56, 56), (1, 1, 1, 1), "reflect"),
 )

@@ -21,17 +21,17 @@ from manualgrad.ops.elementary import (
     AbsoluteFunction,
     Numbers,
     PowerFunction,
-    drop_in,
     each,
     flatten,
+    implements,
     of_dimensions,
-    stands_for,
+    with_torch_errors,
 )
 from manualgrad.ops.padding import pad
-from manualgrad.registry import Call, Maker, register, stand_ins
+from manualgrad.recomputation import large
+from manualgrad.registry import SampleInput, TensorFactory, kernel_replacements, register
 from manualgrad.rule import Rule, replaces, reusing
 from manualgrad.rule.operations import is_channels_last
-from manualgrad.saving import large
 
 kernels: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -79,7 +79,7 @@ def _pool(n: int, kernel: str, input: Tensor, settings: Sequence[Any], **more: A
     return Pool(kernel, plain, tuple(input.shape[-n:]), **more)
 
 
-@stands_for(_list_with_default)
+@implements(_list_with_default)
 def _given_or_default(sizes: Any, defaults: list[int]) -> Any:
     """Output sizes, None for the input's. (torch.compile does not look into torch's.)"""
     if isinstance(sizes, (int, torch.SymInt)):
@@ -243,7 +243,7 @@ def _max_pool(
 ) -> None:
     """Enter our max pool of the last n axes. It returns indices if it replaces the kernel that returns them."""
 
-    @stands_for(stood_for)
+    @implements(stood_for)
     def max_pool(input: Tensor, *settings: Any) -> Any:
         if not input.is_floating_point():
             return stood_for(input, *settings)
@@ -266,7 +266,7 @@ for _n, _kernel in ((2, kernels.fractional_max_pool2d), (3, kernels.fractional_m
 
 
 def _max_unpool(n: int, kernel: Callable[..., Any]) -> None:
-    @stands_for(kernel)
+    @implements(kernel)
     def max_unpool(input: Tensor, indices: Tensor, *settings: Any) -> Tensor:
         return MaxUnpoolFunction.apply(input, indices, _pool(n, kernel.__name__, input, settings))
 
@@ -392,7 +392,7 @@ def _mean(n: int, rule: type[Rule], input: Tensor, settings: Sequence[Any]) -> T
     return rule.apply(input, pool)
 
 
-@drop_in
+@with_torch_errors
 def avg_pool1d(
     input: Tensor,
     kernel_size: Numbers,
@@ -430,14 +430,14 @@ def _avg_pool(n: int) -> Callable[..., Tensor]:
 avg_pool2d, avg_pool3d = of_dimensions(_avg_pool, (2, 3))
 
 
-@drop_in
+@with_torch_errors
 def adaptive_avg_pool1d(input: Tensor, output_size: Numbers) -> Tensor:
     """The mean of each of so many windows, as `torch.nn.functional.adaptive_avg_pool1d`: (N, C, L) or (C, L)."""
     return AvgPoolFunction.apply(input, _pool(1, "adaptive_avg_pool1d", input, (output_size,)))
 
 
 def _adaptive_avg_pool(n: int, kernel: Callable[..., Any], rule: type[Rule]) -> None:
-    @stands_for(kernel)
+    @implements(kernel)
     def adaptive_avg_pool(input: Tensor, output_size: Numbers) -> Tensor:
         return rule.apply(input, _pool(n, kernel.__name__, input, (output_size,)))
 
@@ -468,7 +468,7 @@ def _takes_infinity(n: int) -> bool:
 
 
 def _lp_pool(n: int) -> Callable[..., Tensor]:
-    largest = stand_ins[getattr(torch, f"max_pool{n}d")]
+    largest = kernel_replacements[getattr(torch, f"max_pool{n}d")]
     mean = (avg_pool1d, avg_pool2d, avg_pool3d)[n - 1]
     takes_infinity = _takes_infinity(n)
 
@@ -504,12 +504,12 @@ def _sizes(n: int) -> tuple[int, ...]:
     return ((6,), (4, 5), (2, 3, 4))[n - 1]
 
 
-def _big(n: int, *args: Any, **kwargs: Any) -> Callable[[Maker], Call]:
+def _big(n: int, *args: Any, **kwargs: Any) -> Callable[[TensorFactory], SampleInput]:
     shape = ((16, 64, 4096), (16, 64, 56, 56), (4, 32, 8, 28, 28))[n - 1]
-    return lambda t: Call(t(*shape), *args, **kwargs)
+    return lambda t: SampleInput(t(*shape), *args, **kwargs)
 
 
-def _places(t: Maker, n: int, *shape: int) -> Tensor:
+def _places(t: TensorFactory, n: int, *shape: int) -> Tensor:
     """What a max pool of 2 finds in each window, in a tensor of twice these sides."""
     wide = t(*shape[:-n], *(2 * side for side in shape[-n:]))
     return getattr(torch.nn.functional, f"max_pool{n}d")(wide, 2, return_indices=True)[1]
@@ -519,57 +519,57 @@ def _register(n: int) -> None:
     sizes, ones = _sizes(n), (1,) * (n - 1)
     register(
         f"max_pool{n}d",
-        samples=lambda t: [
-            Call(t(2, 1, *sizes), 2, 1, 0, (*ones, 2)),
-            Call(t(2, *sizes), 3, 2, 1, ceil_mode=True),
+        sample_inputs=lambda t: [
+            SampleInput(t(2, 1, *sizes), 2, 1, 0, (*ones, 2)),
+            SampleInput(t(2, *sizes), 3, 2, 1, ceil_mode=True),
         ],
-        big=_big(n, 3, 2, 1),
+        benchmark_input=_big(n, 3, 2, 1),
     )
     register(
         f"adaptive_max_pool{n}d",
-        samples=lambda t: [Call(t(2, 1, *sizes), 2), Call(t(2, *sizes), (*ones, 3))],
-        big=_big(n, 7),
+        sample_inputs=lambda t: [SampleInput(t(2, 1, *sizes), 2), SampleInput(t(2, *sizes), (*ones, 3))],
+        benchmark_input=_big(n, 7),
     )
     register(
         f"max_unpool{n}d",
-        samples=lambda t: [
-            Call(t(2, 1, *sizes), _places(t, n, 2, 1, *sizes), 2),
-            Call(t(2, *sizes), _places(t, n, 2, *sizes), 2, 2, 0, [2 * side + 1 for side in sizes]),
+        sample_inputs=lambda t: [
+            SampleInput(t(2, 1, *sizes), _places(t, n, 2, 1, *sizes), 2),
+            SampleInput(t(2, *sizes), _places(t, n, 2, *sizes), 2, 2, 0, [2 * side + 1 for side in sizes]),
         ],
-        big=lambda t: Call(*(big := _big(n)(t)).args, _places(t, n, *big[0].shape), 2),
-        lacks={"compile_dynamic-0": "torch.compile does not trace torch's check of the output size"},
+        benchmark_input=lambda t: SampleInput(*(big := _big(n)(t)).args, _places(t, n, *big[0].shape), 2),
+        expected_failures={"compile_dynamic-0": "torch.compile does not trace torch's check of the output size"},
     )
     register(
         (avg_pool1d, avg_pool2d, avg_pool3d)[n - 1],
-        samples=lambda t: [
-            Call(t(2, 1, *sizes), (2, 3, 3)[-n:], 2, 1, ceil_mode=True, count_include_pad=False),
-            Call(t(2, *sizes), (2,) * n, (1,) * n, 1, ceil_mode=True),
-            *([] if n == 1 else [Call(t(2, 1, *sizes), 2, 3, divisor_override=3)]),
+        sample_inputs=lambda t: [
+            SampleInput(t(2, 1, *sizes), (2, 3, 3)[-n:], 2, 1, ceil_mode=True, count_include_pad=False),
+            SampleInput(t(2, *sizes), (2,) * n, (1,) * n, 1, ceil_mode=True),
+            *([] if n == 1 else [SampleInput(t(2, 1, *sizes), 2, 3, divisor_override=3)]),
         ],
-        big=_big(n, 2),
+        benchmark_input=_big(n, 2),
     )
     register(
         adaptive_avg_pool1d if n == 1 else f"adaptive_avg_pool{n}d",
-        samples=lambda t: [Call(t(2, 1, *sizes), 2), Call(t(2, *sizes), (*ones, 4))],
-        big=_big(n, 7),
+        sample_inputs=lambda t: [SampleInput(t(2, 1, *sizes), 2), SampleInput(t(2, *sizes), (*ones, 4))],
+        benchmark_input=_big(n, 7),
     )
     register(
         (lp_pool1d, lp_pool2d, lp_pool3d)[n - 1],
-        samples=lambda t: [
-            Call(t(2, 1, *sizes), 2, 2),
-            Call(t(2, *sizes, low=0.5, high=2), 3.0, 2, 1, ceil_mode=True),
-            *([Call(t(1, 1, *sizes), -math.inf, 2)] if _takes_infinity(n) else []),
+        sample_inputs=lambda t: [
+            SampleInput(t(2, 1, *sizes), 2, 2),
+            SampleInput(t(2, *sizes, low=0.5, high=2), 3.0, 2, 1, ceil_mode=True),
+            *([SampleInput(t(1, 1, *sizes), -math.inf, 2)] if _takes_infinity(n) else []),
         ],
-        big=_big(n, 2, 2),
+        benchmark_input=_big(n, 2, 2),
     )
     if n > 1:
         register(
             f"fractional_max_pool{n}d",
-            samples=lambda t: [
-                Call(t(2, 1, *sizes), (1, 2, 2)[-n:], output_size=(1, 1, 2)[-n:]),
-                Call(t(2, *sizes), 1, output_ratio=(0.5,) * n),
+            sample_inputs=lambda t: [
+                SampleInput(t(2, 1, *sizes), (1, 2, 2)[-n:], output_size=(1, 1, 2)[-n:]),
+                SampleInput(t(2, *sizes), 1, output_ratio=(0.5,) * n),
             ],
-            big=_big(n, 2, output_ratio=(0.5,) * n),
+            benchmark_input=_big(n, 2, output_ratio=(0.5,) * n),
             random=True,
         )
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from manualgrad.ops.dropout import dropout
-from manualgrad.ops.elementary import Misfit, drop_in, rows, unflatten
-from manualgrad.registry import Call, Maker, register
+from manualgrad.ops.elementary import ShapeMismatchError, rows, unflatten, with_torch_errors
+from manualgrad.registry import SampleInput, TensorFactory, register
 from manualgrad.rule import LOWER, Rule
 from manualgrad.rule.torch_internals import PACKED_LSTM_BY_STEPS, unwrapped
 
@@ -437,7 +437,7 @@ def _layers(rule: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     if rule is LSTMFunction and by_steps and not projected:
         rule = SteppedLSTMFunction
     if any(len(x) != directions * layers for x in states):
-        raise Misfit(f"hidden states of {directions * layers} layers and directions expected")
+        raise ShapeMismatchError(f"hidden states of {directions * layers} layers and directions expected")
     last: list[Tensors] = []
     for layer in range(layers):
         outputs = []
@@ -448,7 +448,9 @@ def _layers(rule: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
                 weights[2:2] = [None, None]
             before = [x[k] for x in states]
             if not _fit(rule, input, before, weights, sizes[0]):
-                raise Misfit("weights or states that do not fit")  # torch's kernel would read past their end
+                raise ShapeMismatchError(
+                    "weights or states that do not fit"
+                )  # torch's kernel would read past their end
             hidden, *final = _run(rule, input, before, weights, sizes, reverse, packed)
             if projected:  # autocast lowers h alone
                 final[1] = final[1].to(torch.promote_types(final[1].dtype, hx[1].dtype))
@@ -478,7 +480,7 @@ def _of_layers(name: str, rule: type[Recurrence], what: str) -> Callable[..., tu
     Raises:
         RuntimeError: no step, or tensors that do not fit.
     """
-    return drop_in(run)
+    return with_torch_errors(run)
 
 
 def _of_cell(name: str, rule: type[Recurrence], layer: str) -> Callable[..., Any]:
@@ -499,7 +501,7 @@ def _of_cell(name: str, rule: type[Recurrence], layer: str) -> Callable[..., Any
     run.__doc__ = (
         f"""One step of `{layer}`, as `torch.{name}`. Shapes: input (N, in), hx and the result (N, size)."""
     )
-    return drop_in(run)
+    return with_torch_errors(run)
 
 
 rnn_tanh = _of_layers("rnn_tanh", RNNFunction, "Elman's recurrence with tanh")
@@ -512,31 +514,33 @@ gru_cell = _of_cell("gru_cell", GRUFunction, "gru")
 lstm_cell = _of_cell("lstm_cell", SteppedLSTMFunction, "lstm")
 
 
-def _weights(t: Maker, gates: int, width: int, h: int, size: int, bias: bool) -> list[Tensor]:
+def _weights(t: TensorFactory, gates: int, width: int, h: int, size: int, bias: bool) -> list[Tensor]:
     shapes = [(gates * size, width), (gates * size, h), *[(gates * size,)] * (2 * bias)]
     return [t(*shape) / size**0.5 for shape in shapes] + [t(h, size)] * (h != size)
 
 
-def _small(gates: int, t: Maker) -> list[Call]:
+def _small(gates: int, t: TensorFactory) -> list[SampleInput]:
     h = 1 if gates == 4 else 2  # with a projection
     first = [t(2, 2, 2), t(2, 2, 2)], [t(2, 2, h), t(2, 2, 2)]
     hx = [pair if gates == 4 else pair[0] for pair in first]
     both = [*_weights(t, gates, 1, 2, 2, True), *_weights(t, gates, 1, 2, 2, True)]
     two = [*_weights(t, gates, 2, h, 2, False), *_weights(t, gates, h, h, 2, False)]
     return [
-        Call(t(3, 2, 1), hx[0], both, True, 1, 0.0, True, True, False),
-        Call(t(2, 2, 2), hx[1], two, False, 2, 0.5, True, False, True),
+        SampleInput(t(3, 2, 1), hx[0], both, True, 1, 0.0, True, True, False),
+        SampleInput(t(2, 2, 2), hx[1], two, False, 2, 0.5, True, False, True),
     ]
 
 
-def _big(gates: int, t: Maker) -> Call:
+def _big(gates: int, t: TensorFactory) -> SampleInput:
     hx = [t(1, 32, 256), t(1, 32, 256)] if gates == 4 else t(1, 32, 256)
-    return Call(t(32, 32, 128), hx, _weights(t, gates, 128, 256, 256, True), True, 1, 0.0, True, False, False)
+    return SampleInput(
+        t(32, 32, 128), hx, _weights(t, gates, 128, 256, 256, True), True, 1, 0.0, True, False, False
+    )
 
 
-def _of_a_cell(gates: int, t: Maker, n: int, width: int, size: int, bias: bool) -> Call:
+def _of_a_cell(gates: int, t: TensorFactory, n: int, width: int, size: int, bias: bool) -> SampleInput:
     hx = [t(n, size), t(n, size)] if gates == 4 else t(n, size)
-    return Call(t(n, width), hx, *_weights(t, gates, width, size, size, bias))
+    return SampleInput(t(n, width), hx, *_weights(t, gates, width, size, size, bias))
 
 
 _SATURATED = "an infinite weight saturates the cell, and the step before gets 0 · ∞ = nan, as in torch"
@@ -546,17 +550,17 @@ for _layer, _cell in ((rnn_tanh, rnn_tanh_cell), (rnn_relu, rnn_relu_cell), (gru
     _gates = {gru: 3, lstm: 4}.get(_layer, 1)
     register(
         _layer,
-        samples=partial(_small, _gates),
-        big=partial(_big, _gates),
+        sample_inputs=partial(_small, _gates),
+        benchmark_input=partial(_big, _gates),
         random=True,
-        lacks={"special_values": _SATURATED} if _layer is not rnn_relu else {},
+        expected_failures={"special_values": _SATURATED} if _layer is not rnn_relu else {},
     )
     register(
         _cell,
-        samples=lambda t, gates=_gates: [
+        sample_inputs=lambda t, gates=_gates: [
             _of_a_cell(gates, t, 2, 3, 2, True),
             _of_a_cell(gates, t, 3, 1, 2, False),
         ],
-        big=lambda t, gates=_gates: _of_a_cell(gates, t, 128, 128, 256, True),
-        lacks={"kept_for_backward": _COMPUTED},
+        benchmark_input=lambda t, gates=_gates: _of_a_cell(gates, t, 128, 128, 256, True),
+        expected_failures={"kept_for_backward": _COMPUTED},
     )

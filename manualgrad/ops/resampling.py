@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import Numbers, drop_in, each, flatten, stands_for, unflatten
-from manualgrad.registry import Call, register
+from manualgrad.ops.elementary import Numbers, each, flatten, implements, unflatten, with_torch_errors
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import LOWER, Rule, cast, replaces, reusing
 from manualgrad.rule.operations import CHANNELS_LAST, is_channels_last
 from manualgrad.rule.torch_internals import is_batched
@@ -194,7 +194,7 @@ def _with_kernel(
     return input, Nearest(mode, shape, size, scale, min(input.shape[1], 4), innermost, input.dtype)
 
 
-@drop_in
+@with_torch_errors
 def interpolate(
     input: Tensor,
     size: int | Sequence[int] | None = None,
@@ -236,22 +236,22 @@ def _for_each_axis(setting: Any, input: Tensor) -> tuple[Any, ...] | None:
 
 register(
     interpolate,
-    samples=lambda t: [
-        Call(t(1, 2, 3, 2), scale_factor=(2, 1.7)),
-        Call(t(1, 1, 3, 4), scale_factor=(1.5, 0.8), mode="bicubic", align_corners=True),
-        Call(t(1, 1, 2, 3, 2), scale_factor=1.6, mode="trilinear", recompute_scale_factor=True),
-        Call(t(1, 2, 5), scale_factor=0.7, mode="area"),
+    sample_inputs=lambda t: [
+        SampleInput(t(1, 2, 3, 2), scale_factor=(2, 1.7)),
+        SampleInput(t(1, 1, 3, 4), scale_factor=(1.5, 0.8), mode="bicubic", align_corners=True),
+        SampleInput(t(1, 1, 2, 3, 2), scale_factor=1.6, mode="trilinear", recompute_scale_factor=True),
+        SampleInput(t(1, 2, 5), scale_factor=0.7, mode="area"),
     ],
-    big=lambda t: Call(t(4, 32, 64, 64), scale_factor=2, mode="bilinear"),
-    special=False,  # a matrix product spreads what is not finite along its line
+    benchmark_input=lambda t: SampleInput(t(4, 32, 64, 64), scale_factor=2, mode="bilinear"),
+    supports_special_values=False,  # a matrix product spreads what is not finite along its line
 )
 
 for _name, _mode in (("upsample", {"mode": "bilinear"}), ("upsample_bilinear", {}), ("upsample_nearest", {})):
     register(
         _name,
-        samples=lambda t, mode=_mode: [Call(t(1, 2, 3, 2), scale_factor=2, **mode)],
-        big=lambda t, mode=_mode: Call(t(4, 32, 64, 64), scale_factor=2, **mode),
-        lacks=dict.fromkeys(
+        sample_inputs=lambda t, mode=_mode: [SampleInput(t(1, 2, 3, 2), scale_factor=2, **mode)],
+        benchmark_input=lambda t, mode=_mode: SampleInput(t(4, 32, 64, 64), scale_factor=2, **mode),
+        expected_failures=dict.fromkeys(
             ("compile", "compile_dynamic"),
             "it warns that its name is deprecated, which torch.compile does not trace",
         ),
@@ -472,7 +472,7 @@ def _far(t: Tensor) -> tuple[Tensor, Tensor]:
     return ((_A * t - 5 * _A) * t + 8 * _A) * t - 4 * _A, (3 * _A * t - 10 * _A) * t + 8 * _A
 
 
-@stands_for(torch.grid_sampler)
+@implements(torch.grid_sampler)
 def grid_sampler(
     input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
 ) -> Tensor:
@@ -489,15 +489,15 @@ def grid_sampler(
 
 register(
     "grid_sample",
-    samples=lambda t: [
-        Call(t(2, 2, 4, 3), t(2, 2, 2, 2), align_corners=False),
-        Call(t(1, 2, 3, 2, 3), t(1, 2, 1, 2, 3), padding_mode="border", align_corners=True),
-        Call(t(1, 1, 4, 3), t(1, 3, 1, 2), "bicubic", "reflection", align_corners=False),
-        Call(t(1, 1, 4, 3), t(1, 3, 2, 2), "nearest", align_corners=True),
+    sample_inputs=lambda t: [
+        SampleInput(t(2, 2, 4, 3), t(2, 2, 2, 2), align_corners=False),
+        SampleInput(t(1, 2, 3, 2, 3), t(1, 2, 1, 2, 3), padding_mode="border", align_corners=True),
+        SampleInput(t(1, 1, 4, 3), t(1, 3, 1, 2), "bicubic", "reflection", align_corners=False),
+        SampleInput(t(1, 1, 4, 3), t(1, 3, 2, 2), "nearest", align_corners=True),
     ],
-    big=lambda t: Call(t(4, 32, 64, 64), t(4, 64, 64, 2, low=-1, high=1), align_corners=False),
-    special=False,  # weights of 0 multiply what is not finite
-    lacks={
+    benchmark_input=lambda t: SampleInput(t(4, 32, 64, 64), t(4, 64, 64, 2, low=-1, high=1), align_corners=False),
+    supports_special_values=False,  # weights of 0 multiply what is not finite
+    expected_failures={
         "vmap": "where input and grid are batched along different axes, torch's own batching takes a wrong size"
     },
 )
@@ -527,7 +527,7 @@ def _centres(n: int, aligned: bool) -> Tensor:
     return torch.linspace(-1, 1, n, dtype=torch.float64) * (1 if aligned else (n - 1) / n)
 
 
-@stands_for(torch.affine_grid_generator)
+@implements(torch.affine_grid_generator)
 def affine_grid_generator(theta: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """The grid for `grid_sample` of an affine map, as `torch.affine_grid_generator`, which `affine_grid` calls.
 
@@ -539,11 +539,11 @@ def affine_grid_generator(theta: Tensor, size: Sequence[int], align_corners: boo
 
 register(
     "affine_grid",
-    samples=lambda t: [
-        Call(t(2, 2, 3), (2, 1, 3, 4), align_corners=False),
-        Call(t(1, 3, 4), (1, 1, 2, 3, 2), align_corners=True),
+    sample_inputs=lambda t: [
+        SampleInput(t(2, 2, 3), (2, 1, 3, 4), align_corners=False),
+        SampleInput(t(1, 3, 4), (1, 1, 2, 3, 2), align_corners=True),
     ],
-    big=lambda t: Call(t(32, 2, 3), (32, 3, 128, 128), align_corners=False),
+    benchmark_input=lambda t: SampleInput(t(32, 2, 3), (32, 3, 128, 128), align_corners=False),
 )
 
 
@@ -582,7 +582,7 @@ class FoldFunction(Rule):
         return UnfoldFunction.apply(grad, shape, kernel_size, dilation, padding, stride)
 
 
-@drop_in
+@with_torch_errors
 def unfold(
     input: Tensor,
     kernel_size: Numbers,
@@ -598,7 +598,7 @@ def unfold(
     return UnfoldFunction.apply(input, tuple(input.shape[-2:]), *settings)
 
 
-@drop_in
+@with_torch_errors
 def fold(
     input: Tensor,
     output_size: Numbers,
@@ -617,20 +617,20 @@ def fold(
 
 register(
     unfold,
-    samples=lambda t: [
-        Call(t(2, 1, 4, 3), 2),
-        Call(t(2, 4, 5), (2, 3), dilation=(1, 2), padding=(0, 1), stride=(2, 1)),
+    sample_inputs=lambda t: [
+        SampleInput(t(2, 1, 4, 3), 2),
+        SampleInput(t(2, 4, 5), (2, 3), dilation=(1, 2), padding=(0, 1), stride=(2, 1)),
     ],
-    big=lambda t: Call(t(8, 32, 64, 64), 3, padding=1),
+    benchmark_input=lambda t: SampleInput(t(8, 32, 64, 64), 3, padding=1),
 )
 
 register(
     fold,
-    samples=lambda t: [
-        Call(t(2, 4, 6), (4, 3), 2),
-        Call(t(12, 6), (4, 5), (2, 3), dilation=(1, 2), padding=(0, 1), stride=(2, 1)),
+    sample_inputs=lambda t: [
+        SampleInput(t(2, 4, 6), (4, 3), 2),
+        SampleInput(t(12, 6), (4, 5), (2, 3), dilation=(1, 2), padding=(0, 1), stride=(2, 1)),
     ],
-    big=lambda t: Call(t(8, 32 * 9, 64 * 64), 64, 3, padding=1),
+    benchmark_input=lambda t: SampleInput(t(8, 32 * 9, 64 * 64), 64, 3, padding=1),
 )
 
 
@@ -683,20 +683,20 @@ class ChannelShuffleFunction(Rule):
         return ChannelShuffleFunction.apply(grad, grad.shape[1] // groups)
 
 
-@drop_in
+@with_torch_errors
 def pixel_shuffle(input: Tensor, upscale_factor: int) -> Tensor:
     """Channels spread over space, (*, C r², H, W) to (*, C, r H, r W), as `torch.nn.functional.pixel_shuffle`."""
     return PixelShuffleFunction.apply(input, upscale_factor)
 
 
-@drop_in
+@with_torch_errors
 def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
     """Space into channels, (*, C, r H, r W) to (*, C r², H, W), as `torch.nn.functional.pixel_unshuffle`."""
     return PixelUnshuffleFunction.apply(input, downscale_factor)
 
 
-@stands_for(F.native_channel_shuffle)
-@drop_in
+@implements(F.native_channel_shuffle)
+@with_torch_errors
 def channel_shuffle(input: Tensor, groups: int) -> Tensor:
     """The channels of all groups in turn, as `torch.nn.functional.channel_shuffle`. Shape (N, C, ...)."""
     return ChannelShuffleFunction.apply(input, groups)
@@ -709,6 +709,6 @@ for _function, _shapes in (
 ):
     register(
         _function,
-        samples=lambda t, shapes=_shapes: [Call(t(*shape), 2) for shape in shapes],
-        big=lambda t: Call(t(8, 64, 64, 64), 2),
+        sample_inputs=lambda t, shapes=_shapes: [SampleInput(t(*shape), 2) for shape in shapes],
+        benchmark_input=lambda t: SampleInput(t(8, 64, 64, 64), 2),
     )

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import drop_in
-from manualgrad.registry import Call, register
+from manualgrad.ops.elementary import with_torch_errors
+from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule
 
 
@@ -63,7 +63,7 @@ def _axis(name: str, input: Tensor, dim: int | None, stacklevel: int) -> int:
     return getattr(F, "_get_softmax_dim")(name, input.dim(), stacklevel + 1) if dim is None else dim  # noqa: B009
 
 
-@drop_in
+@with_torch_errors
 def softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -72,7 +72,7 @@ def softmax(
     return SoftmaxFunction.apply(input if dtype is None else input.to(dtype), dim)
 
 
-@drop_in
+@with_torch_errors
 def softmin(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -83,7 +83,7 @@ def softmin(
     return SoftminFunction.apply(input if dtype is None else input.to(dtype), dim)
 
 
-@drop_in
+@with_torch_errors
 def log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -95,16 +95,16 @@ def log_softmax(
 for _function in (softmax, softmin, log_softmax):
     register(
         _function,
-        samples=lambda t: [
-            Call(t(2, 3, 2), dim=1),
-            Call(t(), dim=0),
-            Call(t(5, 3), dim=1, dtype=torch.float64),
+        sample_inputs=lambda t: [
+            SampleInput(t(2, 3, 2), dim=1),
+            SampleInput(t(), dim=0),
+            SampleInput(t(5, 3), dim=1, dtype=torch.float64),
         ],
-        big=lambda t: Call(t(1024, 1024), dim=-1),
+        benchmark_input=lambda t: SampleInput(t(1024, 1024), dim=-1),
     )
 
 
-@drop_in
+@with_torch_errors
 def gumbel_softmax(
     logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
 ) -> Tensor:
@@ -126,10 +126,10 @@ def gumbel_softmax(
 
 register(
     gumbel_softmax,
-    samples=lambda t: [
-        Call(t(5, 3), tau=0.7),
-        Call(t(2, 3, 2), hard=True, dim=1).with_gradient_by_definition(),
+    sample_inputs=lambda t: [
+        SampleInput(t(5, 3), tau=0.7),
+        SampleInput(t(2, 3, 2), hard=True, dim=1).with_gradient_by_definition(),
     ],
-    big=lambda t: Call(t(1024, 1024)),
+    benchmark_input=lambda t: SampleInput(t(1024, 1024)),
     random=True,
 )

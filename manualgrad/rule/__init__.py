@@ -81,11 +81,11 @@ class Rule:
 
     recomputable: ClassVar[bool] = False
     """The output takes one pass over memory to compute: a rule that would save it may compute it again by this
-    rule instead (see saving.py). A method ``recompute``, which does so from saved quantities, replaces this."""
+    rule instead (see recomputation.py). A method ``recompute``, which uses saved quantities, replaces this."""
 
     vendor_kernels: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     """For the name of a gradient a vendor's kernel that computes it from the same parameters (or returns None: it
-    does not apply). It is used where nothing observes the backward (see accelerators.py)."""
+    does not apply). It is used where nothing observes the backward (see vendor_kernels.py)."""
 
     format_of_grad: ClassVar[tuple[str, ...]] = ()
     """Names of gradients with a channel axis that have the memory format of ``grad``, channels_last or not."""

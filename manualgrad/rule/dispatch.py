@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from manualgrad import saving
+from manualgrad import recomputation
 from manualgrad.fallback import TRACED, fallback, tracing_state
 from manualgrad.rule.function import Implementation, device_type, function, without_autocast
 from manualgrad.rule.torch_internals import (
@@ -110,9 +110,9 @@ def make_apply_(implementation: Implementation) -> Callable[..., Tensor]:
         if not (input.requires_grad and torch.is_grad_enabled()):
             result = rule.forward_(input, *settings)
         else:
-            large = saving.large(input)
+            large = recomputation.large(input)
             plan = implementation.plan(needed, False, large)
-            before: Any = saving.usable_recipe_of(input) if large else None
+            before: Any = recomputation.usable_recipe_of(input) if large else None
             if before is None and first in plan.names:
                 before = (input.clone(),)
             result = direct(plan, before, input, *settings)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Parameter
 
-from manualgrad import accelerators, fuse, saving
+from manualgrad import blocking, recomputation, vendor_kernels
 from manualgrad.fallback import UNRELATED_ERRORS
 from manualgrad.rule.formulas import Formula, Program, note_place
 from manualgrad.rule.operations import CHANNELS_LAST, is_channels_last
@@ -147,7 +147,7 @@ def _kernel_or(formula: Formula, kernel: Callable[..., Any], fast_formula: bool)
     function = fast(formula.function) if fast_formula else formula.function
 
     def compute(*args: Any) -> Any:
-        found = kernel(*args) if accelerators.enabled else None
+        found = kernel(*args) if vendor_kernels.enabled else None
         return function(*args) if found is None else found
 
     compute.__qualname__ = f"{formula.target}.by_kernel"
@@ -218,7 +218,7 @@ class Implementation:
 
     @cached_property
     def recipe(self) -> tuple[Callable[..., Any], list[tuple[str, int]]] | None:
-        """How the output is recomputed, and from which values (see saving.py)."""
+        """How the output is recomputed, and from which values (see recomputation.py)."""
         if self.rule.recomputable:
             function, names = self.rule.apply, self.spec.inputs
         elif "recompute" in self.spec.formulas:
@@ -266,8 +266,8 @@ class Implementation:
 
     def setup_memory_saving(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """The same where nothing observes the forward: a large tensor is saved by its recipe, if there is one."""
-        large = saving.large(output[0] if self.has_statistics else output)
-        if in_forward_mode() or not (large or saving.large(inputs[0])):
+        large = recomputation.large(output[0] if self.has_statistics else output)
+        if in_forward_mode() or not (large or recomputation.large(inputs[0])):
             self.setup_context(ctx, inputs, output)
             return
         values = self.all_values(ctx, inputs, output)
@@ -312,7 +312,7 @@ class Implementation:
         leaves_recipe: bool,
         writes: int = 0,
     ) -> None:
-        packer = saving.Pantry((*plan.tensors(values), *early))
+        packer = recomputation.Pantry((*plan.tensors(values), *early))
         if leaves_recipe and self.recipe is not None and "output" not in plan.names:
             function, needed = self.recipe
             parts = dict(zip(plan.names, packer.parts, strict=False))
@@ -335,7 +335,7 @@ class Implementation:
         input), or None where no saved quantity names it.
         """
         self.check_complex(inputs[0])
-        large, dtypes = saving.large(inputs[0]), self.low_dtypes(inputs, inputs[0])
+        large, dtypes = recomputation.large(inputs[0]), self.low_dtypes(inputs, inputs[0])
         early = () if self.early_needs_output else self.early_values(plan, inputs, dtypes)
         written = self.rule.forward_(*inputs)
         ctx.mark_dirty(inputs[0])
@@ -444,15 +444,15 @@ def is_large(values: Iterable[Any]) -> bool:
 
 def in_blocks(plan: Plan, known: tuple[Any, ...], dtypes: Any) -> Gradients | None:
     """The gradients, by blocks of rows, where that is possible and faster."""
-    if not fuse.large(known[-1]):
+    if not blocking.large(known[-1]):
         return None
     (leading,) = plan.batch_dims(*known)
-    if not fuse.large(known[-1], leading):
+    if not blocking.large(known[-1], leading):
         return None
     compute = plan.reusing
     precise = (lambda *some: compute(*in_float32(some))) if dtypes else compute
     with without_autocast(known) if is_any_autocast_enabled() else nullcontext():
-        return fuse.in_blocks(precise, known, leading, plan.statistics, dtypes)
+        return blocking.in_blocks(precise, known, leading, plan.statistics, dtypes)
 
 
 def in_float32(values: Iterable[Any]) -> list[Any]:

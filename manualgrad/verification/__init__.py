@@ -32,7 +32,7 @@ from manualgrad.verification.report import (
     Row,
     Wastes,
 )
-from manualgrad.verification.smallest import smallest
+from manualgrad.verification.shrinking import minimal_example
 from manualgrad.verification.subject import Subject
 
 __all__ = ["LAWS", "Law", "Report", "Row", "verify"]
@@ -121,11 +121,11 @@ def _verdict(law: Law, subject: Subject, required: bool) -> Row:
             return Row(law.name, NOT_OFFERED, str(reason))
         return Row(law.name, FAILS, f"required, but not offered: {reason}")
     except Fails as failure:
-        return Row(law.name, FAILS, str(failure), failure.cause or law.cause, smallest(law, subject))
+        return Row(law.name, FAILS, str(failure), failure.cause or law.cause, minimal_example(law, subject))
     except Exception as error:
         text = str(error).strip().splitlines()
         evidence = f"stops with {type(error).__name__}: {text[0] if text else ''}"
-        return Row(law.name, FAILS, evidence, law.cause, smallest(law, subject))
+        return Row(law.name, FAILS, evidence, law.cause, minimal_example(law, subject))
     return Row(law.name, HOLDS)
 
 

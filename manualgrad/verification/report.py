@@ -66,7 +66,7 @@ class Row:
     verdict: str
     evidence: str = ""
     cause: str = ""
-    smallest: str = ""
+    minimal_example: str = ""
 
 
 @dataclass
@@ -125,8 +125,8 @@ class Report:
             more = [row.evidence]
             if row.cause:
                 more.append(f"usually: {row.cause}")
-            if row.smallest:
-                more.append(f"smallest input: {row.smallest}")
+            if row.minimal_example:
+                more.append(f"minimal example: {row.minimal_example}")
             indent = " " * (wide + 18)
             text = [
                 line

@@ -356,7 +356,7 @@ def _check_metadata(subject: Subject) -> bool:
 
 
 @law("a reference for another function, or a forward and backward that are wrong together")
-def as_reference(subject: Subject) -> None:
+def matches_reference(subject: Subject) -> None:
     """Values and gradients are the reference's."""
     subject = subject.exact
     if subject.reference is None:

@@ -157,7 +157,7 @@ def _shares(a: Tensor, b: Tensor) -> bool:
 
 
 @law("ctx.x = tensor: it leaks until the garbage collector runs, skips saved-tensor hooks and version checks")
-def nothing_on_ctx(subject: Subject) -> None:
+def no_tensors_on_ctx(subject: Subject) -> None:
     """Tensors are kept by save_for_backward alone; none hangs on ctx, after forward or after backward."""
     tensors = subject.tensors()
     outputs, upstreams = with_upstream(subject(*tensors))
@@ -198,7 +198,7 @@ def _hanging(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tenso
 
 
 @law("a reference cycle through ctx, or a cache outside that outlives the graph")
-def nothing_leaks(subject: Subject) -> None:
+def no_memory_leaks(subject: Subject) -> None:
     """Without the garbage collector, every tensor is gone when the caller lets go of the output. (A module may
     keep what it made, if the next call replaces it.)"""
     subject = subject.in_use()
@@ -456,7 +456,7 @@ def captured_tensors(subject: Subject) -> None:
 
 
 @law("ctx.needs_input_grad is not asked")
-def only_what_is_needed(subject: Subject) -> None:
+def no_unneeded_gradients(subject: Subject) -> None:
     """No gradient is computed that nobody needs."""
     n = len(subject.places)
     if n == 1:
@@ -495,7 +495,7 @@ def _seconds(subject: Subject, needed: Sequence[bool]) -> float:
 
 
 @law("everything is saved whatever ctx.needs_input_grad says")
-def only_what_is_used(subject: Subject) -> None:
+def no_unused_saved_tensors(subject: Subject) -> None:
     """No more is kept than the needed gradients use (a saved tensor whose every value may change is not used)."""
     n = len(subject.places)
     for needed in [[True] * n] + ([[i == k for i in range(n)] for k in range(n)] if n > 1 else []):

@@ -48,8 +48,10 @@ def _inference_alone() -> bool:
 @functools.cache
 def _ours() -> dict[Any, Any]:
     """Our function for each of torch's that has one."""
-    written = {op.reference: op.written for op in registry.ops().values() if not isinstance(op.written, str)}
-    found = {_get_fastpath_enabled: _inference_alone, **registry.stand_ins, **written}
+    written = {
+        op.reference: op.implementation for op in registry.ops().values() if not isinstance(op.implementation, str)
+    }
+    found = {_get_fastpath_enabled: _inference_alone, **registry.kernel_replacements, **written}
     # a Function is called by its apply
     return {theirs: SimpleNamespace(apply=f) if isinstance(theirs, type) else f for theirs, f in found.items()}
 

@@ -13,7 +13,7 @@ from manualgrad.verification.subject import Subject, from_numbers, numbers
 _SECONDS = 1.5
 
 
-def smallest(law: Law, subject: Subject) -> str:
+def minimal_example(law: Law, subject: Subject) -> str:
     """The inputs, with axes cut and values rounded as long as the law still fails."""
     if law.on_request:
         return ""

@@ -1,9 +1,9 @@
 """torch's functions, called by their own names, led to ours while a context is open.
 
 A model that calls ``torch.nn.functional`` itself, or ``x.softmax(-1)``, is not changed by other modules. Inside
-`enabled` a `torch.overrides.TorchFunctionMode` sees such a call and hands it to ours. What is ours stands in the
-table of operations already; here it is only looked up under every name that torch has for it: ``F.relu``,
-``torch.relu``, ``Tensor.relu``, ``Tensor.relu_``. Where the signatures differ, torch's schema tells them apart.
+`override_torch_functions` a `torch.overrides.TorchFunctionMode` receives such a call and passes it to ours.
+The table of operations has that function already. This module looks it up under every name that torch has for it:
+``F.relu``, ``torch.relu``, ``Tensor.relu``, ``Tensor.relu_``. Where the signatures differ, torch's schema decides.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from manualgrad import registry
-from manualgrad.binding import refuse_if_called
 from manualgrad.fallback import PLAIN, TRACED, fallback, has_default_handler, tracing_state, unusual
 from manualgrad.nn import functional
 from manualgrad.ops.elementary import product, spares
+from manualgrad.rebinding import refuse_if_called
 from manualgrad.rule import every_rule
 from manualgrad.rule.torch_internals import beyond_reverse_mode
 
@@ -32,10 +32,10 @@ _PRODUCTS = frozenset((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__))
 
 
 @contextmanager
-def enabled() -> Iterator[None]:
+def override_torch_functions() -> Iterator[None]:
     """While it is open, in this thread, torch's functions and methods are ours wherever ours has an equal.
 
-        with manualgrad.enabled():
+        with manualgrad.override_torch_functions():
             loss = F.cross_entropy(torch.relu(x @ w).softmax(-1), target)
 
     Values, errors and the random stream stay torch's. Only what may have a gradient is led to ours: calls in which
@@ -44,18 +44,18 @@ def enabled() -> Iterator[None]:
     and so are overloads that ours does not have: `record_fallbacks` counts them. An error is raised as it is. It
     can be nested, and used as a decorator.
 
-    A function given to `torch.utils.checkpoint.checkpoint` runs again when the context has long been left: give it
-    ``context_fn=lambda: (enabled(), enabled())``. (Modules of a model that `convert` has been through with
-    ``functional=True`` see to that themselves.)
+    A function given to `torch.utils.checkpoint.checkpoint` runs again after the context has been left: pass
+    ``context_fn=lambda: (override_torch_functions(), override_torch_functions())`` to it. (Modules converted with
+    ``functional=True`` do so themselves.)
     """
-    if any(type(mode) is _Enabled for mode in _get_current_function_mode_stack()):
+    if any(type(mode) is _OverrideMode for mode in _get_current_function_mode_stack()):
         yield
         return
-    with _Enabled():
+    with _OverrideMode():
         yield
 
 
-class _Enabled(TorchFunctionMode):
+class _OverrideMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -140,7 +140,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
             elif space is not Tensor:  # a method that stands in no namespace is another operation (unfold)
                 found[theirs] = _not_taken
 
-    for kernel, ours in registry.stand_ins.items():  # written with the kernel's own order of arguments
+    for kernel, ours in registry.kernel_replacements.items():  # written with the kernel's own order of arguments
         enter(getattr(kernel, "__name__", ""), ours, in_order=True)
     for op in registry.ops().values():
         enter(op.name, op.function)

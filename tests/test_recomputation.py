@@ -15,10 +15,10 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import manualgrad.nn.functional as F
-from manualgrad import convert, enabled, nn, revert, saved_bytes, saving
+from manualgrad import convert, nn, override_torch_functions, recomputation, revert, saved_bytes
 from manualgrad.ops.elementary import product
 from manualgrad.ops.linear import LinearFunction
-from manualgrad.registry import Maker, Op
+from manualgrad.registry import Op, TensorFactory
 from manualgrad.rule import saved_by
 
 Model = Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ WIDTH, ROWS = 8, 16
 
 @pytest.fixture(autouse=True)
 def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "SMALL", 0)
+    monkeypatch.setattr(recomputation, "SMALL", 0)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def gradients(model: nn.Module, x: Tensor, *, thrifty: bool = True) -> list[Tens
     model, x = copy.deepcopy(model), x.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         if not thrifty:
-            patch.setattr(saving, "SMALL", 2**40)
+            patch.setattr(recomputation, "SMALL", 2**40)
         return list(torch.autograd.grad(run(model, x).square().sum(), [x, *model.parameters()]))
 
 
@@ -137,7 +137,7 @@ def test_same_gradients_from_less(model: nn.Module, x: Tensor) -> None:
 
     less = kept()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "SMALL", 2**40)
+        patch.setattr(recomputation, "SMALL", 2**40)
         assert less < kept()
 
 
@@ -199,7 +199,7 @@ def test_a_gate_within_enabled() -> None:
     def gated() -> Tensor:
         return torch.nn.functional.linear(torch.nn.functional.silu(x @ weight) * (x @ weight), weight)
 
-    with enabled():
+    with override_torch_functions():
         less = kept_bytes(gated)
     assert less == kept_bytes(gated) - 2 * x.nbytes  # neither the gate nor the product
 
@@ -214,7 +214,7 @@ def test_double_backward(model: nn.Module, x: Tensor, modes: str) -> None:
     def second(thrifty: bool) -> list[Tensor]:
         with pytest.MonkeyPatch.context() as patch:
             if not thrifty:
-                patch.setattr(saving, "SMALL", 2**40)
+                patch.setattr(recomputation, "SMALL", 2**40)
             other, at = copy.deepcopy(model), x.clone().requires_grad_()
             wanted = [at, *other.parameters()]
             first = torch.autograd.grad(run(other, at).square().sum(), wanted, create_graph=True)
@@ -416,7 +416,7 @@ def test_no_leak(x: Tensor) -> None:
         if node is not None:
             recipes.append(getattr(node, "recipe", None))
             waiting += [before for before, _ in node.next_functions]
-    named = [part for recipe in recipes if recipe for part in recipe.parts if isinstance(part, saving.Kept)]
+    named = [part for recipe in recipes if recipe for part in recipe.parts if isinstance(part, recomputation.Kept)]
     assert any(part.tensor() is not None for part in named)
     parameters = {id(parameter) for parameter in model.parameters()}
     loss.backward()
@@ -426,24 +426,24 @@ def test_no_leak(x: Tensor) -> None:
 @pytest.mark.parametrize("shape", [(8,), (7,), (3, 5), (2, 3, 5, 7), (0,), (1,)])
 def test_bits(shape: tuple[int, ...]) -> None:
     mask = torch.rand(shape) > 0.5
-    packed = saving.in_bits(mask)
+    packed = recomputation.in_bits(mask)
     assert packed is not None
     assert packed[0].numel() == bits(mask.numel())
-    assert torch.equal(saving.from_bits(*packed), mask)
+    assert torch.equal(recomputation.from_bits(*packed), mask)
 
 
 def test_bits_lie_as_the_mask_does() -> None:
     mask = (torch.rand(2, 3, 5, 5) > 0.5).contiguous(memory_format=torch.channels_last)
-    packed = saving.in_bits(mask)
+    packed = recomputation.in_bits(mask)
     assert packed is not None
-    again = saving.from_bits(*packed)
+    again = recomputation.from_bits(*packed)
     assert torch.equal(again, mask)
     assert again.stride() == mask.stride()
-    assert saving.in_bits(mask[:, ::2]) is None
+    assert recomputation.in_bits(mask[:, ::2]) is None
 
 
 @pytest.mark.parametrize(
-    "law", ["gradient_of_each_subset", "double_backward", "memory_format", "low_precision", "nothing_leaks"]
+    "law", ["gradient_of_each_subset", "double_backward", "memory_format", "low_precision", "no_memory_leaks"]
 )
 def test_laws_where_nothing_is_small(law: str, op: Op, number: int, device: str) -> None:
     """What the samples are too small for: bits, offsets, recipes."""
@@ -505,7 +505,7 @@ def network(before: str, activation: str, after: str, inplace: bool) -> torch.nn
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_in_place_keeps_no_more(activation: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Than torch in place, nor than ours not in place; and the gradients are torch's."""
-    monkeypatch.setattr(saving, "SMALL", 2**40 if small else 0)
+    monkeypatch.setattr(recomputation, "SMALL", 2**40 if small else 0)
     x = torch.randn(2, 2, SIDE, SIDE)
     for before in BEFORE:
         for after in AFTER:
@@ -529,7 +529,7 @@ def test_in_place_keeps_no_more(activation: str, small: bool, monkeypatch: pytes
 @pytest.mark.parametrize("activation", ["relu", "leaky relu"])
 def test_in_place_before_a_pool(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool saves nothing of its input, so a bit mask is enough."""
-    monkeypatch.setattr(saving, "SMALL", 0)
+    monkeypatch.setattr(recomputation, "SMALL", 0)
     x = torch.randn(2, 2, SIDE, SIDE)
 
     def network(inplace: bool) -> torch.nn.Module:
@@ -559,7 +559,7 @@ def test_in_place_in_halves_and_channels_last() -> None:
 @pytest.mark.parametrize("name", ["sigmoid_", "tanh_", "relu_"])
 def test_methods_that_write_keep_their_output_alone(name: str) -> None:
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
-    with enabled():
+    with override_torch_functions():
         assert kept_bytes(lambda: getattr(x * 2, name)().square()) == x.nbytes  # shared by both
         (found,) = torch.autograd.grad(getattr(x * 2, name)().sin().sum(), x)
     torch.testing.assert_close(found, torch.autograd.grad(getattr(x * 2, name)().sin().sum(), x)[0])
@@ -599,7 +599,7 @@ PARTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("part", PARTS)
 def test_in_place_on_a_part(part: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest sees what was written; what torch refuses is refused with its words, and nothing is written."""
-    monkeypatch.setattr(saving, "SMALL", 2**40 if small else 0)
+    monkeypatch.setattr(recomputation, "SMALL", 2**40 if small else 0)
     x = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     unchanged = x.detach().clone()
     for activation in ACTIVATIONS:
@@ -646,7 +646,7 @@ def test_slopes_for_which_the_output_does_not_tell_the_input() -> None:
 
 def test_every_output_may_be_written_over(op: Op, number: int) -> None:
     """A view that a custom Function has made may not: no rule returns one."""
-    args, kwargs = list(op.samples(Maker()))[number].marked()
+    args, kwargs = list(op.sample_inputs(TensorFactory()))[number].marked()
     output = op.function(*args, **kwargs)
     for tensor in output if isinstance(output, tuple) else (output,):
         if isinstance(tensor, Tensor) and not tensor.is_leaf:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import manualgrad
 import manualgrad.nn.functional as F
-from manualgrad import accelerators
+from manualgrad import vendor_kernels
 from manualgrad.rule import every_rule
 
 
@@ -54,7 +54,7 @@ def compare(function: Callable[..., Tensor], tensors: list[Tensor], kernel: str)
     """The kernel is taken, and its gradients are those of the formula."""
     found, names = gradients(function, tensors)
     assert names == [kernel]
-    with accelerators.switched(False):
+    with vendor_kernels.flags(enabled=False):
         expected, names = gradients(function, tensors)
     assert names == []
     for a, b, x in zip(found, expected, tensors, strict=True):
@@ -131,28 +131,28 @@ def test_a_convolution_with_a_rest_that_windows_would_reach() -> None:
         return list(torch.autograd.grad([g.square().sum() for g in first], leaves))
 
     found = second()
-    with accelerators.switched(False):
+    with vendor_kernels.flags(enabled=False):
         expected = second()
     assert_close(found, expected)
 
 
 def test_the_switch_returns_to_what_it_was() -> None:
     def fail(on: bool) -> None:
-        with accelerators.switched(on):
-            assert accelerators.enabled is on
+        with vendor_kernels.flags(enabled=on):
+            assert vendor_kernels.enabled is on
             raise ZeroDivisionError
 
     for before, within in itertools.product((True, False), repeat=2):
-        with accelerators.switched(before):
+        with vendor_kernels.flags(enabled=before):
             with pytest.raises(ZeroDivisionError):
                 fail(within)
-            assert accelerators.enabled is before
+            assert vendor_kernels.enabled is before
 
 
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_the_environment_sets_the_switch(value: str) -> None:
-    program = "from manualgrad import accelerators; print(accelerators.enabled)"
-    environment = os.environ | {"MANUALGRAD_ACCELERATORS": value}
+    program = "from manualgrad import vendor_kernels; print(vendor_kernels.enabled)"
+    environment = os.environ | {"MANUALGRAD_VENDOR_KERNELS": value}
     shown = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert shown.stdout.strip() == str(value == "1")
 
@@ -162,7 +162,7 @@ def test_only_vendor_kernels_name_a_backward_kernel() -> None:
     named = re.compile(r"aten\.\w*backward|\w(?<!save_for)(?<!last)_backward\(|torch\.nn\.grad|autograd\.grad\(")
     root = Path(manualgrad.__file__).parent
     directories = ("rule", "ops", "nn")
-    files = [path for name in directories for path in (root / name).glob("*.py")] + [root / "accelerators.py"]
+    files = [path for name in directories for path in (root / name).glob("*.py")] + [root / "vendor_kernels.py"]
     found = set()
     for path in files:
         text = path.read_text()

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import manualgrad.nn.functional as F
-from manualgrad import fuse
+from manualgrad import blocking
 from manualgrad.ops import attention
 from manualgrad.rule import function as rule_function
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse, "block", 6)
+    monkeypatch.setattr(blocking, "block", 6)
     monkeypatch.setattr(rule_function, "LARGE", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
@@ -48,8 +48,8 @@ def test_of_numbers(shape: tuple[int, ...], form: torch.memory_format) -> None:
         sizes.append(known[-1].numel())
         return pointwise(*known)
 
-    assert fuse.large(grad)
-    found = fuse.in_blocks(compute, (input, 0.5, grad), grad.dim())
+    assert blocking.large(grad)
+    found = blocking.in_blocks(compute, (input, 0.5, grad), grad.dim())
     expected = pointwise(input, 0.5, grad)
     assert found is not None
     assert found[0] is not None
@@ -66,7 +66,7 @@ def test_of_rows_with_sums_over_them(shape: tuple[int, ...], dtype: torch.dtype 
     input, grad, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
     rstd = torch.rand(input.numel() // shape[-1], 1)
     dtypes = None if dtype is None else (dtype, dtype, None)
-    found = fuse.in_blocks(normalized, (input, weight, rstd, grad), grad.dim() - 1, {2}, dtypes)
+    found = blocking.in_blocks(normalized, (input, weight, rstd, grad), grad.dim() - 1, {2}, dtypes)
     expected = normalized(input, weight, rstd, grad)
     assert found is not None
     assert_close(found, tuple(x if x is None or dtype is None else x.to(dtype) for x in expected))
@@ -75,7 +75,7 @@ def test_of_rows_with_sums_over_them(shape: tuple[int, ...], dtype: torch.dtype 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_sum_is_rounded_once() -> None:
     grad = torch.full((4000,), 1.0)
-    found = fuse.in_blocks(lambda grad: (None, grad.sum(0)), (grad[:, None],), 1, (), (None, torch.bfloat16))
+    found = blocking.in_blocks(lambda grad: (None, grad.sum(0)), (grad[:, None],), 1, (), (None, torch.bfloat16))
     assert found is not None
     assert found[1] is not None
     assert found[1].tolist() == [4000.0]  # a sum of bfloat16 comes to stand at 256
@@ -84,7 +84,7 @@ def test_a_sum_is_rounded_once() -> None:
 @pytest.mark.usefixtures("small_blocks")
 def test_a_weight_as_long_as_there_are_rows_is_shared_by_them() -> None:
     input, grad, weight, rstd = torch.randn(9, 9), torch.randn(9, 9), torch.randn(9), torch.rand(9, 1)
-    found = fuse.in_blocks(normalized, (input, weight, rstd, grad), 1, {2})
+    found = blocking.in_blocks(normalized, (input, weight, rstd, grad), 1, {2})
     assert found is not None
     assert_close(found, normalized(input, weight, rstd, grad))
 
@@ -99,16 +99,16 @@ def test_what_does_not_lie_in_rows_is_left_alone() -> None:
         ((torch.randn(6), 1.0, grad), 2),
         ((grad, 1.0, grad), 0),  # there are no rows
     ]:
-        assert fuse.in_blocks(pointwise, known, leading) is None
+        assert blocking.in_blocks(pointwise, known, leading) is None
 
 
 def test_small_gradients_and_those_of_a_gpu_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not fuse.large(torch.zeros(1000))
-    assert not fuse.large(torch.empty(2**30, device="meta"))
-    monkeypatch.setattr(fuse, "block", 6)
-    assert fuse.large(torch.zeros(1000))
-    monkeypatch.setattr(fuse, "block", None)
-    assert not fuse.large(torch.zeros(1000))
+    assert not blocking.large(torch.zeros(1000))
+    assert not blocking.large(torch.empty(2**30, device="meta"))
+    monkeypatch.setattr(blocking, "block", 6)
+    assert blocking.large(torch.zeros(1000))
+    monkeypatch.setattr(blocking, "block", None)
+    assert not blocking.large(torch.zeros(1000))
 
 
 ATTENTIONS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
@@ -142,7 +142,7 @@ def test_attention_in_blocks(case: Any, monkeypatch: pytest.MonkeyPatch) -> None
     expected = gradients()
     blocks: list[int] = []
     weights = attention._weights_in
-    monkeypatch.setattr(fuse, "block", 10)
+    monkeypatch.setattr(blocking, "block", 10)
     monkeypatch.setattr(rule_function, "LARGE", 0)
     monkeypatch.setattr(attention, "_ROWS", 2)
     monkeypatch.setattr(attention, "_weights_in", lambda *args: blocks.append(1) or weights(*args))
@@ -155,7 +155,7 @@ def test_attention_that_broadcasts_is_computed_whole(monkeypatch: pytest.MonkeyP
         torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 5, 4), (1, 3, 7, 4))
     )
     expected = torch.autograd.grad(F.scaled_dot_product_attention(query, key, key).sum(), (query, key))
-    monkeypatch.setattr(fuse, "block", 10)
+    monkeypatch.setattr(blocking, "block", 10)
     monkeypatch.setattr(rule_function, "LARGE", 0)
     found = torch.autograd.grad(F.scaled_dot_product_attention(query, key, key).sum(), (query, key))
     assert_close(found, expected)
@@ -176,16 +176,16 @@ def test_rules_in_blocks(name: str, dtype: torch.dtype, monkeypatch: pytest.Monk
         return torch.autograd.grad(output, leaves, upstream)
 
     taken: list[bool] = []
-    in_blocks = fuse.in_blocks
+    in_blocks = blocking.in_blocks
 
     def noted(*args: Any) -> Any:
         found = in_blocks(*args)
         taken.append(found is not None)
         return found
 
-    monkeypatch.setattr(fuse, "in_blocks", noted)
+    monkeypatch.setattr(blocking, "in_blocks", noted)
     found = gradients()
     assert taken == [True]
-    monkeypatch.setattr(fuse, "block", None)
+    monkeypatch.setattr(blocking, "block", None)
     assert_close(found, gradients())
     assert taken == [True]
