@@ -109,7 +109,10 @@ def _reason_for_torch(types: Iterable[type], values: Iterable[Any], plain_only: 
         return TRACED
     if beyond_reverse_mode():
         return ""
-    return next((reason for x in _each(values) if (reason := "a meta tensor" if x.is_meta else unusual(x))), "")
+    for x in _each(values):  # not next() of a generator: Dynamo of torch 2.11 does not trace that
+        if reason := "a meta tensor" if x.is_meta else unusual(x):
+            return reason
+    return ""
 
 
 # --- every name of torch's for what is ours ---

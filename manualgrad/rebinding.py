@@ -30,7 +30,7 @@ from typing_extensions import deprecated
 
 from manualgrad import registry
 from manualgrad.fallback import fallback, reason_for_torch
-from manualgrad.rule.torch_internals import beyond_reverse_mode
+from manualgrad.rule.torch_internals import INFER_SIZE_IS_NOT_TRACED, beyond_reverse_mode
 
 _get_fastpath_enabled = torch.backends.mha.get_fastpath_enabled
 _NAMESPACES = (
@@ -51,7 +51,9 @@ def _ours() -> dict[Any, Any]:
     written = {
         op.reference: op.implementation for op in registry.ops().values() if not isinstance(op.implementation, str)
     }
-    found = {_get_fastpath_enabled: _inference_alone, **registry.kernel_replacements, **written}
+    found: dict[Any, Any] = {_get_fastpath_enabled: _inference_alone, **registry.kernel_replacements, **written}
+    if INFER_SIZE_IS_NOT_TRACED:
+        found[torch._C._infer_size] = torch.broadcast_shapes
     # a Function is called by its apply
     return {theirs: SimpleNamespace(apply=f) if isinstance(theirs, type) else f for theirs, f in found.items()}
 
