@@ -50,6 +50,7 @@ PRIVATE = (
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._C._functorch.is_legacy_batchedtensor",
     "torch._C._get_tracing_state",
+    "torch._C._infer_size",
     "torch._C._is_any_autocast_enabled",
     "torch._C._nn.elu",
     "torch._C._nn.elu_",
