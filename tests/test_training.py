@@ -392,6 +392,37 @@ def test_a_signal_ends_the_update_and_loses_nothing(sent: int, training: bool, t
 
 
 @pytest.mark.usefixtures("ctrl_c")
+def test_a_signal_before_the_first_batch_of_an_epoch(tmp_path: Path) -> None:
+    """A signal that reaches loader workers ends them, so the loader raises. The epoch before keeps its points."""
+
+    class Killed:
+        epoch = 0
+
+        def __len__(self) -> int:
+            return len(DATA)
+
+        def __iter__(self) -> Any:
+            self.epoch += 1
+            if self.epoch == 2 and not resume:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("a worker was killed")
+            yield from DATA
+
+    def run(folder: Path) -> None:
+        trainer(network(), Killed(), epochs=3, run_dir=folder, resume=resume, log_every=1).fit()
+
+    resume = True
+    run(tmp_path / "whole")
+    resume = False
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut")
+    resume = True
+    run(tmp_path / "cut")
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "cut"))
+    assert curves(tmp_path / "whole") == curves(tmp_path / "cut")
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     def twice() -> None:
         for _ in range(2):

@@ -184,7 +184,7 @@ class Trainer:
             self._checkpoints = Checkpoints(folder, settings.keep_last, go_on)
             self._checkpoints.write_text("settings.json", self._recipe())
         # Purged are what a run has left that never saved, and the last step of one that was asked to stop.
-        step = progress.step + (progress != Progress() and progress.points is None)
+        step = progress.step + (progress != Progress() and not progress.points)
         with (
             self._signals,
             TrainingLog(folder, step, go_on) as log,
