@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from manualgrad.meter import add_picture
-from manualgrad.training import DataError, FitResult, TaskSettings, Trainer, TrainingLog, parse_settings, run
+from manualgrad.training import DataError, FitResult, TaskSettings, TensorBoardLogger, Trainer, parse_settings, run
 from manualgrad.training.pictures import confusion_matrix, grid
 
 DIGITS = Path(__file__).parent / "data" / "spoken_digits.npz"
@@ -65,7 +65,7 @@ class Settings(TaskSettings):
     """The share of outputs that each convolution leaves out in training."""
     batch_size: PositiveInt = 64
     """Recordings, or strings of them, per batch."""
-    epochs: PositiveInt = 30
+    max_epochs: PositiveInt = 30
     """How many times to go through the training data."""
     task: ClassVar[str] = "speech"
 
@@ -522,7 +522,7 @@ class Pages:
     def __init__(self, recordings: Recordings, strings: bool) -> None:
         self.recordings, self.strings = recordings, strings
 
-    def words(self, log: TrainingLog, step: int, utterances: Utterances) -> None:
+    def words(self, log: TensorBoardLogger, step: int, utterances: Utterances) -> None:
         """A recording of each word."""
         labels = self.recordings.labels[utterances.rows]
         rows = [utterances.rows[int((labels == label).int().argmax())] for label in labels.unique()]
@@ -534,7 +534,7 @@ class Pages:
 
     def heard(
         self,
-        log: TrainingLog,
+        log: TensorBoardLogger,
         step: int,
         name: str,
         utterances: Utterances,
@@ -574,7 +574,7 @@ class Pages:
         words = [(frame, self.recordings.words[label]) for label, frame in transcript.heard]
         return picture(frames, words if self.strings else [])
 
-    def _sound(self, log: TrainingLog, step: int, tag: str, numbers: Sequence[int]) -> None:
+    def _sound(self, log: TensorBoardLogger, step: int, tag: str, numbers: Sequence[int]) -> None:
         if not self.recordings.paths:
             return
         parts = [read_sound(self.recordings.paths[number]) for number in numbers]
@@ -615,15 +615,15 @@ def train(settings: Settings) -> FitResult | None:
     optimizer, schedule = settings.one_cycle(model, len(loaders["train"]))
     pages = Pages(recordings, strings)
 
-    def on_epoch(log: TrainingLog, step: int) -> None:
-        if trainer.progress.epoch == 1:
+    def on_epoch(log: TensorBoardLogger, step: int) -> None:
+        if trainer.state.epoch == 1:
             pages.words(log, step, said["train"])
         every = listen(model, loaders["validation"], trainer.device)
         pages.heard(log, step, "validation", said["validation"], every)
 
     in_test: list[Transcript] = []
 
-    def summary(log: TrainingLog, step: int) -> dict[str, float]:
+    def summary(log: TensorBoardLogger, step: int) -> dict[str, float]:
         in_test[:] = listen(model, loaders["test"], trainer.device)
         pages.heard(log, step, "test", said["test"], in_test, sounds=True)
         return score(in_test, strings)
@@ -635,13 +635,13 @@ def train(settings: Settings) -> FitResult | None:
         loaders["train"],
         loaders["validation"],
         settings=settings,
-        schedule=schedule,
+        lr_scheduler=schedule,
         metrics={"error_rate": error_rate} if strings else {"accuracy": accuracy},
-        summary=summary,
-        on_epoch=on_epoch,
+        on_fit_end=summary,
+        on_epoch_end=on_epoch,
     )
     result = trainer.fit()
-    if not trainer.first:
+    if not trainer.is_main_process:
         return None
     held_out = settings.held_out_speaker
     by = "" if held_out is None else f" by {held_out}, who was never heard before"
