@@ -21,12 +21,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from manualgrad import registry
-from manualgrad.fallback import PLAIN, TRACED, fallback, has_default_handler, tracing_state, unusual
+from manualgrad.fallback import (
+    PLAIN_TYPES,
+    TRACING_REASON,
+    get_tracing_state,
+    has_default_torch_function,
+    report_fallback,
+    unsupported_tensor_kind,
+)
 from manualgrad.nn import functional
 from manualgrad.ops.elementary import product, spares
 from manualgrad.rebinding import refuse_if_called
 from manualgrad.rule import every_rule
-from manualgrad.rule.torch_internals import beyond_reverse_mode
+from manualgrad.torch_internals import in_forward_mode_or_transform
 
 _PRODUCTS = frozenset((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__))
 
@@ -65,7 +72,7 @@ class _OverrideMode(TorchFunctionMode):
             result = ours(*args, **kwargs)  # the mode is off in here
             if result is not NotImplemented:
                 return result
-            fallback(func, "ours has no overload with these arguments")
+            report_fallback(func, "ours has no overload with these arguments")
         return func(*args, **kwargs)
 
 
@@ -79,7 +86,7 @@ def replacement(
         return None
     reason = _reason_for_torch(types, [*args, *kwargs.values()], ours is product)
     if reason:
-        fallback(func, reason)
+        report_fallback(func, reason)
         return None
     return ours
 
@@ -95,7 +102,7 @@ def _each(values: Iterable[Any]) -> list[Tensor]:
 
 def _differentiable(values: Iterable[Any]) -> bool:
     """A gradient may be asked for."""
-    if beyond_reverse_mode():
+    if in_forward_mode_or_transform():
         return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in _each(values))
 
@@ -103,14 +110,14 @@ def _differentiable(values: Iterable[Any]) -> bool:
 def _reason_for_torch(types: Iterable[type], values: Iterable[Any], plain_only: bool) -> str:
     """Why the call is torch's, if it is."""
     for kind in types:
-        if kind not in PLAIN and (plain_only or not has_default_handler(kind)):
+        if kind not in PLAIN_TYPES and (plain_only or not has_default_torch_function(kind)):
             return f"a {kind.__module__}.{kind.__qualname__}"
-    if tracing_state() is not None:
-        return TRACED
-    if beyond_reverse_mode():
+    if get_tracing_state() is not None:
+        return TRACING_REASON
+    if in_forward_mode_or_transform():
         return ""
     for x in _each(values):  # not next() of a generator: Dynamo of torch 2.11 does not trace that
-        if reason := "a meta tensor" if x.is_meta else unusual(x):
+        if reason := "a meta tensor" if x.is_meta else unsupported_tensor_kind(x):
             return reason
     return ""
 

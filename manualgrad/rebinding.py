@@ -29,8 +29,8 @@ from torch.overrides import handle_torch_function
 from typing_extensions import deprecated
 
 from manualgrad import registry
-from manualgrad.fallback import fallback, reason_for_torch
-from manualgrad.rule.torch_internals import INFER_SIZE_IS_NOT_TRACED, beyond_reverse_mode
+from manualgrad.fallback import fallback_reason, report_fallback
+from manualgrad.torch_internals import INFER_SIZE_IS_NOT_TRACED, in_forward_mode_or_transform
 
 _get_fastpath_enabled = torch.backends.mha.get_fastpath_enabled
 _NAMESPACES = (
@@ -42,7 +42,7 @@ _NAMESPACES = (
 def _inference_alone() -> bool:
     """The transformers' path for inference is one operation of torch's, without a derivative in forward mode or
     under a transform; of these torch's own conditions do not ask."""
-    return _get_fastpath_enabled() and not beyond_reverse_mode()
+    return _get_fastpath_enabled() and not in_forward_mode_or_transform()
 
 
 @functools.cache
@@ -115,8 +115,8 @@ _unbound: dict[Any, Any] = {}
 def _handle(function: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:
     """torch's `handle_torch_function`, which our copy calls. A type with a ``__torch_function__`` of its own gets
     torch's function, which it knows; a mode, or Tensor's own handler, gets ours."""
-    if reason := reason_for_torch(relevant_args):
-        fallback(function, reason)
+    if reason := fallback_reason(relevant_args):
+        report_fallback(function, reason)
         function = _unbound.get(function, function)
     return handle_torch_function(function, relevant_args, *args, **kwargs)
 

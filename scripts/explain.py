@@ -30,8 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import manualgrad.nn
 from manualgrad.meter import SHRUNK, add_picture, bars
-from manualgrad.rule import Rule, saved_by
-from manualgrad.show import derivation
+from manualgrad.rule import Rule, derivation, saved_values
 from manualgrad.training import CliSettings, fail, parse_settings
 
 WIDTH = 96
@@ -242,7 +241,7 @@ def run_backward(model: nn.Module, value: Tensor, layers: list[Layer]) -> list[P
         passages.append(Passage(place(node), label(node), rule, arrived, used, arrows))
 
     for node in behind(value.grad_fn, ()):
-        node.register_hook(partial(seen, node, saved_by(node)))
+        node.register_hook(partial(seen, node, saved_values(node)))
     value.backward()
     return passages
 
@@ -294,7 +293,7 @@ def check(model: nn.Module, loss: nn.Module, input: Tensor, target: Tensor) -> l
     torchs, torchs_loss = manualgrad.revert(deepcopy(model)), manualgrad.revert(deepcopy(loss))
     torchs.zero_grad()
     value = run(torchs, torchs_loss, input, target)
-    if ours := [label(node) for node in behind(value.grad_fn, ()) if saved_by(node)]:
+    if ours := [label(node) for node in behind(value.grad_fn, ()) if saved_values(node)]:
         raise RuntimeError(f"the network in torch.nn still calls {ours[0]}")
     value.backward()
     return [
@@ -394,7 +393,7 @@ def told_forward(layers: list[Layer], digits: int) -> list[Step]:
 
 def formula(node: Any) -> str:
     """How the derivation begins; of a node of torch's own its name."""
-    found = saved_by(node)
+    found = saved_values(node)
     return label(node) if found is None else derivation(found[0]).partition("\n")[0].partition("      ")[0]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from manualgrad.registry import Op, TensorFactory, ops
 
-os.environ.setdefault("PYTHONWARNINGS", "ignore:manualgrad was not tried with torch")  # in processes of tests
+os.environ.setdefault("PYTHONWARNINGS", "ignore:manualgrad was not tested with torch")  # in processes of tests
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

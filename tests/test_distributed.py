@@ -447,7 +447,7 @@ def process(rank: int, group: Callable[[int], None], rendezvous: str) -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # so a linear layer does
     torch.set_num_threads(1)
-    recomputation.SMALL = 0
+    recomputation.MIN_ELEMENTS = 0
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualgrad.ops.elementary import Elementwise, Pointwise, implements, with_errors_of, with_torch_errors
-from manualgrad.recomputation import large, usable_recipe_of
+from manualgrad.recomputation import find_usable_recipe, is_large
 from manualgrad.registry import SampleInput, register
-from manualgrad.rule import LOWER, Rule, replaces, reusing
+from manualgrad.rule import LOWER_PRECISION, Rule, replaces, with_reuse
 
 _elu = torch._C._nn.elu  # F.elu with its two scales  # pyright: ignore[reportAttributeAccessIssue]
 _elu_ = torch._C._nn.elu_  # pyright: ignore[reportAttributeAccessIssue]
@@ -33,7 +33,7 @@ def _applied(
     """
     if not inplace:
         return rule.apply(input, *settings)
-    recomputed = not torch.compiler.is_compiling() and large(input) and usable_recipe_of(input) is not None
+    recomputed = not torch.compiler.is_compiling() and is_large(input) and find_usable_recipe(input) is not None
     return (rule if recomputed or from_output is None else from_output).apply_(input, *settings)
 
 
@@ -215,7 +215,7 @@ def normal_cdf(x: Tensor) -> Tensor:
 def _normal_cdf_by_gelu(x: Tensor) -> Tensor:
     """gelu(x) / x. On the CPU torch's erf takes longer than its gelu, x Φ(x)."""
     if not x.is_cpu:
-        return reusing(normal_cdf)(x)
+        return with_reuse(normal_cdf)(x)
     shifted = x + 1e-20  # not quite zero
     return F.gelu(shifted).div_(shifted).nan_to_num_(0.5)
 
@@ -404,7 +404,7 @@ class PReLUFunction(Rule):
     He, Zhang, Ren and Sun, "Delving Deep into Rectifiers", 2015.
     """
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
     recomputable = True
 
     def forward(input: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from manualgrad import blocking
 from manualgrad.ops.dropout import kept_scale
 from manualgrad.ops.elementary import unflatten, with_torch_errors
 from manualgrad.registry import SampleInput, TensorFactory, register
-from manualgrad.rule import LOWER, Rule, replaces
+from manualgrad.rule import LOWER_PRECISION, Rule, replaces
 
 Products = tuple[Tensor, Tensor, Tensor]
 Dropout = tuple[Tensor | None, float]
@@ -36,7 +36,7 @@ class AttentionFunction(Rule):
     Vaswani et al., "Attention Is All You Need", 2017; Dao et al., "FlashAttention", 2022.
     """
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
 
     def forward(
         query: Tensor,
@@ -173,7 +173,7 @@ def _products_by_blocks(
         return grad_S @ K, grad_S.mT @ Q, kP.mT @ g
     batch, (length, columns) = Q.shape[:-2], (Q.shape[-2], K.shape[-2])
     rows = min(_ROWS, length) if causal else length
-    heads = min(batch[-1], max(1, (blocking.size() or 0) // (rows * columns)))
+    heads = min(batch[-1], max(1, (blocking.elements_per_block() or 0) // (rows * columns)))
     of_query, of_key, of_value = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
     space = Q.new_empty(2, heads * rows * columns)
     masks = [x if x is None else x.expand(*batch, length, columns) for x in (M, k[0])]
@@ -200,7 +200,7 @@ _ROWS = 128
 
 def _pays(Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None) -> bool:
     """Blocks are faster (there are several, and none is tiny) and possible (no head or example broadcasts)."""
-    size = blocking.size()
+    size = blocking.elements_per_block()
     scores = Q.shape[-3:-1].numel() * K.shape[-2]  # of one example
     return (
         size is not None

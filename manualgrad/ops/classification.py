@@ -9,7 +9,7 @@ from manualgrad.ops.elementary import implements
 from manualgrad.ops.loss import MEAN, NONE, _nn
 from manualgrad.ops.softmax import log_softmax
 from manualgrad.registry import SampleInput, register
-from manualgrad.rule import FLOAT32, Rule, cast, replaces, reusing
+from manualgrad.rule import FLOAT32, Rule, autocast_inputs, replaces, with_reuse
 
 
 class ClassLoss(Rule):
@@ -110,7 +110,7 @@ def softmax_of_valid(x: Tensor, valid: Tensor, axis: int) -> Tensor:
 
 @replaces(softmax_of_valid)
 def _softmax_of_valid(x: Tensor, valid: Tensor, axis: int) -> Tensor:
-    return torch.softmax(x, axis) if x.is_cpu and valid.all() else reusing(softmax_of_valid)(x, valid, axis)
+    return torch.softmax(x, axis) if x.is_cpu and valid.all() else with_reuse(softmax_of_valid)(x, valid, axis)
 
 
 def _along(weight: Tensor, input: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def cross_entropy_loss(
     """-Σ_c q_c log p_c: one rule for class indices, composed for class probabilities, as in torch."""
     if target.shape != input.shape or not target.is_floating_point() or ignore_index >= 0:
         return CrossEntropyLossFunction.apply(input, target, weight, reduction, ignore_index, label_smoothing)
-    input, target, weight = cast(ClassLoss, (input, target, weight))
+    input, target, weight = autocast_inputs(ClassLoss, (input, target, weight))
     axis = ClassLoss.axis(input)  # pyright: ignore[reportAttributeAccessIssue]
     classes = input.shape[axis]
     if label_smoothing > 0:

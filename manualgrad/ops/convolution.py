@@ -13,7 +13,7 @@ from torch import Tensor
 from manualgrad.ops.elementary import Numbers, each, of_dimensions, rows, unflatten, with_torch_errors
 from manualgrad.ops.padding import pad
 from manualgrad.registry import SampleInput, TensorFactory, register
-from manualgrad.rule import LOWER, Rule, replaces
+from manualgrad.rule import LOWER_PRECISION, Rule, replaces
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class ConvolutionFunction(Rule):
     Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016.
     """
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
     upcast_gradients = False  # products accumulate in float32 as they are
     supports_complex = True
     vendor_kernels = {"grad_weight": _weight_by_kernel}
-    format_of_grad = ("grad_weight",)
+    preserve_memory_format = ("grad_weight",)
 
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         n, at = len(geometry.kernel), geometry
@@ -250,7 +250,7 @@ class TimeBatchChannelsFunction(Rule):
     ∂L/∂b = Σ g
     """
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
 
     def forward(input: Tensor, weight: Tensor, bias: Tensor, pad: int) -> Tensor:
         return torch.conv_tbc(input.contiguous(), weight, bias, pad)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualgrad.fallback import ShapeMismatchError as ShapeMismatchError
-from manualgrad.fallback import with_torchs_say
-from manualgrad.recomputation import recipe_of
+from manualgrad.fallback import with_torch_fallback
+from manualgrad.recomputation import find_recipe
 from manualgrad.registry import register_kernel
 from manualgrad.rule import FLOAT32, Rule
 
@@ -26,7 +26,7 @@ def with_torch_errors(function: Wrapped) -> Wrapped:
 
 def with_errors_of(reference: Callable[..., object], function: Wrapped) -> Wrapped:
     """The same of a function with another name than torch's (see `fallback`)."""
-    return with_torchs_say(reference, function)  # type: ignore[return-value]
+    return with_torch_fallback(reference, function)  # type: ignore[return-value]
 
 
 def implements(kernel: Callable[..., object]) -> Callable[[Wrapped], Wrapped]:
@@ -190,7 +190,7 @@ def spares(a: Any, b: Any) -> bool:
         return False
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return recipe_of(a) is not None or recipe_of(b) is not None
+    return find_recipe(a) is not None or find_recipe(b) is not None
 
 
 def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from manualgrad.ops.elementary import implements
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule, replaces
-from manualgrad.rule.torch_internals import beyond_reverse_mode
+from manualgrad.torch_internals import in_forward_mode_or_transform
 
 # torch.sparse_coo_tensor without its checks, nor torch 2.11's warning of them: the forward has checked the indices
 _sparse = torch.ops.aten._sparse_coo_tensor_unsafe
@@ -209,7 +209,7 @@ _bags = torch.ops.aten._embedding_bag
 
 def _reaches_the_end(offsets: Tensor, index: Tensor) -> bool:
     """The last offset is known, without waiting for another device, to be the number of indices."""
-    if torch.compiler.is_compiling() or beyond_reverse_mode() or type(offsets) is not Tensor:
+    if torch.compiler.is_compiling() or in_forward_mode_or_transform() or type(offsets) is not Tensor:
         return False
     return offsets.is_cpu and int(offsets[-1]) == len(index)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from manualgrad.ops.elementary import implements, rows, with_torch_errors
 from manualgrad.registry import SampleInput, register
-from manualgrad.rule import LOWER, Rule
+from manualgrad.rule import LOWER_PRECISION, Rule
 
 
 class LinearFunction(Rule):
@@ -21,7 +21,7 @@ class LinearFunction(Rule):
     (For complex numbers ⟨a, b⟩ = Σ ā b, which conjugates W and x.)
     """
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
     upcast_gradients = False  # products accumulate in float32 as they are
     supports_complex = True
 
@@ -132,7 +132,7 @@ register(
 class ProductFunction(Rule):
     r"""Y = A B, of each matrix of a batch      ∂L/∂A = g Bᴴ      ∂L/∂B = Aᴴ g"""
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
     upcast_gradients = False  # products accumulate in float32 as they are
     supports_complex = True
 
@@ -149,7 +149,7 @@ class ProductFunction(Rule):
 class ProductAndSumFunction(Rule):
     r"""Y = α A B + β C, of each matrix of a batch      ∂L/∂A = ᾱ g Bᴴ      ∂L/∂B = ᾱ Aᴴ g      ∂L/∂C = β̄ g"""
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
     upcast_gradients = False  # products accumulate in float32 as they are
     supports_complex = True
 

@@ -23,11 +23,11 @@ from manualgrad.ops.elementary import flatten, rows, with_errors_of
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.ops.loss import MEAN, NONE, REDUCTIONS, overridable
 from manualgrad.rebinding import bound
-from manualgrad.recomputation import keeping_is_seen
+from manualgrad.recomputation import saved_tensor_hooks_active
 from manualgrad.registry import SampleInput, register
-from manualgrad.rule import Rule, cast, replaces
-from manualgrad.rule.reuse import fast
-from manualgrad.rule.torch_internals import beyond_reverse_mode, inplace_is_safe, is_last_backward
+from manualgrad.rule import Rule, autocast_inputs, replaces
+from manualgrad.rule.reuse import fast_version
+from manualgrad.torch_internals import in_forward_mode_or_transform, inplace_is_safe, is_last_backward
 
 _PIECE = 2**24
 """Scores at a time, 64 MiB of them in float32: rows enough for products at full speed."""
@@ -139,7 +139,7 @@ def _losses_and_slope_by_rows(
         part = slice(i, i + few)
         some, lam = Q(*[_rows_of(a, part, z) for a in q]), logsumexp(z[part])
         found.append(losses(z[part], lam, some))
-        z[part] = fast(slope)(z[part], lam, some, _rows_of(s, part, z))
+        z[part] = fast_version(slope)(z[part], lam, some, _rows_of(s, part, z))
     return torch.cat(found) if found else losses(z, logsumexp(z), q), z
 
 
@@ -229,7 +229,7 @@ def plus_product(total: Tensor | None, D: Tensor, factor: Tensor) -> Tensor:
 @replaces(sums)
 def _sums_into(some: Iterable[Piece], weight: Tensor, bias: Tensor | None, needed: Needed) -> Sums:
     """The same. The product of a piece is added to the sum in its memory."""
-    return fast(_sums)(some, weight, bias, needed, _plus_product_into)
+    return fast_version(_sums)(some, weight, bias, needed, _plus_product_into)
 
 
 def _plus_product_into(total: Tensor | None, D: Tensor, factor: Tensor) -> Tensor:
@@ -372,7 +372,7 @@ class LinearCrossEntropyLossOnceFunction(LinearCrossEntropyLossFunction):
     ) -> tuple[Tensor, ...]:
         reading = Reading(weight, ignore_index, label_smoothing)
         some = pieces(input, linear_weight, target, reading, _one(linear_weight), size)
-        compute = fast(sums) if inplace_is_safe(input) else sums
+        compute = fast_version(sums) if inplace_is_safe(input) else sums
         each, slopes = compute(some, linear_weight, linear_bias, needed)
         absent = input.new_empty(0)
         return _reduced(each, target, reading, reduction), *[absent if x is None else x for x in slopes]
@@ -507,14 +507,14 @@ def linear_cross_entropy_in_float32(
     if label_smoothing > 1:
         raise RuntimeError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
     n, scores = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
-    tensors = cast(LinearFunction, (input, linear_weight, linear_bias))
+    tensors = autocast_inputs(LinearFunction, (input, linear_weight, linear_bias))
     tensors = torch.atleast_2d(tensors[0]), *tensors[1:]
     settings = (
         *(target.reshape(-1, *target.shape) if input.dim() == 1 else target, weight, how),
         *(-100 if ignore_index is None else ignore_index, max(float(label_smoothing), 0.0)),
         _rows_at_a_time(options, n, input.shape[-1], scores),
     )
-    if torch.compiler.is_compiling() or beyond_reverse_mode():  # what needs a gradient does not show
+    if torch.compiler.is_compiling() or in_forward_mode_or_transform():  # what needs a gradient does not show
         needed, once = (True, True, linear_bias is not None), False
     else:
         tracked = [
@@ -524,7 +524,7 @@ def linear_cross_entropy_in_float32(
         if tracked[4] and not soft:
             raise RuntimeError("a class weight has no gradient beside class indices")
     if once:
-        loss = LinearCrossEntropyLossOnceFunction.apply(*tensors, *settings, needed, keeping_is_seen())
+        loss = LinearCrossEntropyLossOnceFunction.apply(*tensors, *settings, needed, saved_tensor_hooks_active())
     else:
         loss = LinearCrossEntropyLossFunction.apply(*tensors, *settings, needed)
     return loss.squeeze(0) if how == NONE and input.dim() == 1 else loss

@@ -25,7 +25,7 @@ from manualgrad.ops.elementary import (
 )
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import FLOAT32, Rule
-from manualgrad.rule.torch_internals import unwrapped
+from manualgrad.torch_internals import unwrap_functorch
 
 _nn: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -170,7 +170,7 @@ class BCELossFunction(PairLoss):
     ∂ℓ/∂t = w (log(1 - x) - log x)
     """
 
-    autocast = {"cpu": "float32", "cuda": "refuse"}
+    autocast = {"cpu": "float32", "cuda": "banned"}
 
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
         return _nn.binary_cross_entropy(input, target, weight, reduction)
@@ -392,7 +392,7 @@ def gaussian_nll_loss(
         ValueError: an unknown reduction, a variance below 0 or of another shape.
     """
     variance = var if isinstance(var, Tensor) else var * torch.ones_like(input)
-    if not torch.compiler.is_compiling() and (unwrapped(variance) < 0).any():
+    if not torch.compiler.is_compiling() and (unwrap_functorch(variance) < 0).any():
         raise ValueError("var has negative entry/entries")
     sizes = input.size(), variance.size()
     if sizes[0][:-1] == sizes[1]:

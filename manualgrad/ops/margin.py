@@ -9,8 +9,8 @@ from manualgrad.ops.distance import pairwise_distance
 from manualgrad.ops.elementary import ChooseFunction, DifferenceFunction, broadcast, implements
 from manualgrad.ops.loss import MEAN, NONE, Loss, _nn, reduced
 from manualgrad.registry import SampleInput, TensorFactory, register
-from manualgrad.rule import FLOAT32, Rule, cast, replaces, reusing
-from manualgrad.rule.torch_internals import CLAMP_PASSES_AT_ITS_BOUND, COMPILED_MULTILABEL_MARGIN_IS_WRONG
+from manualgrad.rule import FLOAT32, Rule, autocast_inputs, replaces, with_reuse
+from manualgrad.torch_internals import CLAMP_PASSES_GRADIENT_AT_BOUND, COMPILED_MULTILABEL_MARGIN_IS_WRONG
 
 
 class SoftMarginLossFunction(Loss):
@@ -36,7 +36,7 @@ class ClampMinFunction(Rule):
         return torch.clamp_min(input, low)
 
     def grad_input(grad: Tensor, input: Tensor, low: float) -> Tensor:
-        return torch.where(input >= low if CLAMP_PASSES_AT_ITS_BOUND else input > low, grad, 0)
+        return torch.where(input >= low if CLAMP_PASSES_GRADIENT_AT_BOUND else input > low, grad, 0)
 
 
 class MinimumFunction(Rule):
@@ -61,7 +61,7 @@ def hinge_embedding_loss(input: Tensor, target: Tensor, margin: float, reduction
 
     Hadsell, Chopra and LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", 2006.
     """
-    input, target = broadcast(*cast(Loss, (input, target)))
+    input, target = broadcast(*autocast_inputs(Loss, (input, target)))
     negative = ChooseFunction.apply(target != 1, _hinge(torch.full_like(input, margin) - input))
     return reduced(negative + ChooseFunction.apply(target != -1, input), reduction)
 
@@ -102,7 +102,7 @@ def triplet_margin_loss(
         raise TypeError(f"swap must be a bool, but is {swap!r}")
     if not anchor.dim() == positive.dim() == negative.dim():  # raises what torch raises
         return torch.triplet_margin_loss(anchor, positive, negative, margin, p, eps, swap, reduction)
-    anchor, positive, negative = cast(Loss, (anchor, positive, negative))
+    anchor, positive, negative = autocast_inputs(Loss, (anchor, positive, negative))
     near, far = pairwise_distance(anchor, positive, p, eps), pairwise_distance(anchor, negative, p, eps)
     if swap:
         far = minimum(far, pairwise_distance(positive, negative, p, eps))
@@ -281,7 +281,7 @@ def multilabel_margin_gradient(h: Tensor, input: Tensor, target: Tensor) -> Tens
 def _without_padding(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
     """The gradient with only as many columns of labels as the longest row has: fewer pairs to compare."""
     longest = int(((target < 0).cumsum(-1) == 0).sum(-1).max()) if target.numel() else 0
-    return reusing(multilabel_margin_gradient)(h, input, target[..., :longest])
+    return with_reuse(multilabel_margin_gradient)(h, input, target[..., :longest])
 
 
 class MultiLabelMarginLossFunction(Rule):

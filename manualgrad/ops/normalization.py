@@ -15,7 +15,7 @@ from torch.nn.modules import _functions
 from manualgrad.ops.elementary import flatten, implements, rows, unflatten, with_torch_errors
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import FLOAT32, Rule
-from manualgrad.rule.torch_internals import cuda_autocasts
+from manualgrad.torch_internals import is_autocast_on_cuda
 
 Axes = tuple[int, ...]
 Mean = Callable[[Tensor], Tensor]
@@ -152,7 +152,7 @@ class RMSNormFunction(Rule):
     Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
 
-    autocast = {"cuda": "float32"} if cuda_autocasts("rms_norm") else {}  # torch 2.11 leaves it alone
+    autocast = {"cuda": "float32"} if is_autocast_on_cuda("rms_norm") else {}  # torch 2.11 leaves it alone
     recomputable = True
     supports_complex = True
 
@@ -637,7 +637,7 @@ class LocalResponseNormFunction(Rule):
     """
 
     autocast = FLOAT32
-    format_of_grad = ("grad_input",)
+    preserve_memory_format = ("grad_input",)
 
     def forward(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
         return F.local_response_norm(input, size, alpha, beta, k)

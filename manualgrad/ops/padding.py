@@ -55,7 +55,7 @@ class BorderPadFunction(Rule):
     """
 
     supports_complex = True
-    format_of_grad = ("grad_input",)
+    preserve_memory_format = ("grad_input",)
 
     def forward(input: Tensor, border: Border, mode: str, value: float | None) -> Tensor:
         return F.pad(input, border.sizes, mode, value)

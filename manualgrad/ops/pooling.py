@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _list_with_default
 
+from manualgrad.memory_format import is_channels_last
 from manualgrad.ops.elementary import (
     AbsoluteFunction,
     Numbers,
@@ -28,11 +29,10 @@ from manualgrad.ops.elementary import (
     with_torch_errors,
 )
 from manualgrad.ops.padding import pad
-from manualgrad.recomputation import large
+from manualgrad.recomputation import is_large
 from manualgrad.registry import SampleInput, TensorFactory, kernel_replacements, register
-from manualgrad.rule import Rule, replaces, reusing
-from manualgrad.rule.operations import is_channels_last
-from manualgrad.rule.torch_internals import UNPOOL_CHECK_IS_NOT_TRACED
+from manualgrad.rule import Rule, replaces, with_reuse
+from manualgrad.torch_internals import UNPOOL_CHECK_IS_NOT_TRACED
 
 kernels: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -105,7 +105,7 @@ class MaxPoolFunction(Rule):
 
     statistics = ("indices",)
     save_instead = ("compact_indices",)
-    format_of_grad = ("grad_input",)
+    preserve_memory_format = ("grad_input",)
 
     def forward(input: Tensor, samples: Tensor | None, pool: Pool) -> tuple[Tensor, Tensor]:
         if input.dim() == len(pool.sizes) + 1:  # torch takes volumes without a batch for images, by their strides
@@ -136,7 +136,7 @@ def _sum_in_channels_last(g: Tensor, j: Tensor, sizes: tuple[int, ...]) -> Tenso
         g, j = (x.movedim(1, -1).flatten(1, -2) for x in (g, j))
         total = g.new_zeros(len(g), math.prod(sizes), g.shape[-1]).scatter_add_(1, j, g)
         return total.unflatten(1, sizes).movedim(-1, 1)
-    return reusing(sum_over_windows)(g, j, sizes)
+    return with_reuse(sum_over_windows)(g, j, sizes)
 
 
 def compacted(indices: Tensor, pool: Pool) -> Tensor:
@@ -249,7 +249,7 @@ def _max_pool(
         if not input.is_floating_point():
             return stood_for(input, *settings)
         *given, samples = settings if fractional else (*settings, None)
-        compact = large(input) and not torch.compiler.is_compiling()
+        compact = is_large(input) and not torch.compiler.is_compiling()
         pool = _pool(n, kernel.__name__, input, given, compact=compact)
         return rule.apply(input, samples, pool, with_statistics=stood_for is kernel)
 
@@ -288,7 +288,7 @@ class AvgPoolFunction(Rule):
     Windows are products of intervals, and n is a product of their lengths: one axis after the other.
     """
 
-    format_of_grad = ("grad_input",)
+    preserve_memory_format = ("grad_input",)
 
     def forward(input: Tensor, pool: Pool) -> Tensor:
         return pool(input)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualgrad.memory_format import CHANNELS_LAST, is_channels_last
 from manualgrad.ops.elementary import Numbers, each, flatten, implements, unflatten, with_torch_errors
 from manualgrad.registry import SampleInput, register
-from manualgrad.rule import LOWER, Rule, cast, replaces, reusing
-from manualgrad.rule.operations import CHANNELS_LAST, is_channels_last
-from manualgrad.rule.torch_internals import is_batched
+from manualgrad.rule import LOWER_PRECISION, Rule, autocast_inputs, replaces, with_reuse
+from manualgrad.torch_internals import is_vmapped
 
 Pair = tuple[int, int]
 
@@ -29,7 +29,7 @@ class InterpolateFunction(Rule):
     """
 
     autocast = {"cuda": "float32"}
-    format_of_grad = ("grad_input",)
+    preserve_memory_format = ("grad_input",)
 
     def forward(
         input: Tensor,
@@ -111,7 +111,7 @@ class Nearest:
     dtype: torch.dtype
 
     def __call__(self, input: Tensor) -> Tensor:
-        if is_batched(input):
+        if is_vmapped(input):
             input = input.contiguous()
         return F.interpolate(input, self.size, self.scale, self.mode)
 
@@ -151,7 +151,7 @@ class NearestFunction(Rule):
     """
 
     autocast = {"cuda": "float32"}
-    format_of_grad = ("grad_input",)
+    preserve_memory_format = ("grad_input",)
 
     def forward(input: Tensor, nearest: Nearest) -> Tensor:
         return nearest(input)
@@ -179,7 +179,7 @@ def _sum_over_places(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
     """The same in the memory format of g."""
     if is_channels_last(g):
         return _sum_over_places(g.movedim(1, -1), axis - 1, i, n).movedim(-1, 1)
-    return reusing(sum_over_places)(g, axis, i, n)
+    return with_reuse(sum_over_places)(g, axis, i, n)
 
 
 def _with_kernel(
@@ -187,10 +187,10 @@ def _with_kernel(
 ) -> tuple[Tensor, Nearest]:
     """The input in the dtype that autocast gives it, and the kernel for it."""
     shape = tuple(input.shape[2:])
-    (input,) = cast(NearestFunction, (input,))
+    (input,) = autocast_inputs(NearestFunction, (input,))
     form = CHANNELS_LAST.get(input.dim())
     eager = not torch.compiler.is_compiling()  # torch.compile's replacement of a kernel depends on no layout
-    innermost = eager and form is not None and not is_batched(input) and input.is_contiguous(memory_format=form)
+    innermost = eager and form is not None and not is_vmapped(input) and input.is_contiguous(memory_format=form)
     return input, Nearest(mode, shape, size, scale, min(input.shape[1], 4), innermost, input.dtype)
 
 
@@ -482,7 +482,7 @@ def grid_sampler(
     """
     shape = tuple(input.shape)
     if interpolation_mode == _NEAREST:
-        input, grid = cast(GridNearestFunction, (input, grid))
+        input, grid = autocast_inputs(GridNearestFunction, (input, grid))
         return GridNearestFunction.apply(input, grid, shape, input.dtype, padding_mode, align_corners)
     return GridSampleFunction.apply(input, grid, shape, interpolation_mode, padding_mode, align_corners)
 
@@ -509,7 +509,7 @@ class AffineGridFunction(Rule):
     dy[p] = dθ (p, 1)      ∂L/∂θ = Σₚ g[p] (p, 1)ᵀ
     """
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
 
     def forward(theta: Tensor, size: tuple[int, ...], aligned: bool) -> Tensor:
         return torch.affine_grid_generator(theta, size, aligned)
