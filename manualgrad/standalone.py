@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from manualgrad import registry
-from manualgrad.rebinding import bound
+from manualgrad.rebinding import rebind_function
 from manualgrad.registry import Op
 from manualgrad.rule import Rule, derivation, every_rule
 from manualgrad.rule.formulas import Program, syntax_tree, wrap_source
@@ -192,7 +192,7 @@ class FileBuilder:
     def add_torch_module_function(self, value: FunctionType) -> ast.expr:
         """The expression for a Python function of torch.nn.functional. Copy it if it calls functions of
         manualgrad."""
-        if bound(value) is not value:
+        if rebind_function(value) is not value:
             return _name(self.add_torch_function(value.__name__, value))
         self.imports.add("import torch.nn.functional as F")
         return ast.Attribute(_name("F"), value.__name__, ast.Load())
@@ -390,7 +390,10 @@ class Rewriter(ast.NodeTransformer):
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
         if name in _CONSTANT_CALLS and name not in self.local:
             return ast.Constant(_CONSTANT_CALLS[name])
-        if name in ("unwrap_functorch", "fast_version", "with_reuse", "bound") and name not in self.local:
+        if (
+            name in ("unwrap_functorch", "fast_version", "with_reuse", "rebind_function")
+            and name not in self.local
+        ):
             return self.visit(node.args[0])
         if name == "autocast_inputs" and len(node.args) == 2 and name not in self.local:
             return self.visit(node.args[1])

@@ -40,7 +40,7 @@ def linear() -> nn.Linear:
 
 
 def saved_size(function: Callable[..., Any], *args: Any) -> int:
-    return saved_bytes(function, *args).everything
+    return saved_bytes(function, *args).grand_total
 
 
 def bytes_of_bits(n: int) -> int:

@@ -254,7 +254,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     assert re.fullmatch(r"interrupted; to continue: python .*\n", error)
 
     assert 0 < steps_done(tmp_path) < 20 * math.ceil(1400 / 32)
-    command = shlex.split(error.partition("go on: ")[2])
+    command = shlex.split(error.partition("continue: ")[2])
     assert command[:2] == ["python", str(SCRIPT)]
     assert len(figures(run(tmp_path, *command[2:]))["MSE"]) == 3
     (folder,) = (tmp_path / "runs").iterdir()
@@ -284,6 +284,6 @@ def test_divergence_ends_with_one_line(call: SampleInput, tmp_path: Path) -> Non
     status, output, error = call("--data", "houses.csv", *arguments)
     assert (status, output) == (1, "")
     named = r"step \d+ \(epoch 1, update \d+\): the \w+( of '\w+')? is NaN or infinite; a lower --learning-rate"
-    kept = r"its batches, the weights before it and the random states are in runs/.*/nonfinite-step-\d+.pt"
+    kept = r"the batches, the weights before the update and the random states are in runs/.*/nonfinite-step-\d+.pt"
     pattern = rf"error: {named} may help; {kept}\n"
     assert re.fullmatch(pattern, error)
