@@ -10,7 +10,8 @@ Each layer and loss is a `torch.autograd.Function` whose gradient is written by 
 that they hold on anyone's; `saved_bytes` counts what any model keeps for its backward, layer by layer.
 """
 
-import manualgrad.torch_internals  # noqa: F401  # isort: skip  (first: it checks what the others need)
+import manualgrad.torch_internals  # isort: skip  (first: it checks what the others need)
+import manualgrad.ops  # noqa: F401  # isort: skip  (nn uses the operations that it registers)
 from manualgrad import nn, registry
 from manualgrad.adapters import register_adapter
 from manualgrad.conversion import conversion_report, convert, revert

@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 from manualgrad import coverage
-from manualgrad.registry import ops
 from manualgrad.show import list_operations, show
 from manualgrad.verification import LAWS, verify
 
@@ -19,7 +18,7 @@ def main() -> int:
     if options.command == "show":
         return _show(options.name, options.standalone)
     if options.command == "coverage":
-        return _coverage(options.names)
+        return coverage.main(options.names)
     try:
         return _verify(options)
     except Exception as error:
@@ -66,24 +65,6 @@ def _show(name: str | None, standalone: bool) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-def _coverage(names: list[str]) -> int:
-    for name in set(names) - ops().keys():
-        print(f"there is no function {name!r}", file=sys.stderr)
-        return 2
-    print(coverage.HEAD)
-    marks = []
-    for op in ops().values():
-        if not names or op.name in names:
-            row = coverage.row(op)
-            marks.append((row.orders, row.orders_of_torch))
-            print(row, flush=True)
-    if not names:
-        print(f"\n{coverage.summary(marks)}")
-    if absent := coverage.missing():
-        print(f"\nNot derived: {', '.join(absent)}")
-    return 1 if absent else 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ from manualgrad.fallback import (
     unsupported_tensor_kind,
 )
 from manualgrad.nn import functional
-from manualgrad.ops.elementary import product, spares
+from manualgrad.ops.arithmetic import has_recomputable_factor, multiply
 from manualgrad.rebinding import refuse_late_registration
 from manualgrad.rule import every_rule
 from manualgrad.torch_internals import in_forward_mode_or_transform
@@ -82,10 +82,12 @@ def find_override(
 ) -> Callable[..., Any] | None:
     """manualgrad's function for this call of torch's `func`; None if torch computes it. The function may return
     NotImplemented, without a side effect."""
-    override = product if func in _PRODUCTS and not kwargs and spares(*args) else _overrides.get(func)
+    override = (
+        multiply if func in _PRODUCTS and not kwargs and has_recomputable_factor(*args) else _overrides.get(func)
+    )
     if override is None or not _may_need_gradient([*args, *kwargs.values()]):
         return None
-    reason = _reason_for_torch(types, [*args, *kwargs.values()], override is product)
+    reason = _reason_for_torch(types, [*args, *kwargs.values()], override is multiply)
     if reason:
         report_fallback(func, reason)
         return None
@@ -277,7 +279,7 @@ def _accepts(argument: _Argument, value: Any) -> bool:
 _overrides = _make_overrides()
 
 
-@registry.observers.append
+@registry.registration_hooks.append
 def _update_overrides(original: Any) -> None:
     """Called when an operation is registered after the import."""
     refuse_late_registration(original)

@@ -332,7 +332,7 @@ def check(expected: dict[str, set[str]] | None = None) -> None:
     if missing:
         raise ImportError(
             f"torch {torch.__version__} does not have {', '.join(missing)}, or their code calls nothing that "
-            f"manualgrad replaces. Install a version of torch that it was tried with ({', '.join(TESTED_VERSIONS)}), or a "
+            f"manualgrad replaces. Install a tested version of torch ({', '.join(TESTED_VERSIONS)}), or a "
             "newer manualgrad."
         )
 

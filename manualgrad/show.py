@@ -54,7 +54,7 @@ def show(target: Any, *, standalone: bool = False) -> str:
 
 def list_operations() -> str:
     """All operations, one per line, with the modules that call them."""
-    table = {name: ", ".join(coverage.modules_of(op)) for name, op in ops().items()}
+    table = {name: ", ".join(coverage.modules_calling(op)) for name, op in ops().items()}
     width = max(map(len, table))
     return "\n".join(f"{name:{width}}  {modules}".rstrip() for name, modules in table.items())
 
@@ -81,7 +81,7 @@ def find_operations(target: Any) -> list[Op]:
 
 
 def _operations_called_by(module: type[torch.nn.Module]) -> list[Op]:
-    names = coverage.called(getattr(nn, module.__name__, module))
+    names = coverage.called_functions(getattr(nn, module.__name__, module))
     return [op for name, op in ops().items() if name in names]
 
 
@@ -98,7 +98,7 @@ def find_rules(op: Op) -> list[type[Rule]]:
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         for sample in op.sample_inputs(TensorFactory()):
-            args, kwargs = sample.marked()
+            args, kwargs = sample.with_requires_grad()
             found |= dict.fromkeys(_rules_in_graph(op.function(*args, **kwargs)))
     return list(found)
 
@@ -120,7 +120,7 @@ def _rules_in_graph(outputs: Any) -> list[type[Rule]]:
 
 
 def describe_operation(op: Op) -> str:
-    modules = coverage.modules_of(op)
+    modules = coverage.modules_calling(op)
     title = op.name + (f", called by {', '.join(modules)}" if modules else "")
     parts = [title, "=" * len(title), *(f"\n{describe_rule(rule)}" for rule in find_rules(op)), "", _laws(op)]
     return "\n".join(parts)

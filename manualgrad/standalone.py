@@ -397,7 +397,7 @@ class Rewriter(ast.NodeTransformer):
             return self.visit(node.args[0])
         if name == "autocast_inputs" and len(node.args) == 2 and name not in self.local:
             return self.visit(node.args[1])
-        if name in ("_applied", "apply_"):
+        if name in ("_apply_activation", "apply_"):
             return self._inplace_call(node)
         rule = self.resolve(node.func.value) if isinstance(node.func, ast.Attribute) and name == "apply" else None
         with_statistics = [x.value for x in node.keywords if x.arg == "with_statistics"]

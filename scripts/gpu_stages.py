@@ -169,9 +169,9 @@ def compared(make: Making, device: str, dtype: torch.dtype, wrong: bool = False,
 
 def on(call: SampleInput, device: str, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of a call, on a device and in a dtype, those marked that have a gradient."""
-    places = call.tensors()
+    places = call.tensor_paths()
     tensors = [x.to(device, dtype if x.is_floating_point() else x.dtype) for x in (call[at] for at in places)]
-    return call.replace(places, tensors).marked()
+    return call.replace(places, tensors).with_requires_grad()
 
 
 def of_operation(op: Op, call: SampleInput, function: Callable[..., Any] | None = None) -> Making:
@@ -180,7 +180,7 @@ def of_operation(op: Op, call: SampleInput, function: Callable[..., Any] | None 
 
 
 def torch_is_wrong(op: Op) -> bool:
-    return "torchs_gradient_of_each_subset" in op.expected_failures
+    return "gradients_match_torch" in op.expected_failures
 
 
 # 1 and 2: operations and modules

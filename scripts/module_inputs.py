@@ -27,7 +27,7 @@ def _enter(
 
 def _signs(t: TensorFactory, *shape: int) -> Tensor:
     """Targets of 1 and -1."""
-    return t.fixed(*shape).sign_()
+    return t.no_grad(*shape).sign_()
 
 
 _enter(
@@ -101,12 +101,13 @@ INPUTS["TransformerDecoder"] = (
 )
 
 _enter("L1Loss MSELoss SmoothL1Loss HuberLoss", [(33, 20), (33, 20)])
-_enter("BCELoss", lambda t: SampleInput(t(33, 20, low=0.1, high=0.9), t.fixed(33, 20, low=0, high=1)))
+_enter("BCELoss", lambda t: SampleInput(t(33, 20, low=0.1, high=0.9), t.no_grad(33, 20, low=0, high=1)))
 _enter(
-    "BCEWithLogitsLoss MultiLabelSoftMarginLoss", lambda t: SampleInput(t(33, 20), t.fixed(33, 20, low=0, high=1))
+    "BCEWithLogitsLoss MultiLabelSoftMarginLoss",
+    lambda t: SampleInput(t(33, 20), t.no_grad(33, 20, low=0, high=1)),
 )
-_enter("KLDivLoss", lambda t: SampleInput(t(33, 20), t.fixed(33, 20, low=0.1, high=1)), reduction="batchmean")
-_enter("PoissonNLLLoss", lambda t: SampleInput(t(33, 20), t.fixed(33, 20, low=0, high=4)))
+_enter("KLDivLoss", lambda t: SampleInput(t(33, 20), t.no_grad(33, 20, low=0.1, high=1)), reduction="batchmean")
+_enter("PoissonNLLLoss", lambda t: SampleInput(t(33, 20), t.no_grad(33, 20, low=0, high=4)))
 _enter("GaussianNLLLoss", lambda t: SampleInput(t(33, 20), t(33, 20), t(33, 20, low=0.5, high=2)))
 _enter("CrossEntropyLoss NLLLoss MultiMarginLoss", lambda t: SampleInput(t(33, 20), t.index(20, 33)))
 _enter("NLLLoss2d", lambda t: SampleInput(t(2, 5, 4, 3), t.index(5, 2, 4, 3)))

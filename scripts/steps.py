@@ -110,7 +110,7 @@ Subject = tuple[Step, Callable[[], Any]]
 def operation(op: registry.Op, function: Callable[..., Any], device: str, dtype: torch.dtype) -> Subject:
     """One operation on its big sample, and a gradient for every input that has one."""
     call = op.benchmark_input(registry.TensorFactory(dtype, device))
-    args, kwargs = call.marked()
+    args, kwargs = call.with_requires_grad()
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
     upstream: list[Tensor] = []
 

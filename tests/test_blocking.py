@@ -143,11 +143,11 @@ def test_attention_in_blocks(case: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
     expected = gradients()
     blocks: list[int] = []
-    weights = attention._weights_in
+    weights = attention._scores_backward_into
     monkeypatch.setattr(blocking, "block_size", 10)
     monkeypatch.setattr(rule_function, "MIN_ELEMENTS_FOR_REUSE", 0)
-    monkeypatch.setattr(attention, "_ROWS", 2)
-    monkeypatch.setattr(attention, "_weights_in", lambda *args: blocks.append(1) or weights(*args))
+    monkeypatch.setattr(attention, "_CAUSAL_BLOCK_ROWS", 2)
+    monkeypatch.setattr(attention, "_scores_backward_into", lambda *args: blocks.append(1) or weights(*args))
     assert_close(gradients(), expected)
     assert len(blocks) > 1
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph import foreign, nodes
-from test_pytorchs_inputs import DTYPE, FunctionInput, compare, op_db, tried
+from graph import nodes, torch_derivatives
+from test_pytorchs_inputs import DTYPE, FunctionInput, assert_same_results, op_db, run_and_differentiate
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
@@ -120,8 +120,8 @@ def test_a_converted_model_computes_the_same_and_is_given_back(functional: bool)
 def test_what_is_left_to_torch() -> None:
     inner = {"MvBackward0", "DotBackward0", "VdotBackward0", "WeightNormInterfaceBackward0"}  # of the two norms
     x = torch.randn(2, 3, 4, dtype=DTYPE)
-    assert {"AddmmBackward0", "ReluBackward0", "GeluBackward0"} <= foreign(convert(network())(x))
-    assert foreign(convert(network(), functional=True)(x)) <= {"MmBackward0", "BmmBackward0"} | inner
+    assert {"AddmmBackward0", "ReluBackward0", "GeluBackward0"} <= torch_derivatives(convert(network())(x))
+    assert torch_derivatives(convert(network(), functional=True)(x)) <= {"MmBackward0", "BmmBackward0"} | inner
 
 
 def test_report() -> None:
@@ -338,12 +338,12 @@ def test_every_name_that_torch_has_for_ours(info: Any) -> None:
         for sample in info.sample_inputs("cpu", DTYPE, requires_grad=True):
             arguments = FunctionInput(sample.input, *sample.args, **sample.kwargs)
             try:
-                expected = tried(function, arguments)
+                expected = run_and_differentiate(function, arguments)
             except RuntimeError:  # a sample that cannot be written in place
                 continue
             with override_torch_functions():
-                found = tried(function, arguments)
-            compare(found, expected)
+                found = run_and_differentiate(function, arguments)
+            assert_same_results(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -374,9 +374,9 @@ def test_led_to_ours(call: Callable[[Tensor], Tensor]) -> None:
     with override_torch_functions():
         found = call(x)
     assert any(name.endswith("FunctionBackward") for name in nodes(found))
-    assert not foreign(found)
+    assert not torch_derivatives(found)
     assert_close(found, call(x))
-    assert foreign(call(x))
+    assert torch_derivatives(call(x))
 
 
 @pytest.mark.parametrize(

@@ -480,8 +480,8 @@ def derived(
     function: Callable[..., Any], call: SampleInput, first: Placed, differentiable: Placed, others: Placed
 ) -> list[Tensor]:
     """The value and its gradients, where the arguments are placed so."""
-    leaves = call.differentiable()
-    values = {place: (differentiable if place in leaves else others)(call[place]) for place in call.tensors()}
+    leaves = call.differentiable_paths()
+    values = {place: (differentiable if place in leaves else others)(call[place]) for place in call.tensor_paths()}
     values[leaves[0]] = first(call[leaves[0]])
     for place in leaves:
         values[place] = values[place].detach().clone().requires_grad_()
@@ -506,7 +506,7 @@ def test_rules_take_dtensors_wherever_torch_does(op: Op, mesh: DeviceMesh) -> No
         return tensor
 
     call = next(iter(op.sample_inputs(TensorFactory())))
-    if op.random or not call.differentiable():
+    if op.random or not call.differentiable_paths():
         pytest.skip("nothing to compare")
     compared = 0
     for way in ((whole, whole, whole), (in_parts, whole, whole), (whole, whole, plain)):

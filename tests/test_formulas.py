@@ -80,7 +80,7 @@ def gradients(
 ) -> list[Tensor | None]:
     """The gradients, with reused temporaries from this size on. No tensor that the backward reads may change."""
     monkeypatch.setattr(rule_function, "MIN_ELEMENTS_FOR_REUSE", min_elements)
-    args, kwargs = sample.marked()
+    args, kwargs = sample.with_requires_grad()
     torch.manual_seed(0)
     output = op.function(*args, **kwargs)
     outputs = tensors(output)

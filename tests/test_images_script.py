@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import train_images
-from graph import foreign
+from graph import torch_derivatives
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from manualgrad.training.checkpoint import list_checkpoints, load
@@ -198,7 +198,7 @@ def test_every_gradient_is_ours(tmp_path: Path) -> None:
     assert hidden.is_contiguous(memory_format=torch.channels_last)
     for settings in (train_images.Settings(width=4), train_images.Settings(width=4, model="torch")):
         loss = settings.layers.CrossEntropyLoss()(train_images.build(settings, pictures)(images), labels)
-        assert bool(foreign(loss)) == (settings.model == "torch")
+        assert bool(torch_derivatives(loss)) == (settings.model == "torch")
 
 
 def test_clothes_come_along(call: SampleInput) -> None:

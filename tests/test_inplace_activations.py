@@ -219,7 +219,7 @@ def test_settings_for_which_the_output_does_not_determine_the_gradient() -> None
 
 def test_every_output_can_be_overwritten(op: Op, number: int) -> None:
     """autograd forbids writes into a view that a custom Function returns, so no rule returns one."""
-    args, kwargs = list(op.sample_inputs(TensorFactory()))[number].marked()
+    args, kwargs = list(op.sample_inputs(TensorFactory()))[number].with_requires_grad()
     output = op.function(*args, **kwargs)
     for tensor in output if isinstance(output, tuple) else (output,):
         if isinstance(tensor, Tensor) and not tensor.is_leaf:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import manualgrad.nn.functional as F
 from manualgrad import nn, override_torch_functions, recomputation, saved_bytes
-from manualgrad.ops.elementary import product
+from manualgrad.ops.arithmetic import multiply
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.registry import Op
 from manualgrad.rule import saved_values
@@ -53,7 +53,7 @@ class Gated(nn.Module):
         self.gate, self.up, self.down = linear(), linear(), linear()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(product(F.silu(self.gate(x)), self.up(x)))
+        return self.down(multiply(F.silu(self.gate(x)), self.up(x)))
 
 
 class Image(nn.Module):

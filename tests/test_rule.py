@@ -191,7 +191,7 @@ def test_cuda_autocast_as_torch_registers_it(op: registry.Op) -> None:
     rules = {f"{found.__name__}Backward": found for found in every_rule()}
     manual, run = set(), set()
     for sample in op.sample_inputs(registry.TensorFactory()):
-        args, kwargs = sample.marked()
+        args, kwargs = sample.with_requires_grad()
         manual |= {
             name for name in nodes(op.function(*args, **kwargs)) & rules.keys() if "cuda" in rules[name].autocast
         }

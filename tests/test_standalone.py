@@ -19,7 +19,7 @@ from manualgrad.standalone import standalone_source
 
 
 def outputs_and_gradients(function: Any, sample: SampleInput) -> tuple[list[Tensor], list[Tensor | None]]:
-    args, kwargs = sample.marked()
+    args, kwargs = sample.with_requires_grad()
     torch.manual_seed(0)
     found = function(*args, **kwargs)
     outputs = [x for x in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(x, Tensor)]

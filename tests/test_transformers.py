@@ -296,7 +296,9 @@ def test_fused_loss_in_low_precision(dtype: torch.dtype, more: dict[str, Any]) -
 
 @pytest.mark.parametrize("fused_loss", [False, True])
 def test_no_logits_are_kept(fused_loss: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("manualgrad.ops.linear_cross_entropy"), "_PIECE", 4 * 29)
+    monkeypatch.setattr(
+        importlib.import_module("manualgrad.ops.linear_cross_entropy"), "MAX_LOGITS_PER_CHUNK", 4 * 29
+    )
     kept: list[torch.Size] = []
     model = convert(LANGUAGE["llama"](), fused_loss=fused_loss)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):

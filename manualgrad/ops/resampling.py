@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualgrad.memory_format import CHANNELS_LAST, is_channels_last
-from manualgrad.ops.elementary import Numbers, each, flatten, implements, unflatten, with_torch_errors
+from manualgrad.ops.registration import implements, with_torch_errors
+from manualgrad.ops.shapes import IntOrInts, flatten, to_tuple, unflatten
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import LOWER_PRECISION, Rule, autocast_inputs, replaces, with_reuse
 from manualgrad.torch_internals import is_vmapped
@@ -585,33 +586,33 @@ class FoldFunction(Rule):
 @with_torch_errors
 def unfold(
     input: Tensor,
-    kernel_size: Numbers,
-    dilation: Numbers = 1,
-    padding: Numbers = 0,
-    stride: Numbers = 1,
+    kernel_size: IntOrInts,
+    dilation: IntOrInts = 1,
+    padding: IntOrInts = 0,
+    stride: IntOrInts = 1,
 ) -> Tensor:
     """The patches of an image as columns, as `torch.nn.functional.unfold`.
 
     Shapes: input ([N,] C, H, W); the result ([N,] C · the kernel's size, number of patches).
     """
-    settings = [each(x, 2) for x in (kernel_size, dilation, padding, stride)]
+    settings = [to_tuple(x, 2) for x in (kernel_size, dilation, padding, stride)]
     return UnfoldFunction.apply(input, tuple(input.shape[-2:]), *settings)
 
 
 @with_torch_errors
 def fold(
     input: Tensor,
-    output_size: Numbers,
-    kernel_size: Numbers,
-    dilation: Numbers = 1,
-    padding: Numbers = 0,
-    stride: Numbers = 1,
+    output_size: IntOrInts,
+    kernel_size: IntOrInts,
+    dilation: IntOrInts = 1,
+    padding: IntOrInts = 0,
+    stride: IntOrInts = 1,
 ) -> Tensor:
     """The sum of patches into an image, as `torch.nn.functional.fold`.
 
     Shapes: input ([N,] C · the kernel's size, number of patches); the result ([N,] C, *output_size).
     """
-    settings = [each(x, 2) for x in (output_size, kernel_size, dilation, padding, stride)]
+    settings = [to_tuple(x, 2) for x in (output_size, kernel_size, dilation, padding, stride)]
     return FoldFunction.apply(input, *settings)
 
 
