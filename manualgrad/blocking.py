@@ -10,7 +10,8 @@ elements per thread; smaller blocks leave threads idle. The blocks depend only o
 threads and `block_size`, so a run can be repeated to the bit.
 
 Inductor compiles a formula to slightly faster code, but takes seconds for each. To use it, compile the whole model
-with `torch.compile(model)`; that compiles the backward as well."""
+with `torch.compile(model)`; that compiles the backward as well.
+"""
 
 from __future__ import annotations
 

@@ -150,7 +150,8 @@ def raise_torch_error(reference: Callable[..., Any], args: Any, kwargs: Any) -> 
     First call it on the device "meta", where tensors have no values, so nothing is computed, drawn or written.
     Only if that fails, call it with copies on the real device, for the real message. An error that depends on
     values (an index out of range) comes from the kernel that a forward of manualgrad calls, so it is torch's error
-    already."""
+    already.
+    """
     leaves, form = pytree.tree_flatten((args, kwargs))
     if any(callable(x) or isinstance(x, torch.Generator) for x in leaves):
         return  # do not call a user's function twice

@@ -109,8 +109,7 @@ def find_recipe(tensor: Tensor) -> Recipe | None:
 
 
 def find_usable_recipe(tensor: Tensor) -> Recipe | None:
-    """The recipe of a tensor, if all tensors that it names are alive and unchanged. The tensor's node keeps them
-    so."""
+    """The recipe of a tensor, if all tensors that it names are alive and unchanged."""
 
     def is_usable(part: Any) -> bool:
         if isinstance(part, Recipe):

@@ -2,7 +2,8 @@
 
 Each rule becomes a plain `torch.autograd.Function` with the formulas of its author. The functions, classes and
 constants that the formulas and the function of torch's signature need are copied from their source, without
-decorators."""
+decorators.
+"""
 
 from __future__ import annotations
 

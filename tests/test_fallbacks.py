@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import manualgrad.nn as manual_nn
 from manualgrad import FallbackError, Rule, convert, override, override_torch_functions, record_fallbacks, registry
-from manualgrad.fallback import Fallback, Fallbacks
+from manualgrad.fallback import Fallbacks
 from manualgrad.ops import activation, dropout, normalization
 from manualgrad.registry import SampleInput, register
 
@@ -136,15 +136,15 @@ def test_counts_and_error() -> None:
             with torch.no_grad():
                 x.pow(x)  # no gradient is needed
         manual_nn.functional.relu(torch.eye(2).to_sparse())
-    reason = "manualgrad has no overload with these arguments"
-    assert fallbacks == {Fallback("pow", reason): 1, Fallback("dropout", reason): 1}
+    assert {found.function: n for found, n in fallbacks.items()} == {"pow": 1, "dropout": 1}
+    assert all("no overload" in found.reason for found in fallbacks)
     assert outer.total() == fallbacks.total() + 1
     assert "    1 pow " in str(fallbacks)
     assert "relu" not in str(fallbacks)
     assert "layout sparse_coo" in str(outer)
     assert str(Fallbacks()) == "no fallbacks to torch's functions"
     with (
-        pytest.raises(FallbackError, match="pow: manualgrad has no overload"),
+        pytest.raises(FallbackError, match=r"pow: .*no overload"),
         record_fallbacks(error=True),
         override_torch_functions(),
     ):

@@ -1,7 +1,8 @@
 """The gradient flows to the elements that the forward selected, even if rounding or the kernel decides which.
 
 The oracle is the forward itself: its output for an input in which each element is its own index, or its Jacobian
-if it is linear."""
+if it is linear.
+"""
 
 from __future__ import annotations
 

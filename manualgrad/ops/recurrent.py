@@ -545,8 +545,8 @@ def _of_a_cell(gates: int, t: TensorFactory, n: int, width: int, size: int, bias
     return SampleInput(t(n, width), hx, *_weights(t, gates, width, size, size, bias))
 
 
-_SATURATED = "an infinite weight saturates the cell, and the step before gets 0 · ∞ = nan, as in torch"
-_COMPUTED = "where only a bias learns, keeps inputs and weights, from which it computes the gates that torch keeps"
+_SATURATED = "as in torch: an infinite weight saturates the cell, and the previous step's gradient is 0 · ∞ = nan"
+_COMPUTED = "for only a bias's gradient, inputs and weights are saved, to compute the gates that torch saves"
 
 for _layer, _cell in ((rnn_tanh, rnn_tanh_cell), (rnn_relu, rnn_relu_cell), (gru, gru_cell), (lstm, lstm_cell)):
     _gates = {gru: 3, lstm: 4}.get(_layer, 1)

@@ -69,9 +69,8 @@ def make_apply(implementation: Implementation) -> Callable[..., Any]:
         torch.compiler.allow_in_graph(compiled_apply)
         return True
 
-    # The attribute that `torch.compiler.assume_constant_result` sets: Dynamo runs the function while it traces.
-    # Calling that function or allow_in_graph here would import all of Dynamo, which doubles the time to import
-    # torch.
+    # `torch.compiler.assume_constant_result` sets this attribute, and Dynamo runs the function while it traces.
+    # Calling it or allow_in_graph here would import all of Dynamo, which takes as long as importing torch.
     vars(allow_in_graph)["_dynamo_marked_constant"] = True
 
     def traced_apply(*args: Any) -> Any:
@@ -103,7 +102,8 @@ def make_inplace_apply(implementation: Implementation) -> Callable[..., Tensor]:
     """``Rule.apply_`` of a rule: writes the output into the input.
 
     It saves no more than torch's in-place function. If the plan saves the input and the input has no recipe, a
-    copy of it is saved, as torch does. A later rule that would save the output saves that copy instead."""
+    copy of it is saved, as torch does. A later rule that would save the output saves that copy instead.
+    """
     rule = implementation.rule
     inplace_apply = _apply_without_signature(
         make_function(rule, forward=implementation.forward_inplace, backward=implementation.backward_inplace)

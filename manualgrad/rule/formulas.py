@@ -69,10 +69,8 @@ class Formula:
                     return None
         result = ast.Assign([ast.Name(self.target, ast.Store())], body[-1].value)
         found.append(ast.copy_location(result, body[-1]))
-        parameters = set(self.parameters)
-        if any(_contains(x, ast.NamedExpr, ast.Await, ast.Yield) for x in found) or parameters & _local_names(
-            found
-        ):
+        rebinds_parameters = not _local_names(found).isdisjoint(self.parameters)
+        if rebinds_parameters or any(_contains(x, ast.NamedExpr, ast.Await, ast.Yield) for x in found):
             return None
         return found
 

@@ -399,7 +399,8 @@ def support_dtensors(compute: Compute) -> Compute:
 
     A plain tensor in the program (a target, an index, a new mask) is the same in every process, so it is
     replicated implicitly. If torch cannot shard an operation, each process computes the program on the full
-    tensors."""
+    tensors.
+    """
     from torch.distributed.tensor import DTensor, Replicate  # takes half a second to import
     from torch.distributed.tensor.experimental import implicit_replication
 

@@ -1,7 +1,8 @@
 """The operations that a program with reused temporaries calls (see reuse.py).
 
 Each gives the result of the plain operation up to rounding. One that may write into an operand does so if the
-result has the shape and dtype of the operand, and returns the operand. Otherwise it returns a new tensor."""
+result has the shape and dtype of the operand, and returns the operand. Otherwise it returns a new tensor.
+"""
 
 from __future__ import annotations
 

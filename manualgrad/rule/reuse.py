@@ -177,7 +177,8 @@ class ReusingProgram:
         self._count_reads()
         self.masks_as_numbers = self._find_masks_as_numbers()
         self.allocations: dict[str, frozenset[str]] = dict.fromkeys(program.parameters, frozenset("*"))
-        """For each name: the steps that allocated the memory that it may share. "*" is memory of an argument."""
+        """For each name, the steps that allocated the memory that it may share. "*" stands for memory that the
+        program did not allocate."""
         self.is_rewritten = False
         self.text = [self._rewrite_step(i, step) for i, step in enumerate(self.steps)]
 
@@ -396,7 +397,8 @@ def replaces(function: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
     """Register a faster implementation of a function that formulas call.
 
     Its result must be the same up to rounding. It runs where `inplace_is_safe` holds, and may write into tensors
-    that it creates, but not into its arguments."""
+    that it creates, but not into its arguments.
+    """
 
     def register(faster: Callable[..., Any]) -> Callable[..., Any]:
         _replacements[function] = faster
