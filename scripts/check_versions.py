@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Run the tests on every version of torch that manualgrad supports, each in a fresh virtual environment.
+"""Run the tests on every supported version of torch, each in a fresh virtual environment.
 
-    python scripts/check_versions.py                                   # all tested versions
-    python scripts/check_versions.py 2.14.1 --pytest "tests/test_nn.py -n 2"
+    python scripts/check_versions.py                                            all versions
+    python scripts/check_versions.py 2.14.1 --pytest "tests/test_nn.py -n 2"    one version, one file
     python scripts/check_versions.py --pip "--extra-index-url https://download.pytorch.org/whl/cpu transformers"
 
-On Linux PyPI's torch comes with CUDA, about 3 GB a version. The extra index of the third line has torch for the
-CPU, which pip prefers. Other packages stand as in constraints.txt. The last lines are a table.
+On Linux, torch from PyPI includes CUDA: about 3 GB per version. The extra index in the third command has torch for
+the CPU, which pip prefers. Other packages have the versions in constraints.txt. The output ends with a table.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ COUNTS = ("passed", "failed", "error", "xfailed", "skipped")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("versions", nargs="*", default=TESTED_VERSIONS, help="versions of torch, e.g. 2.14.1")
-    parser.add_argument("--pip", default="", help="more options or packages for pip")
-    parser.add_argument("--pytest", default="", help="more options or files for pytest")
+    parser.add_argument(
+        "versions",
+        nargs="*",
+        default=TESTED_VERSIONS,
+        help="versions of torch, such as 2.14.1 (default: all)",
+    )
+    parser.add_argument("--pip", default="", help="additional options or packages for pip")
+    parser.add_argument("--pytest", default="", help="additional options or files for pytest")
     settings = parser.parse_args()
     failed, table = False, []
     for version in settings.versions:
         start = time.perf_counter()
         try:
-            counts = tried_on(version, shlex.split(settings.pip), shlex.split(settings.pytest))
+            counts = run_tests(version, shlex.split(settings.pip), shlex.split(settings.pytest))
         except subprocess.CalledProcessError as error:
             counts = {"error": 1}
             print(f"torch {version}: {error}", file=sys.stderr)
@@ -48,8 +53,8 @@ def main() -> int:
     return int(failed)
 
 
-def tried_on(version: str, pip: list[str], pytest: list[str]) -> dict[str, int]:
-    """How many tests passed, failed and so on with this version of torch."""
+def run_tests(version: str, pip: list[str], pytest: list[str]) -> dict[str, int]:
+    """Run the tests with a version of torch. Return how many passed, failed and so on."""
     with tempfile.TemporaryDirectory(prefix=f"torch-{version}-") as name:
         folder = Path(name)
         venv.create(folder / "venv", with_pip=True)
@@ -66,7 +71,7 @@ def tried_on(version: str, pip: list[str], pytest: list[str]) -> dict[str, int]:
                 print(line, end="", flush=True)
                 last = line if line.strip() else last
         counts = {kind: int(number) for number, kind in re.findall(r"(\d+) ([a-z]+?)s?\b", last)}
-        if process.returncode not in (0, 1):  # pytest itself stopped
+        if process.returncode not in (0, 1):  # pytest did not finish
             counts["error"] = counts.get("error", 0) + 1
         return counts
 

@@ -65,7 +65,7 @@ class Settings(TaskSettings):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The dropout probability."""
     max_epochs: PositiveInt = 10
-    """How many frequencies to go through the training text."""
+    """How many times to go through the training text."""
     batch_size: PositiveInt = 8
     """Sequences per batch, each of the context length."""
     learning_rate: PositiveFloat = 4e-3
@@ -232,7 +232,7 @@ class Vocabulary:
 
     @classmethod
     def learn(cls, text: bytes, size: int) -> "Vocabulary":
-        """Join the most frequent pair of adjacent tokens until there are `size` tokens or no pair is frequent."""
+        """Join the most frequent adjacent pair until there are `size` tokens or no pair occurs twice."""
         counts = Counter(WORD_PATTERN.findall(text))
         words = [list(word) for word in counts]
         frequencies = list(counts.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from lib import models
 from lib.steps import ModelStep
 
 import manualgrad.nn
+from manualgrad import registry
 
 F32 = torch.float32
-PAGE = Path(benchmark.__file__).with_name("README.md").read_text()
+FOLDER = Path(benchmark.__file__).parent
+PAGE = (FOLDER / "README.md").read_text()
 
 
 def test_wrong_gradient_ends_the_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,11 +68,26 @@ def test_peak_memory_is_that_of_a_step() -> None:
     assert peak is None or outputs < peak < 6 * outputs
 
 
-def test_readme_tables_have_the_current_headers() -> None:
+def test_pages_have_the_current_headers() -> None:
     assert benchmark.MODEL_HEADER in PAGE
-    assert benchmark.OPERATION_HEADER in PAGE
+    assert benchmark.OPERATION_HEADER in (FOLDER / "OPERATIONS.md").read_text()
 
 
 def test_readme_table_of_layer_norm() -> None:
     """After a change: paste the output of `python scripts/benchmark.py --suite orders`."""
     assert benchmark.layer_norm_table() in PAGE
+
+
+def test_page_lists_every_operation() -> None:
+    rows = (FOLDER / "OPERATIONS.md").read_text().splitlines()
+    assert [name for name in registry.ops() if not any(row.startswith(f"| {name} |") for row in rows)] == []
+
+
+def test_page_lists_every_script() -> None:
+    scripts = {path.name for path in FOLDER.glob("*.py")} - {"fault_job.py"}
+    assert scripts == set(re.findall(r"^\| `(\w+\.py)` \|", PAGE, re.M))
+
+
+def test_links_of_the_page() -> None:
+    for target in re.findall(r"\]\(([^)h][^)]*)\)", PAGE):
+        assert (FOLDER / target).exists(), target

@@ -254,7 +254,7 @@ for _name, _mode in (("upsample", {"mode": "bilinear"}), ("upsample_bilinear", {
         benchmark_input=lambda t, mode=_mode: SampleInput(t(4, 32, 64, 64), scale_factor=2, **mode),
         expected_failures=dict.fromkeys(
             ("compile", "compile_dynamic"),
-            "it warns that its name is deprecated, which torch.compile does not trace",
+            "torch.compile does not trace its deprecation warning",
         ),
     )
 
@@ -499,7 +499,7 @@ register(
     benchmark_input=lambda t: SampleInput(t(4, 32, 64, 64), t(4, 64, 64, 2, low=-1, high=1), align_corners=False),
     supports_special_values=False,  # weights of 0 multiply what is not finite
     expected_failures={
-        "vmap": "where input and grid are batched along different axes, torch's own batching takes a wrong size"
+        "vmap": "torch's batching rule uses a wrong size if input and grid are batched along different axes"
     },
 )
 
