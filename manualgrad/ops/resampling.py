@@ -1,4 +1,4 @@
-"""Resampling: an image on another grid, its patches, its pixels shuffled between space and channels."""
+"""Resampling: interpolation, grid sampling, patches of an image, and shuffles of pixels and channels."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.memory_format import CHANNELS_LAST, is_channels_last
 from manualgrad.ops.registration import implements, with_torch_errors
 from manualgrad.ops.shapes import IntOrInts, flatten, to_tuple, unflatten
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import LOWER_PRECISION, Rule, autocast_inputs, replaces, with_reuse
+from manualgrad.memory_format import CHANNELS_LAST, is_channels_last
 from manualgrad.torch_internals import is_vmapped
 
 Pair = tuple[int, int]
 
 
 class InterpolateFunction(Rule):
-    r"""y = (A₁ ⊗ … ⊗ Aₖ) x      Aᵢ: (out, in), the weights along an axis of space, the same for every line of it
+    r"""y = (A₁ ⊗ … ⊗ Aₖ) x      Aᵢ: (out, in), the weights along a spatial axis, the same for every line along it
 
-    dy = (A₁ ⊗ … ⊗ Aₖ) dx,  so  ∂L/∂x = (A₁ᵀ ⊗ … ⊗ Aₖᵀ) g:  each axis by itself, with the transpose of its weights.
-    The columns of Aᵢ are what interpolation makes of the unit vectors.
+    dy = (A₁ ⊗ … ⊗ Aₖ) dx:      ∂L/∂x = (A₁ᵀ ⊗ … ⊗ Aₖᵀ) g,  one axis after the other
+    Column j of Aᵢ is the interpolation of the j-th unit vector.
     """
 
     autocast = {"cuda": "float32"}
@@ -38,10 +38,10 @@ class InterpolateFunction(Rule):
         size: tuple[int, ...] | None,
         scale: tuple[float, ...] | None,
         mode: str,
-        aligned: bool | None,
+        align_corners: bool | None,
         antialias: bool,
     ) -> Tensor:
-        return F.interpolate(input, size, scale, mode, aligned, antialias=antialias)
+        return F.interpolate(input, size, scale, mode, align_corners, antialias=antialias)
 
     def grad_input(
         grad: Tensor,
@@ -49,58 +49,84 @@ class InterpolateFunction(Rule):
         size: tuple[int, ...] | None,
         scale: tuple[float, ...] | None,
         mode: str,
-        aligned: bool | None,
+        align_corners: bool | None,
         antialias: bool,
     ) -> Tensor:
         k = len(shape)
         for axis, n in zip(range(-k, 0), shape, strict=True):
             units = torch.eye(n, dtype=grad.dtype, device=grad.device).reshape(1, n, *[1] * (k - 1), n)
-            to = None if size is None else [*[1] * (k - 1), size[axis]]
-            by = None if scale is None else [*[1.0] * (k - 1), scale[axis]]
-            images = F.interpolate(units, to, by, mode, aligned, antialias=antialias)
-            grad = along_axis(images.reshape(n, grad.shape[axis]), grad, axis)
+            size_of_axis = None if size is None else [*[1] * (k - 1), size[axis]]
+            scale_of_axis = None if scale is None else [*[1.0] * (k - 1), scale[axis]]
+            columns = F.interpolate(units, size_of_axis, scale_of_axis, mode, align_corners, antialias=antialias)
+            grad = multiply_along_axis(columns.reshape(n, grad.shape[axis]), grad, axis)
         return grad
 
 
-def along_axis(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
-    """A matrix (out, in) applied to every line along an axis."""
-    before, after = tensor.shape[:axis], tensor.shape[axis:][1:]
-    lines = tensor.reshape(*before, matrix.shape[1], math.prod(after))
-    return (matrix @ lines).reshape(*before, matrix.shape[0], *after)
-
-
-_BAND = 64
-
-
-@replaces(along_axis)
-def _along_axis_by_bands(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
-    """The same of a matrix that is zero except near its diagonal, by bands of rows."""
-    if is_channels_last(tensor):
-        return _along_axis_by_bands(matrix, tensor.movedim(1, -1), axis - 1).movedim(-1, 1)
-    n, m = matrix.shape
-    reach = 4 * n / max(min(n, m), 1) + 2  # of the widest kernel, in rows
-    found = []
-    for first in range(0, n, _BAND):
-        low = max(math.floor((first - reach) * m / n), 0) if n > _BAND else 0
-        high = min(math.ceil((first + _BAND + reach) * m / n), m)
-        band, part = matrix[first : first + _BAND, low:high], tensor.narrow(axis, low, high - low)
-        found.append(part @ band.mT if axis == -1 else along_axis(band, part, axis))
-    return found[0] if len(found) == 1 else torch.cat(found, axis)
-
-
-class AreaFunction(InterpolateFunction):
+class AreaInterpolateFunction(InterpolateFunction):
     """Adaptive average pooling, which autocast does not cast."""
 
     autocast = {}
 
 
-@dataclass(frozen=True)
-class Nearest:
-    """One of torch's kernels that take the nearest pixel, and what torch chooses it by.
+def multiply_along_axis(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    """The product of a matrix (out, in) with every line along an axis."""
+    before, after = tensor.shape[:axis], tensor.shape[axis:][1:]
+    lines = tensor.reshape(*before, matrix.shape[1], math.prod(after))
+    return (matrix @ lines).reshape(*before, matrix.shape[0], *after)
 
-    torch has several. They round differently, so they take different pixels, even of small images. Which one torch
-    calls depends on the mode, the sizes, the dtype, whether the channels are innermost in memory, and whether
-    there are more than 3 of them. So `pixels_taken` computes no places: it calls the kernel.
+
+_ROWS_PER_BAND = 64
+
+
+@replaces(multiply_along_axis)
+def _multiply_bands_along_axis(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    """The same for a matrix that is zero except near its diagonal: bands of rows skip the zero columns."""
+    if is_channels_last(tensor):
+        return _multiply_bands_along_axis(matrix, tensor.movedim(1, -1), axis - 1).movedim(-1, 1)
+    n, m = matrix.shape
+    half_width = 4 * n / max(min(n, m), 1) + 2  # in rows, of the widest interpolation kernel
+    products = []
+    for first in range(0, n, _ROWS_PER_BAND):
+        low = max(math.floor((first - half_width) * m / n), 0) if n > _ROWS_PER_BAND else 0
+        high = min(math.ceil((first + _ROWS_PER_BAND + half_width) * m / n), m)
+        band, part = matrix[first : first + _ROWS_PER_BAND, low:high], tensor.narrow(axis, low, high - low)
+        products.append(part @ band.mT if axis == -1 else multiply_along_axis(band, part, axis))
+    return products[0] if len(products) == 1 else torch.cat(products, axis)
+
+
+class NearestInterpolateFunction(Rule):
+    r"""y[p] = x[i(p)]      i(p): the source pixel of p, along each axis independently
+
+    ⟨g, dy⟩ = Σ g[p] dx[i(p)], so each pixel receives the sum of g over the output pixels that it is copied to:
+    ∂L/∂x[j] = Σ g[p] over i(p) = j,  one axis after the other
+    """
+
+    autocast = {"cuda": "float32"}
+    preserve_memory_format = ("grad_input",)
+
+    def forward(input: Tensor, kernel: NearestKernel) -> Tensor:
+        return kernel(input)
+
+    def grad_input(grad: Tensor, kernel: NearestKernel) -> Tensor:
+        k, n = len(kernel.shape), kernel.shape
+        factors = [kernel.exact_factor(axis, grad.shape[axis]) for axis in range(-k, 0)]
+        i: Any = None if all(factors) else source_pixels(kernel, grad.device)
+        for axis in range(-1, -k - 1, -1):
+            if factors[axis]:  # i(p) = ⌊p / factor⌋
+                copies = unflatten(grad, axis, (n[axis], factors[axis])).unbind(axis)
+                grad = functools.reduce(torch.add, copies)
+            else:
+                grad = sum_by_source(grad, axis, i[axis], n[axis])
+        return grad
+
+
+@dataclass(frozen=True)
+class NearestKernel:
+    """One of torch's kernels for the modes "nearest" and "nearest-exact", and what torch selects it by.
+
+    The kernels round differently, so they copy different pixels, even of small images. torch selects one by the
+    mode, the sizes, the dtype, the memory format, and whether there are more than 3 channels. So `source_pixels`
+    does not compute i(p): it calls the kernel.
     """
 
     mode: str
@@ -108,7 +134,7 @@ class Nearest:
     size: tuple[int, ...] | None
     scale: tuple[float, ...] | None
     channels: int
-    innermost: bool  # the channels, in memory
+    channels_last: bool
     dtype: torch.dtype
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -116,83 +142,63 @@ class Nearest:
             input = input.contiguous()
         return F.interpolate(input, self.size, self.scale, self.mode)
 
-    def repeats(self, axis: int, n: int) -> int:
-        """The number of times that each pixel is taken, if it is a power of 2, which no kernel rounds; else 0."""
-        times, rest = n // max(self.shape[axis], 1), n % max(self.shape[axis], 1)
-        exact = rest == 0 and times in (1, 2, 4, 8, 16) and n <= 2**24
-        return times if exact and (self.scale is None or self.scale[axis] == times) else 0
+    def exact_factor(self, axis: int, n: int) -> int:
+        """How often each pixel is repeated along an axis of output size n, if it is a power of 2, else 0.
+
+        No kernel rounds for a power of 2.
+        """
+        factor, rest = n // max(self.shape[axis], 1), n % max(self.shape[axis], 1)
+        exact = rest == 0 and factor in (1, 2, 4, 8, 16) and n <= 2**24
+        return factor if exact and (self.scale is None or self.scale[axis] == factor) else 0
 
 
-def pixels_taken(nearest: Nearest, device: torch.device) -> list[Tensor]:
-    """i(p) along each axis: what the kernel makes of images that show at each pixel its place.
+def source_pixels(kernel: NearestKernel, device: torch.device) -> list[Tensor]:
+    """i(p) along each axis: the kernel's output for images in which each pixel holds its own index.
 
-    A place is shown by its digits, an image for each, which every dtype holds exactly.
+    An index is written in digits of 8 bits, one image for each digit, because every dtype holds these exactly.
     """
-    k = len(nearest.shape)
-    digits = 1 if nearest.dtype.itemsize > 2 else 3
-    places = torch.meshgrid([torch.arange(n, device=device) for n in nearest.shape], indexing="ij")
-    images = [place >> (8 * i) & 255 if digits > 1 else place for place in places for i in range(digits)]
-    shown = torch.stack(images).to(nearest.dtype).unsqueeze(1).repeat(1, nearest.channels, *[1] * k)
-    if nearest.innermost:
-        shown = shown.contiguous(memory_format=CHANNELS_LAST[shown.dim()])
-    found = nearest(shown)[:, 0].unflatten(0, (k, digits)).long()
+    k = len(kernel.shape)
+    digits = 1 if kernel.dtype.itemsize > 2 else 3
+    indices = torch.meshgrid([torch.arange(n, device=device) for n in kernel.shape], indexing="ij")
+    images = [index >> (8 * d) & 255 if digits > 1 else index for index in indices for d in range(digits)]
+    input = torch.stack(images).to(kernel.dtype).unsqueeze(1).repeat(1, kernel.channels, *[1] * k)
+    if kernel.channels_last:
+        input = input.contiguous(memory_format=CHANNELS_LAST[input.dim()])
+    output = kernel(input)[:, 0].unflatten(0, (k, digits)).long()
     shift = 8 * torch.arange(digits, device=device).reshape(digits, *[1] * k)
-    taken = (found << shift).sum(1).unbind()
-    return [place.movedim(axis, -1)[(0,) * (k - 1)] for axis, place in zip(range(-k, 0), taken, strict=True)]
+    sources = (output << shift).sum(1).unbind()
+    return [source.movedim(axis, -1)[(0,) * (k - 1)] for axis, source in zip(range(-k, 0), sources, strict=True)]
 
 
-replaces(pixels_taken)(functools.lru_cache(maxsize=64)(pixels_taken))
+replaces(source_pixels)(functools.lru_cache(maxsize=64)(source_pixels))
 
 
-class NearestFunction(Rule):
-    r"""y[p] = x[i(p)]      i: the pixel that is taken for p, along each axis by itself
-
-    ⟨g, dy⟩ = Σ g[p] dx[i(p)]:  each pixel receives the sum of g over the places that it is taken for,
-    ∂L/∂x[j] = Σ g[p] over i(p) = j,  axis by axis
-    """
-
-    autocast = {"cuda": "float32"}
-    preserve_memory_format = ("grad_input",)
-
-    def forward(input: Tensor, nearest: Nearest) -> Tensor:
-        return nearest(input)
-
-    def grad_input(grad: Tensor, nearest: Nearest) -> Tensor:
-        k, n = len(nearest.shape), nearest.shape
-        repeats = [nearest.repeats(axis, grad.shape[axis]) for axis in range(-k, 0)]
-        i: Any = None if all(repeats) else pixels_taken(nearest, grad.device)
-        for axis in range(-1, -k - 1, -1):
-            if repeats[axis]:  # i(p) = ⌊p / repeats⌋
-                parts = unflatten(grad, axis, (n[axis], repeats[axis])).unbind(axis)
-                grad = functools.reduce(torch.add, parts)
-            else:
-                grad = sum_over_places(grad, axis, i[axis], n[axis])
-        return grad
-
-
-def sum_over_places(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
+def sum_by_source(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
     """Σ g[p] over i(p) = j, along one axis of n pixels."""
     return g.new_zeros(*g.shape[:axis], n, *g.shape[axis:][1:]).index_add(axis, i, g)
 
 
-@replaces(sum_over_places)
-def _sum_over_places(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
+@replaces(sum_by_source)
+def _sum_by_source_in_channels_last(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
     """The same in the memory format of g."""
     if is_channels_last(g):
-        return _sum_over_places(g.movedim(1, -1), axis - 1, i, n).movedim(-1, 1)
-    return with_reuse(sum_over_places)(g, axis, i, n)
+        return _sum_by_source_in_channels_last(g.movedim(1, -1), axis - 1, i, n).movedim(-1, 1)
+    return with_reuse(sum_by_source)(g, axis, i, n)
 
 
-def _with_kernel(
+def _cast_and_select_kernel(
     input: Tensor, size: tuple[int, ...] | None, scale: tuple[float, ...] | None, mode: str
-) -> tuple[Tensor, Nearest]:
-    """The input in the dtype that autocast gives it, and the kernel for it."""
+) -> tuple[Tensor, NearestKernel]:
+    """The input in the dtype that autocast gives it, and the kernel that torch selects for it."""
     shape = tuple(input.shape[2:])
-    (input,) = autocast_inputs(NearestFunction, (input,))
+    (input,) = autocast_inputs(NearestInterpolateFunction, (input,))
     form = CHANNELS_LAST.get(input.dim())
-    eager = not torch.compiler.is_compiling()  # torch.compile's replacement of a kernel depends on no layout
-    innermost = eager and form is not None and not is_vmapped(input) and input.is_contiguous(memory_format=form)
-    return input, Nearest(mode, shape, size, scale, min(input.shape[1], 4), innermost, input.dtype)
+    eager = not torch.compiler.is_compiling()  # torch.compile's own code does not depend on the memory format
+    channels_last = (
+        eager and form is not None and not is_vmapped(input) and input.is_contiguous(memory_format=form)
+    )
+    kernel = NearestKernel(mode, shape, size, scale, min(input.shape[1], 4), channels_last, input.dtype)
+    return input, kernel
 
 
 @with_torch_errors
@@ -207,29 +213,29 @@ def interpolate(
 ) -> Tensor:
     """The input on a grid of another size, as `torch.nn.functional.interpolate`.
 
-    Shapes: input (N, C, ...) with 1 to 3 axes of space; the result (N, C, *size). Modes: "nearest",
+    Shapes: input (N, C, ...) with 1 to 3 spatial axes, the result (N, C, *size). Modes: "nearest",
     "nearest-exact", "linear", "bilinear", "bicubic", "trilinear", "area", "lanczos".
 
     Raises:
-        ValueError: both or neither of size and scale_factor, or options that the mode does not have.
-        NotImplementedError: a mode that is not for so many axes.
+        ValueError: size and scale_factor are both given or both missing, or the mode does not have an option.
+        NotImplementedError: the mode does not support so many axes.
     """
-    to, by = _for_each_axis(size, input), _for_each_axis(scale_factor, input)
-    if by is not None and to is None and (recompute_scale_factor or mode == "area"):
-        to, by = tuple(int(n * scale) for n, scale in zip(input.shape[2:], by, strict=True)), None
+    sizes, scales = _for_each_axis(size, input), _for_each_axis(scale_factor, input)
+    if scales is not None and sizes is None and (recompute_scale_factor or mode == "area"):
+        sizes, scales = tuple(int(n * scale) for n, scale in zip(input.shape[2:], scales, strict=True)), None
         recompute_scale_factor = None
     if recompute_scale_factor or (align_corners is not None and mode in ("nearest", "nearest-exact", "area")):
         raise ValueError(
-            "recompute_scale_factor is for a scale_factor, align_corners for a mode that interpolates"
+            "recompute_scale_factor needs a scale_factor, and align_corners a mode with weights (linear, cubic)"
         )
     if mode in ("nearest", "nearest-exact") and not antialias:
-        return NearestFunction.apply(*_with_kernel(input, to, by, mode))
-    rule = AreaFunction if mode == "area" else InterpolateFunction
-    return rule.apply(input, tuple(input.shape[2:]), to, by, mode, align_corners, antialias)
+        return NearestInterpolateFunction.apply(*_cast_and_select_kernel(input, sizes, scales, mode))
+    rule = AreaInterpolateFunction if mode == "area" else InterpolateFunction
+    return rule.apply(input, tuple(input.shape[2:]), sizes, scales, mode, align_corners, antialias)
 
 
 def _for_each_axis(setting: Any, input: Tensor) -> tuple[Any, ...] | None:
-    """One number, for each axis of space: the same for all."""
+    """The setting as a tuple with one number for each spatial axis."""
     if setting is None:
         return None
     return tuple(setting) if isinstance(setting, (list, tuple)) else (setting,) * (input.dim() - 2)
@@ -244,7 +250,7 @@ register(
         SampleInput(t(1, 2, 5), scale_factor=0.7, mode="area"),
     ],
     benchmark_input=lambda t: SampleInput(t(4, 32, 64, 64), scale_factor=2, mode="bilinear"),
-    supports_special_values=False,  # a matrix product spreads what is not finite along its line
+    supports_special_values=False,  # a matrix product spreads inf and nan along a line
 )
 
 for _name, _mode in (("upsample", {"mode": "bilinear"}), ("upsample_bilinear", {}), ("upsample_nearest", {})):
@@ -260,10 +266,11 @@ for _name, _mode in (("upsample", {"mode": "bilinear"}), ("upsample_bilinear", {
 
 
 class GridSampleFunction(Rule):
-    r"""y[p] = Σₖ wₖ x[iₖ]      over the pixels iₖ around the place p = (x, y[, z]), from -1 to 1
+    r"""y[p] = Σₖ wₖ x[iₖ]      over the pixels iₖ around the position p = (x, y[, z]), each from -1 to 1
 
-    Along each axis p is a place in pixels, which padding moves into the image: a pixel i and the distance t from
-    it. The weights of the pixels i, i + 1, ... are functions of t, and those of several axes are multiplied.
+    Along each axis, p is scaled to pixels, and padding moves it into the image. This gives a first pixel i and the
+    distance t to it. The weights of the pixels i, i + 1, ... are functions of t. wₖ is the product of the weights
+    along all axes.
 
     ∂L/∂x[i] = Σ wₖ g   over all p and k with iₖ = i            ∂L/∂p = Σₖ ⟨g, x[iₖ]⟩ ∂wₖ/∂p
 
@@ -274,61 +281,65 @@ class GridSampleFunction(Rule):
     autocast = {"cpu": "float32", "cuda": "promote"}
 
     def forward(
-        input: Tensor, grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, aligned: bool
+        input: Tensor, grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, align_corners: bool
     ) -> Tensor:
-        return torch.grid_sampler(input, grid, mode, padding, aligned)
+        return torch.grid_sampler(input, grid, mode, padding, align_corners)
 
-    def around(grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, aligned: bool) -> Around:
-        return pixels_around(grid, shape, mode, padding, aligned)
+    def neighbors(grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, align_corners: bool) -> Neighbors:
+        return find_neighbors(grid, shape, mode, padding, align_corners)
 
     def g(grad: Tensor) -> Tensor:
         return pixels(grad)
 
-    def grad_input(g: Tensor, around: Around, shape: tuple[int, ...]) -> Tensor:
+    def grad_input(g: Tensor, neighbors: Neighbors, shape: tuple[int, ...]) -> Tensor:
         n, size = shape[0], math.prod(shape[2:])
-        total = weighted_sum_over_places(g, around.index, around.weight, n * size)
+        total = weighted_sum_by_pixel(g, neighbors.index, neighbors.weight, n * size)
         return total.reshape(n, size, shape[1]).mT.reshape(shape).contiguous()
 
-    def grad_grid(g: Tensor, input: Tensor, grid: Tensor, around: Around) -> Tensor:
+    def grad_grid(g: Tensor, input: Tensor, grid: Tensor, neighbors: Neighbors) -> Tensor:
         x = pixels(input)
-        return sum_of_slopes(g, x, around.index, around.slopes).reshape(grid.shape)
+        return grad_positions(g, x, neighbors.index, neighbors.weight_derivatives).reshape(grid.shape)
 
 
-class Around(NamedTuple):
-    """For each place p and the pixels k around it: iₖ, numbered through the batch, wₖ, and ∂wₖ/∂p by axis."""
+class Neighbors(NamedTuple):
+    """For each pixel k around each position p: iₖ, wₖ, and ∂wₖ/∂p for each axis."""
 
-    index: Tensor  # (k, p)
-    weight: Tensor
-    slopes: list[Tensor]
+    index: Tensor  # (k, p), counted through all images of the batch
+    weight: Tensor  # (k, p)
+    weight_derivatives: list[Tensor]  # each (k, p)
 
 
-def weighted_sum_over_places(g: Tensor, index: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Σ wₖ g over all p and k with iₖ = i, for each of so many pixels i."""
+def weighted_sum_by_pixel(g: Tensor, index: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Σ wₖ g over all p and k with iₖ = i, for each of ``count`` pixels i."""
     weighted = weight.unsqueeze(-1) * g
     return g.new_zeros(count, g.shape[-1]).index_add(0, flatten(index), flatten(weighted, 0, 1))
 
 
-@replaces(weighted_sum_over_places)
-def _weighted_sum_by_k(g: Tensor, index: Tensor, weight: Tensor, count: int) -> Tensor:
-    """One k after the other, which takes less memory."""
+@replaces(weighted_sum_by_pixel)
+def _weighted_sum_by_pixel_for_each_k(g: Tensor, index: Tensor, weight: Tensor, count: int) -> Tensor:
+    """The same for one k after the other, which takes less memory."""
     total, weighted = g.new_zeros(count, g.shape[-1]), torch.empty_like(g)
     for i, w in zip(index, weight, strict=True):
         total.index_add_(0, i, torch.mul(w.unsqueeze(-1), g, out=weighted))
     return total
 
 
-def sum_of_slopes(g: Tensor, x: Tensor, index: Tensor, slopes: list[Tensor]) -> Tensor:
+def grad_positions(g: Tensor, x: Tensor, index: Tensor, weight_derivatives: list[Tensor]) -> Tensor:
     """Σₖ ⟨g, x[iₖ]⟩ ∂wₖ/∂p, (p, axis)"""
     products = (x.index_select(0, flatten(index)).reshape(*index.shape, x.shape[-1]) * g).sum(-1)
-    return torch.stack([(products * slope).sum(0) for slope in slopes], -1)
+    return torch.stack([(products * dw).sum(0) for dw in weight_derivatives], -1)
 
 
-@replaces(sum_of_slopes)
-def _sum_of_slopes_by_bags(g: Tensor, x: Tensor, index: Tensor, slopes: list[Tensor]) -> Tensor:
-    """⟨g, Σₖ x[iₖ] ∂wₖ/∂p⟩"""
+@replaces(grad_positions)
+def _grad_positions_by_embedding_bag(
+    g: Tensor, x: Tensor, index: Tensor, weight_derivatives: list[Tensor]
+) -> Tensor:
+    """The same as ⟨g, Σₖ x[iₖ] ∂wₖ/∂p⟩, where torch's embedding bag computes the sum."""
     bags = index.mT.contiguous()
-    found = [F.embedding_bag(bags, x, mode="sum", per_sample_weights=slope.mT.contiguous()) for slope in slopes]
-    return torch.stack([moved.mul_(g).sum(-1) for moved in found], -1)
+    sums = [
+        F.embedding_bag(bags, x, mode="sum", per_sample_weights=dw.mT.contiguous()) for dw in weight_derivatives
+    ]
+    return torch.stack([total.mul_(g).sum(-1) for total in sums], -1)
 
 
 def pixels(image: Tensor) -> Tensor:
@@ -338,18 +349,114 @@ def pixels(image: Tensor) -> Tensor:
 
 @replaces(pixels)
 def _pixels_by_image(image: Tensor) -> Tensor:
-    """torch transposes a matrix faster than many."""
+    """The same. For large images, torch copies one transposed matrix after the other faster than all together."""
     n, c, size = len(image), image.shape[1], math.prod(image.shape[2:])
-    found = image.new_empty(n, size, c)
+    result = image.new_empty(n, size, c)
     if n * 256 > size:
-        return found.copy_(image.reshape(n, c, size).mT).reshape(-1, c)
-    for target, source in zip(found, image.reshape(n, c, size), strict=True):
+        return result.copy_(image.reshape(n, c, size).mT).reshape(-1, c)
+    for target, source in zip(result, image.reshape(n, c, size), strict=True):
         target.copy_(source.mT)
-    return found.reshape(-1, c)
+    return result.reshape(-1, c)
 
 
-class GridNearestFunction(Rule):
-    r"""y[p] = x[i(p)]      i(p): the pixel nearest to the place p, or none
+_LINEAR, _NEAREST, _CUBIC = range(3)
+_ZEROS, _BORDER, _REFLECTION = range(3)
+
+
+def find_neighbors(
+    grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, align_corners: bool
+) -> Neighbors:
+    """All combinations of the neighbors along each axis."""
+    n, _, *sizes = shape
+    positions = grid.reshape(n, math.prod(grid.shape[1:-1]), len(sizes)).unbind(-1)[::-1]
+    axes = [
+        neighbors_along_axis(p, size, mode, padding, align_corners)
+        for p, size in zip(positions, sizes, strict=True)
+    ]
+    image = torch.arange(n, device=grid.device).unsqueeze(1)
+    index, weight, derivatives = image * sizes[0] + axes[0][0], axes[0][1], [axes[0][2]]
+    for size, (i, w, dw) in zip(sizes[1:], axes[1:], strict=True):
+        index = flatten((index * size).unsqueeze(1) + i, 0, 1)
+        derivatives = [*(pairwise_products(x, w) for x in derivatives), pairwise_products(weight, dw)]
+        weight = pairwise_products(weight, w)
+    return Neighbors(flatten(index, 1), flatten(weight, 1), [flatten(x, 1) for x in reversed(derivatives)])
+
+
+def pairwise_products(a: Tensor, b: Tensor) -> Tensor:
+    """aₖ bₗ for all k and l, along the first axis."""
+    return flatten(a.unsqueeze(1) * b, 0, 1)
+
+
+def neighbors_along_axis(
+    p: Tensor, n: int, mode: int, padding: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """iₖ, wₖ and ∂wₖ/∂p for positions p from -1 to 1 along an axis of n pixels."""
+    scale = (n - 1) / 2 if align_corners else n / 2
+    position = (p + 1) * scale - (0 if align_corners else 0.5)
+    if mode == _CUBIC:
+        first = position.floor()
+        weight, derivative = cubic_weights(position - first)
+        pixel, _ = apply_padding(first + _range(-1, 3, p), n, padding, align_corners)
+        return drop_outside(pixel, n, weight, derivative * scale)
+    position, sign = apply_padding(position, n, padding, align_corners)
+    first = position.floor()
+    weight, derivative = linear_weights(position - first)
+    return drop_outside(first + _range(0, 2, p), n, weight, derivative * (sign * scale))
+
+
+def _range(start: int, end: int, p: Tensor) -> Tensor:
+    return torch.arange(start, end, dtype=p.dtype, device=p.device).reshape(-1, 1, 1)
+
+
+def drop_outside(pixel: Tensor, n: int, weight: Tensor, derivative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, with pixel 0 and weight 0 for each pixel outside of the image. nan is outside too."""
+    inside = (pixel > -1) & (pixel < n)
+    return torch.where(inside, pixel, 0).long(), torch.where(inside, weight, 0), torch.where(inside, derivative, 0)
+
+
+def apply_padding(position: Tensor, n: int, padding: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """The position moved into the image, and the derivative of this map: 1, 0 or -1."""
+    sign = torch.ones_like(position)
+    if padding == _REFLECTION:
+        low, span = (0, n - 1) if align_corners else (-0.5, n)
+        wave = torch.remainder(position - low + span, 2 * span) - span if span else torch.zeros_like(position)
+        position, sign = low + wave.abs(), wave.sgn()
+    if padding != _ZEROS:
+        sign = torch.where((position > 0) & (position < n - 1), sign, 0)
+        position = position.clamp(0, n - 1)
+    return position, sign
+
+
+def linear_weights(t: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of the two pixels around, and their derivatives by t."""
+    one = torch.ones_like(t)
+    return torch.stack([1 - t, t]), torch.stack([-one, one])
+
+
+def cubic_weights(t: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of the four pixels around, and their derivatives by t."""
+    w0, d0 = _cubic_beyond_1(t + 1)
+    w1, d1 = _cubic_within_1(t)
+    w2, d2 = _cubic_within_1(1 - t)
+    w3, d3 = _cubic_beyond_1(2 - t)
+    return torch.stack([w0, w1, w2, w3]), torch.stack([d0, d1, -d2, -d3])
+
+
+_A = -0.75  # the parameter a of Keys' kernel
+
+
+def _cubic_within_1(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys' kernel (a + 2) t³ - (a + 3) t² + 1 at distance t ≤ 1, and its derivative."""
+    return ((_A + 2) * t - (_A + 3)) * t * t + 1, (3 * (_A + 2) * t - 2 * (_A + 3)) * t
+
+
+def _cubic_beyond_1(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys' kernel a t³ - 5a t² + 8a t - 4a at distance 1 ≤ t ≤ 2, and its derivative."""
+    return ((_A * t - 5 * _A) * t + 8 * _A) * t - 4 * _A, (3 * _A * t - 10 * _A) * t + 8 * _A
+
+
+class GridSampleNearestFunction(Rule):
+    r"""y[p] = x[i(p)]      i(p): the pixel nearest to the position p, or none
 
     ∂L/∂x[j] = Σ g[p] over i(p) = j            ∂L/∂p = 0
     """
@@ -357,15 +464,15 @@ class GridNearestFunction(Rule):
     autocast = {"cpu": "float32", "cuda": "promote"}
 
     def forward(
-        input: Tensor, grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, aligned: bool
+        input: Tensor, grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, align_corners: bool
     ) -> Tensor:
-        return torch.grid_sampler(input, grid, _NEAREST, padding, aligned)
+        return torch.grid_sampler(input, grid, _NEAREST, padding, align_corners)
 
-    def i(grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, aligned: bool) -> Tensor:
-        """i, from 1 on, 0 for none: what the forward's kernel makes of an image that shows each pixel's number.
+    def i(grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, align_corners: bool) -> Tensor:
+        """i, counted from 1, 0 for none: the kernel's output for an image in which each pixel holds its number.
 
-        Rounding decides between two pixels, and each kernel rounds differently. A number is shown by its digits, a
-        channel for each, which every dtype holds exactly.
+        The kernel is called because rounding decides between two pixels, and each kernel rounds differently. A
+        number is written in digits, one channel for each, because every dtype holds these exactly.
         """
         n, size = shape[0], math.prod(shape[2:])
         bits = 8 if dtype.itemsize < 4 else 24
@@ -373,8 +480,8 @@ class GridNearestFunction(Rule):
         number = torch.arange(1, size + 1, device=grid.device)
         digits = torch.stack([number >> shift & (2**bits - 1) for shift in shifts]).to(dtype)
         images = digits.reshape(1, len(shifts), *shape[2:]).expand(n, len(shifts), *shape[2:])
-        shown = torch.grid_sampler(images, grid.detach().to(dtype), _NEAREST, padding, aligned).long()
-        return torch.stack([shown[:, digit] << shift for digit, shift in enumerate(shifts)]).sum(0)
+        output = torch.grid_sampler(images, grid.detach().to(dtype), _NEAREST, padding, align_corners).long()
+        return torch.stack([output[:, digit] << shift for digit, shift in enumerate(shifts)]).sum(0)
 
     def grad_input(grad: Tensor, i: Tensor, shape: tuple[int, ...]) -> Tensor:
         zeros = grad.new_zeros(*shape[:2], math.prod(shape[2:]) + 1)
@@ -386,105 +493,18 @@ class GridNearestFunction(Rule):
         return torch.zeros_like(grid)
 
 
-_LINEAR, _NEAREST, _CUBIC = range(3)
-_ZEROS, _BORDER, _REFLECTION = range(3)
-
-
-def pixels_around(grid: Tensor, shape: tuple[int, ...], mode: int, padding: int, aligned: bool) -> Around:
-    """The pixels around each place: all combinations of those along each axis."""
-    n, _, *sizes = shape
-    places = grid.reshape(n, math.prod(grid.shape[1:-1]), len(sizes)).unbind(-1)[::-1]
-    axes = [along_an_axis(p, size, mode, padding, aligned) for p, size in zip(places, sizes, strict=True)]
-    image = torch.arange(n, device=grid.device).unsqueeze(1)
-    index, weight, slopes = image * sizes[0] + axes[0][0], axes[0][1], [axes[0][2]]
-    for size, (i, w, slope) in zip(sizes[1:], axes[1:], strict=True):
-        index = flatten((index * size).unsqueeze(1) + i, 0, 1)
-        slopes = [*(combined(x, w) for x in slopes), combined(weight, slope)]
-        weight = combined(weight, w)
-    return Around(flatten(index, 1), flatten(weight, 1), [flatten(x, 1) for x in reversed(slopes)])
-
-
-def combined(a: Tensor, b: Tensor) -> Tensor:
-    """The product of each with each."""
-    return flatten(a.unsqueeze(1) * b, 0, 1)
-
-
-def along_an_axis(p: Tensor, n: int, mode: int, padding: int, aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels around p, from -1 to 1, along an axis of n pixels, with ∂wₖ/∂p."""
-    scale = (n - 1) / 2 if aligned else n / 2
-    place = (p + 1) * scale - (0 if aligned else 0.5)
-    if mode == _CUBIC:
-        first = place.floor()
-        weight, slope = cubic(place - first)
-        pixel, _ = padded(first + offsets(-1, 3, p), n, padding, aligned)
-        return only_inside(pixel, n, weight, slope * scale)
-    place, sign = padded(place, n, padding, aligned)
-    first = place.floor()
-    weight, slope = linear(place - first)
-    return only_inside(first + offsets(0, 2, p), n, weight, slope * (sign * scale))
-
-
-def offsets(start: int, end: int, p: Tensor) -> Tensor:
-    return torch.arange(start, end, dtype=p.dtype, device=p.device).reshape(-1, 1, 1)
-
-
-def only_inside(pixel: Tensor, n: int, weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixel 0 with weight 0 in place of the pixels outside, also of nan, which padding may have made."""
-    inside = (pixel > -1) & (pixel < n)
-    return torch.where(inside, pixel, 0).long(), torch.where(inside, weight, 0), torch.where(inside, slope, 0)
-
-
-def padded(place: Tensor, n: int, padding: int, aligned: bool) -> tuple[Tensor, Tensor]:
-    """The place moved into the image, and the derivative of this: 1, 0 or -1."""
-    sign = torch.ones_like(place)
-    if padding == _REFLECTION:
-        low, span = (0, n - 1) if aligned else (-0.5, n)
-        wave = torch.remainder(place - low + span, 2 * span) - span if span else torch.zeros_like(place)
-        place, sign = low + wave.abs(), wave.sgn()
-    if padding != _ZEROS:
-        sign = torch.where((place > 0) & (place < n - 1), sign, 0)
-        place = place.clamp(0, n - 1)
-    return place, sign
-
-
-def linear(t: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights of the two pixels around, and their derivatives."""
-    one = torch.ones_like(t)
-    return torch.stack([1 - t, t]), torch.stack([-one, one])
-
-
-def cubic(t: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights of the four pixels around, and their derivatives."""
-    w0, s0 = _far(t + 1)
-    w1, s1 = _near(t)
-    w2, s2 = _near(1 - t)
-    w3, s3 = _far(2 - t)
-    return torch.stack([w0, w1, w2, w3]), torch.stack([s0, s1, -s2, -s3])
-
-
-_A = -0.75
-
-
-def _near(t: Tensor) -> tuple[Tensor, Tensor]:
-    return ((_A + 2) * t - (_A + 3)) * t * t + 1, (3 * (_A + 2) * t - 2 * (_A + 3)) * t
-
-
-def _far(t: Tensor) -> tuple[Tensor, Tensor]:
-    return ((_A * t - 5 * _A) * t + 8 * _A) * t - 4 * _A, (3 * _A * t - 10 * _A) * t + 8 * _A
-
-
 @implements(torch.grid_sampler)
 def grid_sampler(
     input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
 ) -> Tensor:
-    """The image at the places of a grid, as `torch.grid_sampler`, which `grid_sample` calls.
+    """The image at the positions of a grid, as `torch.grid_sampler`, which `grid_sample` calls.
 
     Shapes: input (N, C, H, W) or (N, C, D, H, W), grid (N, *out, 2) or (N, *out, 3); the result (N, C, *out).
     """
     shape = tuple(input.shape)
     if interpolation_mode == _NEAREST:
-        input, grid = autocast_inputs(GridNearestFunction, (input, grid))
-        return GridNearestFunction.apply(input, grid, shape, input.dtype, padding_mode, align_corners)
+        input, grid = autocast_inputs(GridSampleNearestFunction, (input, grid))
+        return GridSampleNearestFunction.apply(input, grid, shape, input.dtype, padding_mode, align_corners)
     return GridSampleFunction.apply(input, grid, shape, interpolation_mode, padding_mode, align_corners)
 
 
@@ -497,7 +517,7 @@ register(
         SampleInput(t(1, 1, 4, 3), t(1, 3, 2, 2), "nearest", align_corners=True),
     ],
     benchmark_input=lambda t: SampleInput(t(4, 32, 64, 64), t(4, 64, 64, 2, low=-1, high=1), align_corners=False),
-    supports_special_values=False,  # weights of 0 multiply what is not finite
+    supports_special_values=False,  # weights of 0 multiply inf and nan
     expected_failures={
         "vmap": "torch's batching rule uses a wrong size if input and grid are batched along different axes"
     },
@@ -505,27 +525,27 @@ register(
 
 
 class AffineGridFunction(Rule):
-    r"""y[p] = θ (p, 1)      p: the centres of the pixels (or with corners aligned, of the corners) in [-1, 1]
+    r"""y[p] = θ (p, 1)      p: the centers of the pixels of [-1, 1]ᵏ; if corners are aligned, the outermost at ±1
 
     dy[p] = dθ (p, 1)      ∂L/∂θ = Σₚ g[p] (p, 1)ᵀ
     """
 
     autocast = LOWER_PRECISION
 
-    def forward(theta: Tensor, size: tuple[int, ...], aligned: bool) -> Tensor:
-        return torch.affine_grid_generator(theta, size, aligned)
+    def forward(theta: Tensor, size: tuple[int, ...], align_corners: bool) -> Tensor:
+        return torch.affine_grid_generator(theta, size, align_corners)
 
-    def grad_theta(grad: Tensor, size: tuple[int, ...], aligned: bool) -> Tensor:
-        axes = [_centres(n, aligned).to(grad) for n in size[:1:-1]]
-        places = torch.stack(torch.meshgrid(*axes[::-1], indexing="ij")[::-1], -1).reshape(-1, len(axes))
-        return grad.reshape(size[0], -1, len(axes)).mT @ F.pad(places, (0, 1), value=1)
+    def grad_theta(grad: Tensor, size: tuple[int, ...], align_corners: bool) -> Tensor:
+        axes = [_pixel_positions(n, align_corners).to(grad) for n in size[:1:-1]]
+        p = torch.stack(torch.meshgrid(*axes[::-1], indexing="ij")[::-1], -1).reshape(-1, len(axes))
+        return grad.reshape(size[0], -1, len(axes)).mT @ F.pad(p, (0, 1), value=1)
 
 
-def _centres(n: int, aligned: bool) -> Tensor:
-    """n places from -1 to 1."""
+def _pixel_positions(n: int, align_corners: bool) -> Tensor:
+    """The positions of n pixels along an axis from -1 to 1."""
     if n == 1:
         return torch.zeros(1)
-    return torch.linspace(-1, 1, n, dtype=torch.float64) * (1 if aligned else (n - 1) / n)
+    return torch.linspace(-1, 1, n, dtype=torch.float64) * (1 if align_corners else (n - 1) / n)
 
 
 @implements(torch.affine_grid_generator)
@@ -549,9 +569,9 @@ register(
 
 
 class UnfoldFunction(Rule):
-    r"""y[c k, p] = x[c, place(k, p)]      number k of the patch at p; outside of the image 0
+    r"""y[c k, p] = x[c, i(k, p)]      i(k, p): pixel k of the patch at p; outside of the image 0
 
-    Each number of x is copied to every patch that contains it:  ∂L/∂x = fold(g), the sum over the copies.
+    Each pixel of x is copied to every patch that contains it:  ∂L/∂x = fold(g), the sum over the copies.
     """
 
     supports_complex = True
@@ -568,7 +588,7 @@ class UnfoldFunction(Rule):
 
 
 class FoldFunction(Rule):
-    r"""x[c, i] = Σ y[c k, p] over the places (k, p) that show i:  unfold transposed      ∂L/∂y = unfold(g)"""
+    r"""x[c, i] = Σ y[c k, p] over i(k, p) = i:  the transpose of unfold      ∂L/∂y = unfold(g)"""
 
     supports_complex = True
 
@@ -649,7 +669,7 @@ class PixelShuffleFunction(Rule):
 
     def grad_input(grad: Tensor, factor: int) -> Tensor:
         unshuffled = PixelUnshuffleFunction.apply(grad, factor)
-        return unshuffled.reshape(unshuffled_shape(grad, factor))  # which torch does not give to an empty tensor
+        return unshuffled.reshape(unshuffled_shape(grad, factor))  # torch does not divide sizes of empty tensors
 
 
 def unshuffled_shape(y: Tensor, factor: int) -> tuple[int, ...]:
@@ -658,7 +678,7 @@ def unshuffled_shape(y: Tensor, factor: int) -> tuple[int, ...]:
 
 
 class PixelUnshuffleFunction(Rule):
-    r"""The inverse of the pixel shuffle, and its transpose."""
+    r"""x[c r² + r i + j, h, w] = y[c, r h + i, r w + j]:  the inverse and the transpose of the pixel shuffle"""
 
     supports_complex = True
 
@@ -670,7 +690,7 @@ class PixelUnshuffleFunction(Rule):
 
 
 class ChannelShuffleFunction(Rule):
-    r"""y[i G + g] = x[g n + i],  n = C/G:  the channels as a matrix (G, n), transposed. n groups bring them back.
+    r"""y[i G + g] = x[g n + i],  n = C/G:  transposes the channels as a matrix (G, n). Its inverse has n groups.
 
     Zhang, Zhou, Lin and Sun, "ShuffleNet", 2018.
     """
@@ -686,20 +706,20 @@ class ChannelShuffleFunction(Rule):
 
 @with_torch_errors
 def pixel_shuffle(input: Tensor, upscale_factor: int) -> Tensor:
-    """Channels spread over space, (*, C r², H, W) to (*, C, r H, r W), as `torch.nn.functional.pixel_shuffle`."""
+    """Channels to pixels, (*, C r², H, W) to (*, C, r H, r W), as `torch.nn.functional.pixel_shuffle`."""
     return PixelShuffleFunction.apply(input, upscale_factor)
 
 
 @with_torch_errors
 def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
-    """Space into channels, (*, C, r H, r W) to (*, C r², H, W), as `torch.nn.functional.pixel_unshuffle`."""
+    """Pixels to channels, (*, C, r H, r W) to (*, C r², H, W), as `torch.nn.functional.pixel_unshuffle`."""
     return PixelUnshuffleFunction.apply(input, downscale_factor)
 
 
 @implements(F.native_channel_shuffle)
 @with_torch_errors
 def channel_shuffle(input: Tensor, groups: int) -> Tensor:
-    """The channels of all groups in turn, as `torch.nn.functional.channel_shuffle`. Shape (N, C, ...)."""
+    """One channel of each group in turn, as `torch.nn.functional.channel_shuffle`. Shape (N, C, ...)."""
     return ChannelShuffleFunction.apply(input, groups)
 
 
