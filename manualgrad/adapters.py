@@ -1,13 +1,13 @@
-"""Modules that other packages write out in Python, computed by ours when `convert` meets them.
+"""Modules of other packages that are not classes of torch.nn, and manualgrad's forward for each.
 
-An adapter says by which names of classes such a module may go and what is then computed in its place:
+An adapter names the classes that it is for, and the forward that `convert` gives to their modules:
 
     @register_adapter(r"\\w*QuickGELU\\w*")
     def quick_gelu(module, input):
         return SwishFunction.apply(input, 1.702)
 
-A name proves nothing, and packages change. So a module is only taken for what an adapter says if on a trial input
-it computes the same. The table below is for `transformers`, which is never imported here.
+Packages use one name for different computations, and change them. So an adapter is used only if it computes the
+same as the module on trial inputs. The adapters below are for `transformers`, which is not imported here.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from manualgrad.nn import functional
 from manualgrad.ops.activation import SwishFunction
 from manualgrad.ops.elementary import product
 from manualgrad.ops.linear_cross_entropy import linear_cross_entropy_in_float32
-from manualgrad.rebinding import derived
+from manualgrad.rebinding import rebind
 
 Forward = TypeVar("Forward", bound=Callable[[Any, Tensor], Tensor])
 
 
 class Adapter(NamedTuple):
-    """What is computed in place of modules whose class goes by such a name."""
+    """A forward for the modules of some classes."""
 
     classes: re.Pattern[str]
+    """Matches the names of the classes."""
     forward: Callable[[Any, Tensor], Tensor]
     features: Callable[[Any], int]
+    """The size of the last axis of a trial input for a module."""
 
 
 _adapters: list[Adapter] = []
@@ -47,35 +49,41 @@ _adapters: list[Adapter] = []
 def register_adapter(
     classes: str, *, features: Callable[[Any], int] = lambda module: 64
 ) -> Callable[[Forward], Forward]:
-    """Enter the function that follows, ``forward(module, input)``, as what `convert` computes for some modules.
+    """Register the decorated function, ``forward(module, input)``, as the forward that `convert` gives to modules.
 
-    Those are the modules of one input whose class's name matches `classes`, a regular expression, as a whole, and
-    that give what the function gives, value and dtype, on trial inputs of shape (2, 3, ``features(module)``). The
-    trials are small and large numbers in the dtype of the parameters, and in bfloat16 where that is float32. Later
-    entries come first. For converted models to be pickled, the function must stand in a module.
+    `convert` uses it for a module of one input if the name of its class matches and if the function returns the
+    same value and dtype as the module on trial inputs of shape (2, 3, ``features(module)``). The trial inputs are
+    small and large numbers in the dtype of the parameters, and in bfloat16 too where this is float32. Adapters
+    that were registered later are tried first. To pickle converted models, the function must be at the top level
+    of a module.
+
+    Args:
+        classes: a regular expression for the whole name of a class.
+        features: the size of the last axis of the module's input.
     """
 
-    def enter(forward: Forward) -> Forward:
+    def register(forward: Forward) -> Forward:
         _adapters.insert(0, Adapter(re.compile(classes), forward, features))
         return forward
 
-    return enter
+    return register
 
 
-def adapted(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
-    """What is computed in this module's place, if there is something."""
+def find_adapter(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+    """The forward of the adapter for this module, if there is one."""
     name = type(module).__name__
     return next((x.forward for x in _adapters if x.classes.fullmatch(name) and _agrees(module, x)), None)
 
 
 _SCALES = torch.tensor([[[0.1], [1.0], [16.0]]], dtype=torch.float64)
-"""Of the rows of a trial: an activation that clips, say, differs in large numbers only."""
+"""Of the rows of a trial input. Some activations differ for large numbers only."""
 
 
 def _agrees(module: nn.Module, adapter: Adapter) -> bool:
-    """Both compute the same, to the precision that the module has (transformers' norms: float32 at best).
+    """The adapter computes the same as the module, to its precision (at most float32 in transformers' norms).
 
-    Under autocast a module in float32 is given bfloat16, and modules differ in what they return then.
+    A module in float32 is tried in bfloat16 too: it is given this under autocast, and modules differ in what they
+    return then.
     """
     parameter = next(module.parameters(), torch.empty(0, dtype=torch.float64))
     if parameter.is_meta:
@@ -84,13 +92,15 @@ def _agrees(module: nn.Module, adapter: Adapter) -> bool:
     try:
         trial = torch.randn(2, 3, adapter.features(module), generator=generator, dtype=torch.float64)
         trials = [(trial * _SCALES).to(parameter)]
-    except Exception:  # it has not the attributes that the adapter is for
+    except Exception:  # the module lacks an attribute that the adapter reads
         return False
     if parameter.dtype == torch.float32:
         trials.append(trials[0].bfloat16())
     for trial in trials:
-        expected, found = (_result(forward, module, trial) for forward in (type(module).forward, adapter.forward))
-        if expected is None and trial is not trials[0]:  # the module takes no bfloat16
+        expected, found = (
+            _try_forward(forward, module, trial) for forward in (type(module).forward, adapter.forward)
+        )
+        if expected is None and trial is not trials[0]:  # the module does not support bfloat16
             continue
         tolerance = max(1e-5, 4 * torch.finfo(trial.dtype).eps)
         if expected is None or found is None or found.dtype != expected.dtype:
@@ -100,8 +110,8 @@ def _agrees(module: nn.Module, adapter: Adapter) -> bool:
     return True
 
 
-def _result(forward: Callable[[Any, Tensor], Tensor], module: nn.Module, trial: Tensor) -> Tensor | None:
-    """What a forward gives for a trial; None: it refuses it."""
+def _try_forward(forward: Callable[[Any, Tensor], Tensor], module: nn.Module, trial: Tensor) -> Tensor | None:
+    """The output for a trial input; None if the forward raises an error."""
     try:
         with (
             torch.no_grad(),
@@ -149,7 +159,7 @@ def mish(module: Any, input: Tensor) -> Tensor:
 
 @register_adapter(r"Conv1D", features=lambda module: module.nx)
 def transposed_linear(module: Any, input: Tensor) -> Tensor:
-    """GPT-2's linear layer, whose weight is (in, out)."""
+    """GPT-2's linear layer, with a weight of shape (in, out)."""
     return functional.linear(input, module.weight.mT, module.bias)
 
 
@@ -160,20 +170,20 @@ def _epsilon(module: Any) -> float:
 _NORMS = r"\w*(RMSNorm|T5LayerNorm)"
 
 
-def _widened(*tensors: Tensor) -> list[Tensor]:
+def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
     return [x if x.dtype == torch.float64 else x.float() for x in tensors]
 
 
 @register_adapter(_NORMS, features=lambda module: module.weight.numel())
 def rms_norm_rounded_last(module: Any, input: Tensor) -> Tensor:
     """w x / √(E x² + ε), in float32 at least, rounded to the dtype of x."""
-    x, weight = _widened(input, module.weight)
+    x, weight = _at_least_float32(input, module.weight)
     return functional.rms_norm(x, tuple(weight.shape), weight, _epsilon(module)).type_as(input)
 
 
 @register_adapter(_NORMS, features=lambda module: module.weight.numel())
 def rms_norm(module: Any, input: Tensor) -> Tensor:
-    """w x / √(E x² + ε), in float32 at least, rounded once (transformers: in float32 at most, and twice).
+    """w x / √(E x² + ε), in float32 at least, rounded once (transformers: in float32 at most, rounded twice).
 
     With a weight in float32 and an input in bfloat16, x / √(E x² + ε) is rounded, and the product with w is not.
     """
@@ -184,37 +194,39 @@ def rms_norm(module: Any, input: Tensor) -> Tensor:
 
 
 @register_adapter(_NORMS, features=lambda module: module.weight.numel())
-def rms_norm_from_one(module: Any, input: Tensor) -> Tensor:
-    """Gemma's: (1 + w) x / √(E x² + ε)"""
-    x, weight = _widened(input, module.weight)
+def rms_norm_weight_plus_one(module: Any, input: Tensor) -> Tensor:
+    """(1 + w) x / √(E x² + ε), of Gemma"""
+    x, weight = _at_least_float32(input, module.weight)
     return functional.rms_norm(x, tuple(weight.shape), 1 + weight, _epsilon(module)).type_as(input)
 
 
 @register_adapter(r"\w*T5LayerNorm", features=lambda module: module.weight.numel())
 def rms_norm_in_float32(module: Any, input: Tensor) -> Tensor:
-    """T5's, which rounds nothing with a weight in float32."""
+    """w x / √(E x² + ε), of T5: with a weight in float32 nothing is rounded."""
     weight = module.weight
     return functional.rms_norm(input.to(weight.dtype), tuple(weight.shape), weight, _epsilon(module))
 
 
 @register_adapter(r"\w*MLP", features=lambda module: module.gate_proj.in_features)
 def gated_mlp(module: Any, input: Tensor) -> Tensor:
-    """Llama's: W₃ (f(W₁ x) · W₂ x)"""
+    """W₃ (f(W₁ x) · W₂ x), of Llama"""
     return module.down_proj(product(module.act_fn(module.gate_proj(input)), module.up_proj(input)))
 
 
-# --- a causal language model and its loss, without logits ---
+# --- the loss of a causal language model, without logits ---
 
 
-class Fusion:
-    """One forward of a model. Its head is called twice: by the model, and returns its input; then by the loss, and
-    returns the loss, computed from that input without logits."""
+class LossFusion:
+    """One forward of a language model. The model calls its head, which returns its input. The loss function then
+    calls the head again, which returns the loss, computed from this input without logits."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.head = model.get_output_embeddings()
         self.hidden: Any = None
-        self.of_head: Callable[[Any], Tensor] | None = None
+        """The input of the head."""
+        self.compute_loss: Callable[[Any], Tensor] | None = None
+        """What the head does in its second call."""
 
     def loss(
         self,
@@ -226,16 +238,17 @@ class Fusion:
         shift_labels: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """transformers' ``ForCausalLMLoss`` of what the head would make of its input."""
+        """transformers' ``ForCausalLMLoss`` of the logits that the head would compute."""
         if logits is not self.hidden or vocab_size != self.head.weight.shape[0]:
             raise RuntimeError(
-                f"{type(self.model).__name__} does something to its logits before the loss (a scale, a cap, a "
-                "choice), so the two cannot be one: revert it, and convert it without fused_loss"
+                f"{type(self.model).__name__} changes its logits before the loss (scales, caps or selects them), "
+                "so the loss cannot be computed without logits: call manualgrad.revert(model), then convert it "
+                "without fused_loss"
             )
         targets: Any = shift_labels
         if targets is None:
             targets = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        self.of_head = lambda hidden: linear_cross_entropy_in_float32(
+        self.compute_loss = lambda hidden: linear_cross_entropy_in_float32(
             hidden.flatten(0, -2),
             self.head.weight,
             targets.flatten().to(hidden.device),
@@ -243,75 +256,76 @@ class Fusion:
             ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",
         )
-        loss = self.head(self.hidden)  # FSDP gathers the weights of a module when it is called
+        loss = self.head(self.hidden)  # by a call of the module, for which FSDP gathers its weights
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def without_logits(self, output: Any) -> Any:
-        """The model's output, but for the logits."""
+        """The model's output without the logits."""
         if isinstance(output, tuple):  # the loss, the logits, more
             return output[:1] + output[2:]
         return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
 
-_fusion: ContextVar[Fusion | None] = ContextVar("_fusion", default=None)
+_fusion: ContextVar[LossFusion | None] = ContextVar("_fusion", default=None)
 
 
-def fuses(module: Any) -> bool:
-    """A causal language model of transformers with the usual loss and a linear layer for a head.
+def supports_fused_loss(module: Any) -> bool:
+    """The module is a causal language model of transformers with the usual loss and a linear head.
 
-    Not a wrapper (PEFT's, say) that passes on the attributes of the model inside: the class itself has the loss.
+    A wrapper that passes on the attributes of the model inside (PEFT's) does not count: the class itself must
+    define the loss.
     """
     if not isinstance(inspect.getattr_static(type(module), "loss_function", None), property):
         return False
     usual = getattr(module.loss_function, "__name__", "") == "ForCausalLMLoss"
-    return usual and _plain_linear(module.get_output_embeddings())
+    return usual and _is_plain_linear(module.get_output_embeddings())
 
 
-def _plain_linear(head: Any) -> bool:
-    """A linear layer with no forward of its own: the loss is computed from its weight and bias only."""
-    linear = (nn.Linear.forward, derived(nn.Linear).forward)
+def _is_plain_linear(head: Any) -> bool:
+    """The head is a linear layer that does not override its forward: the loss reads its weight and bias only."""
+    forwards = (nn.Linear.forward, rebind(nn.Linear).forward)
     return (
         isinstance(head, nn.Linear)
         and "forward" not in vars(head)
-        and inspect.unwrap(type(head).forward) in linear
+        and inspect.unwrap(type(head).forward) in forwards
     )
 
 
-def fused_model(kind: type[nn.Module]) -> dict[str, Any]:
-    """What a class has that computes its loss so, in training and when labels are given."""
-    signature, theirs = inspect.signature(kind.forward), inspect.getattr_static(kind, "loss_function")
+def fused_model(cls: type[nn.Module]) -> dict[str, Any]:
+    """The methods of a language model that computes its loss without logits, in training if labels are given."""
+    signature, original = inspect.signature(cls.forward), inspect.getattr_static(cls, "loss_function")
 
-    @functools.wraps(kind.forward)
+    @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         labels = signature.bind(self, *args, **kwargs).arguments.get("labels")
         if labels is None or not self.training:
-            return kind.forward(self, *args, **kwargs)
-        fusion = Fusion(self)
-        before = _fusion.set(fusion)
+            return cls.forward(self, *args, **kwargs)
+        fusion = LossFusion(self)
+        token = _fusion.set(fusion)
         try:
-            return fusion.without_logits(kind.forward(self, *args, **kwargs))
+            return fusion.without_logits(cls.forward(self, *args, **kwargs))
         finally:
-            _fusion.reset(before)
+            _fusion.reset(token)
 
     def loss_function(self: Any) -> Any:
         fusion = _fusion.get()
-        return theirs.fget(self) if fusion is None or fusion.model is not self else fusion.loss
+        return original.fget(self) if fusion is None or fusion.model is not self else fusion.loss
 
-    return {"forward": forward, "loss_function": property(loss_function, theirs.fset)}
+    return {"forward": forward, "loss_function": property(loss_function, original.fset)}
 
 
-def fused_head(kind: type[nn.Module]) -> dict[str, Any]:
-    """What a head's class has that leaves its work to the loss, if there will be one."""
+def fused_head(cls: type[nn.Module]) -> dict[str, Any]:
+    """The methods of the head of such a model."""
 
-    @functools.wraps(kind.forward)
+    @functools.wraps(cls.forward)
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         fusion = _fusion.get()
         if fusion is None or fusion.head is not self:
-            return kind.forward(self, input)
-        if fusion.of_head is not None:
-            return fusion.of_head(input)
+            return cls.forward(self, input)
+        if fusion.compute_loss is not None:
+            return fusion.compute_loss(input)
         fusion.hidden = input
         return input
 

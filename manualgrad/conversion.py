@@ -1,18 +1,19 @@
-"""A model that exists, made ours in place, and given back.
+"""Conversion of an existing model to manualgrad and back, in place.
 
-What sets a module of `torch.nn` apart from ours is its class alone, so its class alone is exchanged: model,
-modules, parameters, buffers, hooks, optimizers and tied weights stay the objects that they are. Its class becomes
+A module of `torch.nn` and its counterpart in manualgrad differ in their class only. So conversion sets the class
+of each module. The model, its modules, parameters, buffers, hooks, optimizers and tied weights stay the same
+objects.
 
-    of torch.nn                 ours, `rebinding.derived`
-    a subclass of one           a subclass of both, made here, if it overrides nothing that ours does
-    parametrized                `torch.nn.utils.parametrize` gives each module a class of its own: the same over
-                                what becomes of the one beneath
-    known to an adapter         a subclass, made here, with the adapter's forward (`manualgrad.adapters`)
-    any other, with a forward   if ``functional``, a subclass that runs inside `override_torch_functions`
-    ReLU in place before a pool a subclass, made here, that saves a bit mask: no pool saves what it is given
+    a class of torch.nn         becomes manualgrad's class of this name (see `manualgrad.rebinding`)
+    a subclass of one           a generated subclass of both, if it overrides no method that manualgrad rebinds
+    parametrized                the class that `torch.nn.utils.parametrize` made, with its base converted
+    known to an adapter         a generated subclass with the adapter's forward (see `manualgrad.adapters`)
+    any other with a forward    if ``functional``, a generated subclass that runs in `override_torch_functions`
+    in-place ReLU before a pool a generated subclass that saves a bit mask: the pool does not save its input
 
-Functions that modules hold (an ``activation``) are exchanged in the same way. `revert` reads all of it off the
-classes; nothing is kept elsewhere, and a converted model can be copied, pickled and sent to another process.
+A function that a module holds as an attribute (an ``activation``) is replaced too. `revert` reads the original
+class off the converted one. No other state exists, so a converted model can be copied, pickled and sent to another
+process.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from manualgrad import adapters, rebinding
-from manualgrad.nn import functional as our_functional
+from manualgrad.nn import functional as manual_functional
 from manualgrad.ops.activation import leaky_relu_with_mask, relu_with_mask
 from manualgrad.override import override_torch_functions
 
@@ -42,154 +43,151 @@ Class = type[nn.Module]
 
 
 def convert(model: Model, *, functional: bool = False, fused_loss: bool = False) -> Model:
-    """Exchange the modules of `torch.nn` in a model for ours, in place.
+    """Convert the `torch.nn` modules of a model to manualgrad's, in place.
 
         model = manualgrad.convert(torchvision.models.resnet18())
 
+    Either all of the model is converted or, after an exception, nothing.
+
     Args:
-        model: any module: a network, one layer, a loss; also inside of DataParallel, DDP or torch.compile.
-        functional: what the model's own ``forward`` methods call (``F.relu``, ``x.softmax(-1)``) is ours as well:
-            they run inside `override_torch_functions`.
+        model: a network, a layer or a loss; it may be inside DataParallel, DDP or torch.compile. functional: the
+        model's own ``forward`` methods run inside `override_torch_functions`, so the functions that
+            they call (``F.relu``, ``x.softmax(-1)``) are manualgrad's.
         fused_loss: a causal language model of `transformers` that is given labels in training computes its loss by
-            `linear_cross_entropy`, which never has more than some of the logits; in its output there are none.
+            `linear_cross_entropy`, which never holds all logits in memory. Its output then has no logits.
 
     Returns:
-        The same model. `conversion_report` says what became of each module; `revert` undoes it.
+        The same model. `conversion_report` lists what was done to each module; `revert` undoes it.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: with ``fused_loss``, it has no causal language model in it that computes its loss as is usual.
-        Exception: whatever a module's class or an adapter raises. The model is then unchanged.
+        TypeError: `model` is not a module.
+        ValueError: `fused_loss` is set, and no causal language model with the usual loss is in the model.
+        Exception: what a module's class or an adapter raises, with a note that names the module.
     """
-    plan = _Plan(model, _our_functions())
-    for module in plan.modules:
-        plan.give(module, lambda module: _becomes(module, functional).kind)
-    for module in plan.modules:
+    changes = _Changes(model, _manual_functions())
+    for module in changes.modules:
+        changes.add(module, lambda module: _converted_class(module, functional).cls)
+    for module in changes.modules:
         if isinstance(module, nn.Sequential):
             for activation, following in itertools.pairwise(module):
                 if isinstance(following, _POOLS) and getattr(activation, "inplace", False):
-                    plan.give(activation, lambda activation: _masked(plan.kinds[activation]))
+                    changes.add(activation, lambda activation: _mask_saving_class(changes.classes[activation]))
     if fused_loss:
-        language_models = [module for module in plan.modules if adapters.fuses(module)]
+        language_models = [module for module in changes.modules if adapters.supports_fused_loss(module)]
         if not language_models:
             raise ValueError(
-                f"fused_loss: in this {type(model).__name__} there is no causal language model of transformers "
-                "with a linear head and the usual loss"
+                f"fused_loss: this {type(model).__name__} has no causal language model of transformers with a "
+                "linear head and the usual loss"
             )
         for module in language_models:
             head: Any = module.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-            plan.give(module, lambda module: _fused_once(plan.kinds[module], adapters.fused_model))
-            plan.give(head, lambda head: _fused_once(plan.kinds[head], adapters.fused_head))
-    plan.apply()
+            changes.add(module, lambda module: _fused_class(changes.classes[module], adapters.fused_model))
+            changes.add(head, lambda head: _fused_class(changes.classes[head], adapters.fused_head))
+    changes.apply()
     return model
 
 
 def revert(model: Model) -> Model:
-    """Make a model torch's own again, in place: what `convert` did, and modules made from `manualgrad.nn`.
+    """Convert a model back to torch's own modules, in place: after `convert`, or if built from `manualgrad.nn`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
-    plan = _Plan(model, _torchs_functions())
-    for module in plan.modules:
-        plan.give(module, _was)
-    plan.apply()
+    changes = _Changes(model, _torch_functions())
+    for module in changes.modules:
+        changes.add(module, _original_class)
+    changes.apply()
     return model
 
 
-class Row(NamedTuple):
-    """What became of one module."""
+class ReportRow(NamedTuple):
+    """How one module was converted."""
 
     name: str
-    """As in `named_modules`; "" is the model itself."""
-    kind: str
-    """The name of its class."""
+    """As in `named_modules`; "" for the model itself."""
+    class_name: str
     converted: bool
     note: str
-    """Why it is not, or in which way it is."""
+    """Why the module is not converted, or how it is."""
 
 
-class Report(NamedTuple):
-    """What became of a model's modules. As a string: a table, modules of equal fate counted together."""
+class ConversionReport(NamedTuple):
+    """How the modules of a model were converted. As a string: a table with a line for equal rows."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ReportRow, ...]
 
     def __str__(self) -> str:
-        fates = Counter((row.converted, row.kind, row.note) for row in self.rows)
-        first = {(row.converted, row.kind, row.note): row.name or "(the model)" for row in reversed(self.rows)}
-        width = max(len(kind) for _, kind, _ in fates)
-        return "\n".join(
-            f"{'ours' if fate[0] else 'left'} {count:5} {fate[1]:{width}}  "
-            + (f"{fate[2]}  ({first[fate]}{', ...' if count > 1 else ''})" if fate[2] else "")
-            for fate, count in sorted(fates.items(), key=lambda item: (item[0][0], -item[1]))
-        )
+        counts = Counter((row.converted, row.class_name, row.note) for row in self.rows)
+        first = {(row.converted, row.class_name, row.note): row.name for row in reversed(self.rows)}
+        width = max(len(class_name) for _, class_name, _ in counts)
+        lines = []
+        for key, count in sorted(counts.items(), key=lambda item: (item[0][0], -item[1])):
+            converted, class_name, note = key
+            where = f"{note}  ({first[key] or 'the model'}{', ...' if count > 1 else ''})" if note else ""
+            lines.append(f"{'converted' if converted else 'unchanged'} {count:5} {class_name:{width}}  {where}")
+        return "\n".join(lines)
 
 
-def conversion_report(model: nn.Module) -> Report:
-    """What became of each module of a model, and why not where nothing did.
+def conversion_report(model: nn.Module) -> ConversionReport:
+    """How each module of a model was converted, and why not where it was not.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
     _modules(model)
-    rows: list[Row] = []
+    rows: list[ReportRow] = []
     for name, module in model.named_modules():
-        kind, note = _becomes(module, functional=False)
-        note = note if kind is type(module) else "can be converted"
-        rows.append(Row(name, type(module).__name__, _was(module) is not type(module), note))
-    return Report(tuple(rows))
+        cls, note = _converted_class(module, functional=False)
+        note = note if cls is type(module) else "can be converted"
+        rows.append(ReportRow(name, type(module).__name__, _original_class(module) is not type(module), note))
+    return ConversionReport(tuple(rows))
 
 
-# --- what a module becomes, and what it was ---
-
-
-class _Fate(NamedTuple):
-    kind: Class
-    note: str = ""
+# --- changes to a model ---
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"a torch.nn.Module is asked for, not a {type(model).__name__}")
+        raise TypeError(f"expected a torch.nn.Module, but got a {type(model).__name__}")
     return list(model.modules())
 
 
-class _Plan:
-    """What is to change in a model. All of it is found before the first change; `apply` makes all or none."""
+class _Changes:
+    """The new classes of a model's modules. All are found before the first is set; `apply` sets all or none."""
 
     def __init__(self, model: nn.Module, functions: dict[Any, Any]) -> None:
         self.modules = _modules(model)
         self.names = {module: name for name, module in model.named_modules()}
-        self.kinds: dict[nn.Module, Class] = {}
+        self.classes: dict[nn.Module, Class] = {}
         self.functions = functions
 
-    def give(self, module: nn.Module, kind: Callable[[Any], Class]) -> None:
-        """The module gets the class that `kind` says, and other functions for those that it holds."""
-        with self._about(module):
-            self.kinds[module] = kind(module)
+    def add(self, module: nn.Module, new_class: Callable[[Any], Class]) -> None:
+        with self._error_note(module):
+            self.classes[module] = new_class(module)
 
     def apply(self) -> None:
-        before: list[tuple[nn.Module, Class, dict[str, Any]]] = []
+        """Set the classes, and replace the functions that the modules hold."""
+        done: list[tuple[nn.Module, Class, dict[str, Any]]] = []
         try:
-            for module, kind in self.kinds.items():
-                with self._about(module):
-                    held, functions = vars(module), self.functions
+            for module, cls in self.classes.items():
+                with self._error_note(module):
+                    attributes, functions = vars(module), self.functions
                     new = {
-                        name: functions[x]
-                        for name, x in held.items()
-                        if isinstance(x, _FUNCTION) and x in functions
+                        name: functions[value]
+                        for name, value in attributes.items()
+                        if isinstance(value, _FUNCTION) and value in functions
                     }
-                    before.append((module, type(module), {name: held[name] for name in new}))
-                    _set_class(module, kind)
-                    held.update(new)
+                    done.append((module, type(module), {name: attributes[name] for name in new}))
+                    _set_class(module, cls)
+                    attributes.update(new)
         except BaseException:
-            for module, kind, old in reversed(before):
-                _set_class(module, kind)
+            for module, cls, old in reversed(done):
+                _set_class(module, cls)
                 vars(module).update(old)
             raise
 
     @contextmanager
-    def _about(self, module: nn.Module) -> Iterator[None]:
+    def _error_note(self, module: nn.Module) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -198,153 +196,166 @@ class _Plan:
             raise
 
 
-def _set_class(module: nn.Module, kind: Class) -> None:
-    if kind is not type(module):
-        object.__setattr__(module, "__class__", kind)  # a user's __setattr__ may do other things
-        held = vars(module)
-        held["_class_changed"] = True  # torch.compile of torch 2.11 tests no guard before a module's dict changes
-        del held["_class_changed"]
+def _set_class(module: nn.Module, cls: Class) -> None:
+    if cls is not type(module):
+        object.__setattr__(module, "__class__", cls)  # a class may define its own __setattr__
+        attributes = vars(module)
+        attributes["_class_changed"] = True  # torch.compile of torch 2.11 rechecks guards only if the dict changes
+        del attributes["_class_changed"]
 
 
-def _becomes(module: nn.Module, functional: bool) -> _Fate:
-    kind = type(module)
+# --- the class that a module gets ---
+
+
+class _Conversion(NamedTuple):
+    cls: Class
+    note: str = ""
+
+
+def _converted_class(module: nn.Module, functional: bool) -> _Conversion:
+    cls = type(module)
     if isinstance(module, torch.jit.ScriptModule):
-        return _Fate(kind, "has been compiled by TorchScript")
+        return _Conversion(cls, "was compiled by TorchScript")
     if "forward" in vars(module):
-        return _Fate(kind, "has a forward set on the module itself")
+        return _Conversion(cls, "has a forward set on the module itself")
     if parametrize.is_parametrized(module):
-        beneath, note = _class_becomes(kind.__bases__[0], functional)
-        return _Fate(_over(beneath, kind), note)
-    if _class_was(kind) is kind and _ours(kind) is kind and (forward := adapters.adapted(module)):
-        return _Fate(_adapted(kind, forward))
-    return _class_becomes(kind, functional)
+        base, note = _convert_class(cls.__bases__[0], functional)
+        return _Conversion(_with_base(cls, base), note)
+    if _revert_class(cls) is cls and _manual_class(cls) is cls and (forward := adapters.find_adapter(module)):
+        return _Conversion(_with_adapter(cls, forward))
+    return _convert_class(cls, functional)
 
 
-def _was(module: nn.Module) -> Class:
-    kind = type(module)
-    return _over(_class_was(kind.__bases__[0]), kind) if parametrize.is_parametrized(module) else _class_was(kind)
+def _original_class(module: nn.Module) -> Class:
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        return _with_base(cls, _revert_class(cls.__bases__[0]))
+    return _revert_class(cls)
 
 
-def _class_becomes(kind: Class, functional: bool) -> _Fate:
-    if _class_was(kind) is not kind:
-        return _Fate(kind, getattr(kind, "_note", ""))
-    torchs = next((base for base in kind.__mro__ if _ours(base) is not base), None)
-    if torchs is kind:
-        return _Fate(_ours(kind))
-    overridden = _overridden(kind, torchs) if torchs else []
-    if torchs and not overridden:
-        return _Fate(_joined(kind))
-    if kind.forward.__module__.startswith("torch."):
-        return _Fate(kind, "calls nothing that ours replaces")
+def _convert_class(cls: Class, functional: bool) -> _Conversion:
+    if _revert_class(cls) is not cls:
+        return _Conversion(cls, getattr(cls, "_note", ""))
+    torch_class = next((base for base in cls.__mro__ if _manual_class(base) is not base), None)
+    if torch_class is cls:
+        return _Conversion(_manual_class(cls))
+    overridden = _overridden_names(cls, torch_class) if torch_class else []
+    if torch_class and not overridden:
+        return _Conversion(_with_manual_base(cls))
+    if cls.forward.__module__.startswith("torch."):
+        return _Conversion(cls, "calls nothing that manualgrad replaces")
     if functional:
-        return _Fate(_enabling(kind))
-    overrides = f" (overrides {', '.join(overridden)} of {torchs.__name__})" if torchs else ""
-    return _Fate(kind, f"has a forward of its own{overrides}: functional=True")
+        return _Conversion(_with_override(cls))
+    overrides = f" (overrides {', '.join(overridden)} of {torch_class.__name__})" if torch_class else ""
+    return _Conversion(cls, f"defines its own forward{overrides}: needs functional=True")
 
 
-def _class_was(kind: Class) -> Class:
-    while "_made" in vars(kind):
-        kind = vars(kind)["_made"][1][0]
-    return next((base for base in kind.__bases__ if _ours(base) is kind), kind)
+def _revert_class(cls: Class) -> Class:
+    while "_generated_from" in vars(cls):
+        cls = vars(cls)["_generated_from"][1][0]
+    return next((base for base in cls.__bases__ if _manual_class(base) is cls), cls)
 
 
-def _ours(kind: Any) -> Any:
-    """Our class for one of torch.nn; itself, if there is none."""
-    return rebinding.derived(kind) if rebinding.is_module(kind) else kind
+def _manual_class(cls: Any) -> Any:
+    """manualgrad's class for one of torch.nn; the class itself if there is none."""
+    return rebinding.rebind(cls)
 
 
-def _overridden(kind: Class, torchs: Class) -> list[str]:
-    """What a user's class defines in its own way, of that which ours exchanges."""
-    exchanged = {
+def _overridden_names(cls: Class, torch_class: Class) -> list[str]:
+    """What a subclass of a class of torch.nn overrides of that which manualgrad rebinds."""
+    rebound = {
         name
-        for base in _ours(torchs).__mro__
-        if base not in torchs.__mro__
+        for base in _manual_class(torch_class).__mro__
+        if base not in torch_class.__mro__
         for name, value in vars(base).items()
         if isinstance(value, (FunctionType, type))
     }
-    users = {name for base in kind.__mro__[: kind.__mro__.index(torchs)] for name in vars(base)}
-    return sorted(exchanged & users - {"__init__"})
+    defined = {name for base in cls.__mro__[: cls.__mro__.index(torch_class)] for name in vars(base)}
+    return sorted(rebound & defined - {"__init__"})
 
 
-# --- classes made here ---
+# --- generated classes ---
 
 
-class _Made(type):
-    """The class of classes made here. They are pickled by what they were made from, as they stand in no module."""
+class _GeneratedMeta(type):
+    """The metaclass of generated classes. They are pickled by what they were generated from."""
 
 
-class _Quiet(nn.Module):
-    """Keeps a class made here from the hook by which a user's class hears of its subclasses."""
+class _NoSubclassHook(nn.Module):
+    """The first base of generated classes: the ``__init_subclass__`` of a user's class is not called for them."""
 
     def __init_subclass__(cls) -> None:
         pass
 
 
 _lock = RLock()
-_Contents = tuple[tuple[type, ...], dict[str, Any]]
+_BasesAndContents = tuple[tuple[type, ...], dict[str, Any]]
 
 
-def _maker(make: Callable[..., _Contents]) -> Callable[..., Class]:
-    """One class for each class and what else is given: `make` says with which bases and contents."""
+def _class_factory(make: Callable[..., _BasesAndContents]) -> Callable[..., Class]:
+    """A function that generates a class, once for the same arguments. `make` returns its bases and contents."""
 
     @functools.cache
-    def made(*given: Any) -> Class:
-        kind, (bases, contents) = given[0], make(*given)
-        bases = bases if issubclass(kind, _Quiet) else (_Quiet, *bases)
-        about = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        about |= {"_made": (maker, given), "_note": "", **rebinding.NOT_SCRIPTABLE}
-        return _metaclass(type(kind))(kind.__name__, bases, about | contents)
+    def generate(*args: Any) -> Class:
+        cls, (bases, contents) = args[0], make(*args)
+        bases = bases if issubclass(cls, _NoSubclassHook) else (_NoSubclassHook, *bases)
+        copied = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        copied |= {"_generated_from": (factory, args), "_note": "", **rebinding.REFUSES_SCRIPTING}
+        return _metaclass(type(cls))(cls.__name__, bases, copied | contents)
 
     @functools.wraps(make)
-    def maker(*given: Any) -> Class:
+    def factory(*args: Any) -> Class:
         with _lock:
-            return made(*given)
+            return generate(*args)
 
-    return maker
+    return factory
 
 
 @functools.cache
-def _metaclass(users: type) -> Any:
-    """`_Made`, and with it the metaclass that a user's class has."""
-    if issubclass(users, _Made):
-        return users
-    found = _Made if users is type else type("_Made", (_Made, users), {})
-    copyreg.pickle(found, _pickled)  # pyright: ignore[reportArgumentType]
+def _metaclass(user_metaclass: type) -> Any:
+    """`_GeneratedMeta`, joined with the metaclass of a user's class."""
+    if issubclass(user_metaclass, _GeneratedMeta):
+        return user_metaclass
+    found = _GeneratedMeta
+    if user_metaclass is not type:
+        found = type("_GeneratedMeta", (_GeneratedMeta, user_metaclass), {})
+    copyreg.pickle(found, _reduce_class)  # pyright: ignore[reportArgumentType]
     return found
 
 
-def _pickled(kind: Any) -> Any:
-    return vars(kind).get("_made", kind.__qualname__)  # a name: others have made it from one of ours
+def _reduce_class(cls: Any) -> Any:
+    # a class that is derived from a generated one is pickled by name
+    return vars(cls).get("_generated_from", cls.__qualname__)
 
 
-@_maker
-def _joined(kind: Class) -> _Contents:
-    """A user's subclass of a class of torch's, which calls what ours calls."""
-    torchs = next(base for base in kind.__mro__ if _ours(base) is not base)
-    return (kind, _ours(torchs)), {}
+@_class_factory
+def _with_manual_base(cls: Class) -> _BasesAndContents:
+    """A user's subclass of a class of torch.nn, with the methods of manualgrad's class."""
+    torch_class = next(base for base in cls.__mro__ if _manual_class(base) is not base)
+    return (cls, _manual_class(torch_class)), {}
 
 
-@_maker
-def _enabling(kind: Class) -> _Contents:
-    """A class whose forward calls ours when it calls torch's functions."""
+@_class_factory
+def _with_override(cls: Class) -> _BasesAndContents:
+    """A class with a forward that runs inside `override_torch_functions`."""
 
-    @functools.wraps(kind.forward)
+    @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with override_torch_functions():
-            return kind.forward(self, *args, **kwargs)
+            return cls.forward(self, *args, **kwargs)
 
-    return (kind,), {"forward": forward, "_note": "its forward runs inside override_torch_functions()"}
+    return (cls,), {"forward": forward, "_note": "its forward runs inside override_torch_functions()"}
 
 
-@_maker
-def _adapted(kind: Class, adapter: Callable[[Any, Tensor], Tensor]) -> _Contents:
+@_class_factory
+def _with_adapter(cls: Class, adapter: Callable[[Any, Tensor], Tensor]) -> _BasesAndContents:
     """A class with an adapter's forward."""
 
-    @functools.wraps(kind.forward)
+    @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         return adapter(self, *args, *kwargs.values())
 
-    return (kind,), {"forward": forward, "_note": f"its forward is {adapter.__module__}.{adapter.__qualname__}"}
+    return (cls,), {"forward": forward, "_note": f"its forward is {adapter.__module__}.{adapter.__qualname__}"}
 
 
 _POOLS = tuple(
@@ -352,49 +363,50 @@ _POOLS = tuple(
 )
 
 
-def _masked(kind: Class) -> Class:
-    """What saves a bit mask, if there is such a class for this one of ours."""
-    if kind is _ours(nn.ReLU):
-        return _saving_mask(kind, _relu_with_mask)
-    return _saving_mask(kind, _leaky_relu_with_mask) if kind is _ours(nn.LeakyReLU) else kind
+def _mask_saving_class(cls: Class) -> Class:
+    """The class that saves a bit mask, for manualgrad's ReLU and LeakyReLU; any other class itself."""
+    if cls is _manual_class(nn.ReLU):
+        return _saving_mask(cls, _relu_with_mask)
+    return _saving_mask(cls, _leaky_relu_with_mask) if cls is _manual_class(nn.LeakyReLU) else cls
 
 
 def _relu_with_mask(self: Any, input: Tensor) -> Tensor:
-    return relu_with_mask(input) if self.inplace else our_functional.relu(input)
+    return relu_with_mask(input) if self.inplace else manual_functional.relu(input)
 
 
 def _leaky_relu_with_mask(self: Any, input: Tensor) -> Tensor:
     if not self.inplace:
-        return our_functional.leaky_relu(input, self.negative_slope)
+        return manual_functional.leaky_relu(input, self.negative_slope)
     return leaky_relu_with_mask(input, self.negative_slope)
 
 
-@_maker
-def _saving_mask(kind: Class, forward: Callable[..., Tensor]) -> _Contents:
-    """An activation in place before a pool."""
-    return (kind,), {"forward": forward, "_note": "saves a bit mask, as the pool that follows saves no input"}
+@_class_factory
+def _saving_mask(cls: Class, forward: Callable[..., Tensor]) -> _BasesAndContents:
+    """An in-place activation before a pool."""
+    return (cls,), {"forward": forward, "_note": "saves a bit mask, since the next pool does not save its input"}
 
 
-def _fused_once(kind: Class, contents: Callable[[Class], dict[str, Any]]) -> Class:
-    return kind if vars(kind).get("_made", (None,))[0] is _fused else _fused(kind, contents)
+def _fused_class(cls: Class, contents: Callable[[Class], dict[str, Any]]) -> Class:
+    is_fused = vars(cls).get("_generated_from", (None,))[0] is _with_fused_loss
+    return cls if is_fused else _with_fused_loss(cls, contents)
 
 
-@_maker
-def _fused(kind: Class, contents: Callable[[Class], dict[str, Any]]) -> _Contents:
-    """A class that takes part in computing a loss without logits."""
-    return (kind,), contents(kind) | {"_note": "its loss is computed without logits"}
+@_class_factory
+def _with_fused_loss(cls: Class, contents: Callable[[Class], dict[str, Any]]) -> _BasesAndContents:
+    """The class of a language model, or of its head, that computes the loss without logits."""
+    return (cls,), contents(cls) | {"_note": "its loss is computed without logits"}
 
 
-def _over(beneath: Class, kind: Class) -> Class:
-    """A parametrized module's class with another class beneath: that which it was made over, if it still fits."""
-    if beneath is kind.__bases__[0]:
-        return kind
-    before = vars(kind).get("_made_over")
-    if before and before.__bases__[0] is beneath and vars(before).keys() | {"_made_over"} == vars(kind).keys():
+def _with_base(cls: Class, base: Class) -> Class:
+    """A parametrized module's class with another base: the class that it was converted from, if that fits."""
+    if base is cls.__bases__[0]:
+        return cls
+    before = vars(cls).get("_converted_from")
+    if before and before.__bases__[0] is base and vars(before).keys() | {"_converted_from"} == vars(cls).keys():
         return before
-    contents = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    metaclass: Any = type(beneath)
-    return metaclass(kind.__name__, (beneath,), contents | {"_made_over": kind})
+    contents = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    metaclass: Any = type(base)
+    return metaclass(cls.__name__, (base,), contents | {"_converted_from": cls})
 
 
 # --- functions that modules hold ---
@@ -403,17 +415,17 @@ _FUNCTION = (FunctionType, BuiltinFunctionType)
 
 
 @functools.cache
-def _our_functions() -> dict[Any, Any]:
-    """By a function of torch.nn.functional, ours of this name."""
+def _manual_functions() -> dict[Any, Any]:
+    """By a function of torch.nn.functional, manualgrad's."""
     return {
-        theirs: ours
-        for name, ours in vars(our_functional).items()
-        if isinstance(theirs := getattr(F, name, None), _FUNCTION)
-        and ours is not theirs
+        original: manual
+        for name, manual in vars(manual_functional).items()
+        if isinstance(original := getattr(F, name, None), _FUNCTION)
+        and manual is not original
         and not name.startswith("_")
     }
 
 
 @functools.cache
-def _torchs_functions() -> dict[Any, Any]:
-    return {ours: theirs for theirs, ours in _our_functions().items()}
+def _torch_functions() -> dict[Any, Any]:
+    return {manual: original for original, manual in _manual_functions().items()}

@@ -1,9 +1,10 @@
-"""torch's functions, called by their own names, led to ours while a context is open.
+"""torch's functions, called by their own names, computed by manualgrad's while a context is open.
 
-A model that calls ``torch.nn.functional`` itself, or ``x.softmax(-1)``, is not changed by other modules. Inside
-`override_torch_functions` a `torch.overrides.TorchFunctionMode` receives such a call and passes it to ours.
-The table of operations has that function already. This module looks it up under every name that torch has for it:
-``F.relu``, ``torch.relu``, ``Tensor.relu``, ``Tensor.relu_``. Where the signatures differ, torch's schema decides.
+Conversion of modules does not reach the calls of ``torch.nn.functional`` or ``x.softmax(-1)`` in a model's own
+code. Inside `override_torch_functions` a `torch.overrides.TorchFunctionMode` receives such a call and passes it on
+to manualgrad's function. The table of operations has this function. The overrides below have it under every name
+that torch has for the operation: ``F.relu``, ``torch.relu``, ``Tensor.relu``, ``Tensor.relu_``. Where the
+signatures differ, torch's schema decides.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from manualgrad import registry
 from manualgrad.fallback import PLAIN, TRACED, fallback, has_default_handler, tracing_state, unusual
 from manualgrad.nn import functional
 from manualgrad.ops.elementary import product, spares
-from manualgrad.rebinding import refuse_if_called
+from manualgrad.rebinding import refuse_late_registration
 from manualgrad.rule import every_rule
 from manualgrad.rule.torch_internals import beyond_reverse_mode
 
@@ -33,18 +34,18 @@ _PRODUCTS = frozenset((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__))
 
 @contextmanager
 def override_torch_functions() -> Iterator[None]:
-    """While it is open, in this thread, torch's functions and methods are ours wherever ours has an equal.
+    """Inside this context, in this thread, torch's functions and methods are manualgrad's where it has them.
 
         with manualgrad.override_torch_functions():
             loss = F.cross_entropy(torch.relu(x @ w).softmax(-1), target)
 
-    Values, errors and the random stream stay torch's. Only what may have a gradient is led to ours: calls in which
-    a tensor requires one, forward mode, and the transforms of `torch.func`. Subclasses of Tensor with a
-    ``__torch_function__`` of their own, sparse, nested, quantized and meta tensors are torch's business as before,
-    and so are overloads that ours does not have: `record_fallbacks` counts them. An error is raised as it is. It
-    can be nested, and used as a decorator.
+    Values, errors and the random stream stay torch's. Only calls that may be differentiated are overridden: calls
+    in which a tensor requires a gradient, forward mode, and the transforms of `torch.func`. Torch still computes
+    calls with subclasses of Tensor that define ``__torch_function__``, with sparse, nested, quantized and meta
+    tensors, and of overloads that manualgrad does not have: `record_fallbacks` counts them. Errors are raised and
+    never lead to a fallback. The context can be nested and used as a decorator.
 
-    A function given to `torch.utils.checkpoint.checkpoint` runs again after the context has been left: pass
+    A function given to `torch.utils.checkpoint.checkpoint` runs again after the context is closed. Pass
     ``context_fn=lambda: (override_torch_functions(), override_torch_functions())`` to it. (Modules converted with
     ``functional=True`` do so themselves.)
     """
@@ -60,31 +61,31 @@ class _OverrideMode(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        ours = replacement(func, types, args, kwargs)
-        if ours is not None:
-            result = ours(*args, **kwargs)  # the mode is off in here
+        override = find_override(func, types, args, kwargs)
+        if override is not None:
+            result = override(*args, **kwargs)  # torch disables the mode during this call
             if result is not NotImplemented:
                 return result
-            fallback(func, "ours has no overload with these arguments")
+            fallback(func, "manualgrad has no overload with these arguments")
         return func(*args, **kwargs)
 
 
-def replacement(
+def find_override(
     func: Any, types: Iterable[type], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[..., Any] | None:
-    """What is called in place of torch's `func` with these arguments; None: nothing is. It may return
-    NotImplemented, and has done nothing then."""
-    ours = product if func in _PRODUCTS and not kwargs and spares(*args) else _TABLE.get(func)
-    if ours is None or not _differentiable([*args, *kwargs.values()]):
+    """manualgrad's function for this call of torch's `func`; None if torch computes it. The function may return
+    NotImplemented, without a side effect."""
+    override = product if func in _PRODUCTS and not kwargs and spares(*args) else _overrides.get(func)
+    if override is None or not _may_need_gradient([*args, *kwargs.values()]):
         return None
-    reason = _reason_for_torch(types, [*args, *kwargs.values()], ours is product)
+    reason = _reason_for_torch(types, [*args, *kwargs.values()], override is product)
     if reason:
         fallback(func, reason)
         return None
-    return ours
+    return override
 
 
-def _each(values: Iterable[Any]) -> list[Tensor]:
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return [
         x
         for value in values
@@ -93,68 +94,67 @@ def _each(values: Iterable[Any]) -> list[Tensor]:
     ]
 
 
-def _differentiable(values: Iterable[Any]) -> bool:
-    """A gradient may be asked for."""
+def _may_need_gradient(values: Iterable[Any]) -> bool:
     if beyond_reverse_mode():
         return True
-    return torch.is_grad_enabled() and any(x.requires_grad for x in _each(values))
+    return torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(values))
 
 
 def _reason_for_torch(types: Iterable[type], values: Iterable[Any], plain_only: bool) -> str:
-    """Why the call is torch's, if it is."""
-    for kind in types:
-        if kind not in PLAIN and (plain_only or not has_default_handler(kind)):
-            return f"a {kind.__module__}.{kind.__qualname__}"
+    """Why torch computes the call; empty if manualgrad does."""
+    for cls in types:
+        if cls not in PLAIN and (plain_only or not has_default_handler(cls)):
+            return f"a {cls.__module__}.{cls.__qualname__}"
     if tracing_state() is not None:
         return TRACED
     if beyond_reverse_mode():
         return ""
-    return next((reason for x in _each(values) if (reason := "a meta tensor" if x.is_meta else unusual(x))), "")
+    return next((reason for x in _tensors(values) if (reason := "a meta tensor" if x.is_meta else unusual(x))), "")
 
 
-# --- every name of torch's for what is ours ---
+# --- the overrides, by every name that torch has for an operation ---
 
-_SPACES = (torch, torch.special, torch._C._nn, Tensor)  # pyright: ignore[reportAttributeAccessIssue]
+_NAMESPACES = (torch, torch.special, torch._C._nn, Tensor)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _table() -> dict[Any, Callable[..., Any]]:
-    """By torch's function or method, ours, to be called with the same arguments."""
+def _make_overrides() -> dict[Any, Callable[..., Any]]:
+    """By a function or method of torch, manualgrad's with the same signature."""
     found: dict[Any, Callable[..., Any]] = {
-        theirs: vars(functional)[name]
-        for name, theirs in vars(F).items()
-        if not name.startswith("_") and callable(theirs) and vars(functional)[name] is not theirs
+        original: vars(functional)[name]
+        for name, original in vars(F).items()
+        if not name.startswith("_") and callable(original) and vars(functional)[name] is not original
     }
     found |= {
         op.reference: op.function
         for op in registry.ops().values()
-        if not isinstance(op.reference, MethodType)  # a Function's apply: no mode sees it
+        if not isinstance(op.reference, MethodType)  # no mode receives the apply of a Function
     }
 
-    def enter(name: str, ours: Callable[..., Any], in_order: bool = False) -> None:
-        for space in _SPACES:
-            theirs = getattr(space, name, None)
-            if theirs is None or theirs in found:
+    def add(name: str, manual: Callable[..., Any], by_position: bool = False) -> None:
+        for namespace in _NAMESPACES:
+            original = getattr(namespace, name, None)
+            if original is None or original in found:
                 continue
-            if route := _by_schema(name, ours, in_order):
-                found[theirs] = route
-            elif space is not Tensor:  # a method that stands in no namespace is another operation (unfold)
-                found[theirs] = _not_taken
+            if override := _override_by_schema(name, manual, by_position):
+                found[original] = override
+            elif namespace is not Tensor:  # Tensor has methods of this name that are other operations (unfold)
+                found[original] = _unsupported_overload
 
-    for kernel, ours in registry.kernel_replacements.items():  # written with the kernel's own order of arguments
-        enter(getattr(kernel, "__name__", ""), ours, in_order=True)
+    for kernel, manual in registry.kernel_replacements.items():  # its arguments have the kernel's order
+        add(getattr(kernel, "__name__", ""), manual, by_position=True)
     for op in registry.ops().values():
-        enter(op.name, op.function)
-        enter(f"{op.name}_", _over(op.function))
+        add(op.name, op.function)
+        add(f"{op.name}_", _inplace(op.function))
     return found
 
 
-def _not_taken(*args: Any, **kwargs: Any) -> Any:
-    """torch's function has ours of the same name, but takes other arguments: the call is torch's, and counted."""
+def _unsupported_overload(*args: Any, **kwargs: Any) -> Any:
+    """For a torch function with the name but not the arguments of manualgrad's: torch computes it."""
     return NotImplemented
 
 
-def _over(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same function, written over its input."""
+def _inplace(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, writing its output into its input."""
     if "inplace" in inspect.signature(function).parameters:
         return functools.partial(function, inplace=True)
 
@@ -166,12 +166,12 @@ def _over(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Argument(NamedTuple):
-    """An argument of an operation of torch's."""
+    """An argument of an overload of a torch operation."""
 
     name: str
-    ours: str | None
-    """By which name ours takes it; "": in its place; None: it does not (it says how to compute, not what)."""
-    keyword: bool
+    passed: str | None
+    """How manualgrad's function takes it: by this name; "": by position; None: not (it chooses an algorithm)."""
+    keyword_only: bool
     is_tensor: bool
     default: Any
 
@@ -179,61 +179,61 @@ class _Argument(NamedTuple):
 _REQUIRED = object()
 
 
-def _by_schema(name: str, ours: Callable[..., Any], in_order: bool) -> Callable[..., Any] | None:
-    """A function that takes the arguments of torch's operation and calls ours, with our names for them or, if they
-    stand in the same order, in that order. None: there is no operation of this name and our meaning."""
+def _override_by_schema(name: str, manual: Callable[..., Any], by_position: bool) -> Callable[..., Any] | None:
+    """A function with the arguments of the torch operation of this name, which calls manualgrad's; None if the two
+    mean different things. Arguments are matched by name, or by position."""
     operation = getattr(torch.ops.aten, name, None)
     if operation is None:
         return None
-    signature = _signature(ours)
-    if "None" in str(
-        signature.return_annotation
-    ):  # less than torch's operation returns: for torch's functions alone
+    signature = _signature(manual)
+    if "None" in str(signature.return_annotation):  # it returns less than the operation does
         return None
     parameters = list(signature.parameters.values())
     schemas = [getattr(operation, overload)._schema for overload in operation.overloads()]
-    overloads = [found for schema in schemas if (found := _matched(schema, parameters, in_order))]
+    overloads = [found for schema in schemas if (found := _match_arguments(schema, parameters, by_position))]
     if not overloads:
         return None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         for overload in overloads:
-            values = _given(overload, args, kwargs)
+            values = _bind_arguments(overload, args, kwargs)
             if values is not None:
-                placed = [values[x.name] for x in overload if x.ours == ""]
-                return ours(*placed, **{x.ours: values[x.name] for x in overload if x.ours})
+                positional = [values[x.name] for x in overload if x.passed == ""]
+                return manual(*positional, **{x.passed: values[x.name] for x in overload if x.passed})
         return NotImplemented
 
     return call
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    """That of `forward`, if it is a rule's entry."""
+    """The signature of a function; of a rule's ``apply``, that of its ``forward``."""
     forwards = {
-        entry: rule.forward
+        apply: rule.forward
         for rule in every_rule()
-        for entry in (getattr(rule, "apply", None), getattr(rule, "apply_", None))
-        if entry is not None
+        for apply in (getattr(rule, "apply", None), getattr(rule, "apply_", None))
+        if apply is not None
     }
     return inspect.signature(forwards.get(inspect.unwrap(function), function))
 
 
-def _matched(schema: Any, parameters: list[inspect.Parameter], in_order: bool) -> tuple[_Argument, ...]:
-    """The operation's arguments, each with its place among our parameters; none, if they mean something else."""
-    named = {parameter.name: parameter for parameter in parameters}
+def _match_arguments(schema: Any, parameters: list[inspect.Parameter], by_position: bool) -> tuple[_Argument, ...]:
+    """The arguments of an overload, matched with manualgrad's parameters; empty if one has no match."""
+    by_name = {parameter.name: parameter for parameter in parameters}
     found: list[_Argument] = []
-    for place, x in enumerate(schema.arguments):
-        placed = place == 0 or (in_order and not x.kwarg_only)
-        ours = parameters[min(place, len(parameters) - 1)] if placed else named.get(x.name)
-        if ours is None:
+    for index, x in enumerate(schema.arguments):
+        positional = index == 0 or (by_position and not x.kwarg_only)
+        parameter = parameters[min(index, len(parameters) - 1)] if positional else by_name.get(x.name)
+        if parameter is None:
             if not x.name.startswith("cudnn"):
                 return ()
-        elif ours.kind is not inspect.Parameter.VAR_POSITIONAL and not _of_one_kind(ours.annotation, x.type):
+        elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL and not _types_match(
+            parameter.annotation, x.type
+        ):
             return ()
         found.append(
             _Argument(
                 x.name,
-                "" if placed else x.name if ours else None,
+                "" if positional else x.name if parameter else None,
                 x.kwarg_only,
                 str(x.type) in ("Tensor", "Optional[Tensor]"),
                 x.default_value if x.has_default_value() else _REQUIRED,
@@ -242,33 +242,33 @@ def _matched(schema: Any, parameters: list[inspect.Parameter], in_order: bool) -
     return tuple(found)
 
 
-def _of_one_kind(annotation: object, kind: object) -> bool:
-    """Both are tensors, or both are settings."""
-    return annotation == "Any" or ("Tensor" in str(annotation)) == ("Tensor" in str(kind))
+def _types_match(annotation: object, schema_type: object) -> bool:
+    """Both are tensors, or neither is."""
+    return annotation == "Any" or ("Tensor" in str(annotation)) == ("Tensor" in str(schema_type))
 
 
-def _given(
+def _bind_arguments(
     overload: tuple[_Argument, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Every argument's value; None: it is another overload that is called."""
-    places = [x.name for x in overload if not x.keyword]
-    if len(args) > len(places):
+    """The value of each argument; None if the call is of another overload."""
+    positional = [x.name for x in overload if not x.keyword_only]
+    if len(args) > len(positional):
         return None
-    named = {places[0] if name == "input" else name: value for name, value in kwargs.items()}
-    values = {x.name: x.default for x in overload} | dict(zip(places, args, strict=False)) | named
-    fit = len(values) == len(overload) and all(_fits(x, values[x.name]) for x in overload)
-    return values if fit else None
+    by_name = {positional[0] if name == "input" else name: value for name, value in kwargs.items()}
+    values = {x.name: x.default for x in overload} | dict(zip(positional, args, strict=False)) | by_name
+    matches = len(values) == len(overload) and all(_accepts(x, values[x.name]) for x in overload)
+    return values if matches else None
 
 
-def _fits(argument: _Argument, value: Any) -> bool:
+def _accepts(argument: _Argument, value: Any) -> bool:
     return value is None or (value is not _REQUIRED and isinstance(value, Tensor) == argument.is_tensor)
 
 
-_TABLE = _table()
+_overrides = _make_overrides()
 
 
 @registry.observers.append
-def _update(torchs: Any) -> None:
-    """An operation has been registered late."""
-    refuse_if_called(torchs)
-    _TABLE.update(_table())
+def _update_overrides(original: Any) -> None:
+    """Called when an operation is registered after the import."""
+    refuse_late_registration(original)
+    _overrides.update(_make_overrides())

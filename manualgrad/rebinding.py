@@ -1,23 +1,30 @@
-"""torch's own Python, calling ours.
+"""torch.nn's own Python code, run with manualgrad's functions in its globals.
 
-A module of torch.nn is a state, its description, and a ``forward`` that calls a function; many a function of
-torch.nn.functional is a few checks and a call of others. Nothing in them is to be derived, and a copy would grow
-old. They are taken as they stand, and only what they *call* is looked up elsewhere: `bound` gives a function of
-torch's the same code with other globals, and `derived` a class of torch's a subclass whose methods are bound so.
+A module of torch.nn is a state and a ``forward`` that calls a function. Many functions of torch.nn.functional
+check their arguments and call others. Such code needs no rule, and a copy of its text would go out of date. So
+manualgrad runs torch's own code objects with other globals.
 
-What is replaced: the functions that the table of operations names, the kernels that it has a rule for, the modules
-that lead to them, and the namespaces through which torch calls them: ``F``, and ``torch``, ``torch._C._nn`` and
-``_VF`` where they are asked for one.
+Each module of torch that is shadowed has one namespace:
+
+    torch.nn.functional        `manualgrad.nn.functional`
+    torch.nn.modules.linear    ``manualgrad.nn.modules.linear``, made here; likewise the others
+    torch, torch._C._nn, ...   a `_KernelNamespace`, seen by rebound code only
+
+In a namespace a name has manualgrad's function where the table of operations has one, the rebound copy of a
+function or class that calls one, and torch's own value otherwise. `rebound_names` lists the functions that are
+rebound, and `check` compares them with the list that is checked in.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
+import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, TypeGuard
 
@@ -26,178 +33,354 @@ import torch.nn.functional as F
 from torch import nn
 from torch._jit_internal import boolean_dispatched
 from torch.overrides import handle_torch_function
+from torch.torch_version import TorchVersion
 from typing_extensions import deprecated
 
 from manualgrad import registry
 from manualgrad.fallback import fallback, reason_for_torch
-from manualgrad.rule.torch_internals import beyond_reverse_mode
+from manualgrad.rebound_names import REBOUND_NAMES, SINCE
+from manualgrad.rule.torch_internals import TRIED, beyond_reverse_mode
 
 _get_fastpath_enabled = torch.backends.mha.get_fastpath_enabled
-_NAMESPACES = (
-    *(torch, torch._C, torch._C._nn, torch._VF),  # pyright: ignore[reportAttributeAccessIssue]
-    *(torch.backends, torch.backends.mha),
-)
 
 
-def _inference_alone() -> bool:
-    """The transformers' path for inference is one operation of torch's, without a derivative in forward mode or
-    under a transform; of these torch's own conditions do not ask."""
+def _fastpath_enabled() -> bool:
+    """The inference path of the transformer layers is one operation without a derivative in forward mode or under
+    a transform. torch's own conditions do not test for these."""
     return _get_fastpath_enabled() and not beyond_reverse_mode()
 
 
 @functools.cache
-def _ours() -> dict[Any, Any]:
-    """Our function for each of torch's that has one."""
-    written = {
+def _replacements() -> dict[Any, Any]:
+    """By a function or kernel of torch, manualgrad's."""
+    implementations = {
         op.reference: op.implementation for op in registry.ops().values() if not isinstance(op.implementation, str)
     }
-    found = {_get_fastpath_enabled: _inference_alone, **registry.kernel_replacements, **written}
-    # a Function is called by its apply
-    return {theirs: SimpleNamespace(apply=f) if isinstance(theirs, type) else f for theirs, f in found.items()}
+    found = {_get_fastpath_enabled: _fastpath_enabled, **registry.kernel_replacements, **implementations}
+    # torch calls the `apply` of an autograd.Function
+    return {
+        original: SimpleNamespace(apply=manual) if isinstance(original, type) else manual
+        for original, manual in found.items()
+    }
 
 
-class _Twin(ModuleType):
-    """A namespace of torch's, with ours for those of its names that have one."""
+def _is_replaced(value: Any) -> bool:
+    return value is F or (callable(value) and value in _replacements())
+
+
+# --- namespaces ---
+
+
+class _KernelNamespace(ModuleType):
+    """A module of torch outside of torch.nn, with manualgrad's functions for those of its names that have one."""
 
     def __init__(self, original: ModuleType) -> None:
         super().__init__(original.__name__)
         self._original = original
 
     def __getattr__(self, name: str) -> Any:
-        found = replaced(getattr(self._original, name), _called())
-        vars(self)[name] = found
-        return found
-
-
-_twin = functools.cache(_Twin)
-
-
-def replaced(value: Any, names: frozenset[str] = frozenset()) -> Any:
-    """What takes the place of a global of torch's code, which uses these names: the global itself, mostly."""
-    if value is F:
-        return importlib.import_module("manualgrad.nn.functional")
-    if isinstance(value, ModuleType):
-        return _twin(value) if value in _NAMESPACES and not names.isdisjoint(_called()) else value
-    if not isinstance(value, type) and not callable(value):
+        value = rebind(getattr(self._original, name))
+        vars(self)[name] = value
         return value
-    if value in _ours():
-        return _ours()[value]
-    if not getattr(value, "__module__", "").startswith("torch.nn."):
-        return value
-    if isinstance(value, FunctionType):
-        return bound(value)
-    return derived(value) if is_module(value) else value
 
 
-def is_module(value: Any) -> TypeGuard[type[nn.Module]]:
-    """A public module class of torch.nn."""
+_KERNEL_MODULES: tuple[ModuleType, ...] = (
+    *(torch, torch._C, torch._C._nn, torch._VF),  # pyright: ignore[reportAttributeAccessIssue]
+    *(torch.backends, torch.backends.mha),
+)
+_shadows: dict[ModuleType, ModuleType] = {module: _KernelNamespace(module) for module in _KERNEL_MODULES}
+"""By a module of torch, what takes its place in rebound code."""
+_namespaces: dict[int, dict[str, Any]] = {}
+"""By the id of a function's globals, the globals of its rebound copy."""
+_unfilled: list[tuple[dict[str, Any], dict[str, Any]]] = []
+"""Globals and their new namespaces, which still hold torch's values."""
+
+
+def shadow_module(original: ModuleType, shadow: ModuleType) -> None:
+    """Make a module the namespace of a module of torch.nn, with all of its names."""
+    _register(original, shadow)
+    _fill_namespaces()
+
+
+def _register(original: ModuleType, shadow: ModuleType) -> None:
+    _shadows[original] = shadow
+    _namespaces[id(vars(original))] = vars(shadow)
+    vars(shadow).update({name: value for name, value in vars(original).items() if not _is_dunder(name)})
+    _unfilled.append((vars(original), vars(shadow)))
+
+
+def _namespace_of(scope: dict[str, Any]) -> dict[str, Any]:
+    if id(scope) not in _namespaces:
+        module = sys.modules.get(scope["__name__"])
+        if module is not None and vars(module) is scope and module.__name__.startswith("torch.nn."):
+            _make_shadow(module)
+        else:
+            namespace = dict(scope)
+            del namespace["__name__"]  # torch.compile would look the names up in the module of this name
+            _namespaces[id(scope)] = namespace
+            _unfilled.append((scope, namespace))
+    return _namespaces[id(scope)]
+
+
+def _make_shadow(original: ModuleType) -> ModuleType:
+    """``manualgrad.nn.modules.linear`` for torch.nn.modules.linear. Its ``__file__`` is torch's, where `inspect`
+    finds the source of its functions and classes."""
+    name = _manual_name(original.__name__)
+    shadow = ModuleType(name, original.__doc__)
+    shadow.__file__ = original.__file__
+    shadow.__spec__ = ModuleSpec(name, None, origin=original.__file__, is_package=hasattr(original, "__path__"))
+    shadow.__package__ = shadow.__spec__.parent
+    vars(shadow)["__builtins__"] = vars(original)["__builtins__"]
+    if hasattr(original, "__path__"):
+        shadow.__path__ = []
+    _register(original, shadow)
+    sys.modules[name] = shadow
+    parent_name, _, leaf = original.__name__.rpartition(".")
+    if parent_name != "torch.nn":
+        parent = sys.modules[parent_name]
+        setattr(_shadows.get(parent) or _make_shadow(parent), leaf, shadow)
+    return shadow
+
+
+def _fill_namespaces() -> None:
+    while _unfilled:
+        scope, namespace = _unfilled.pop()
+        for name, value in scope.items():
+            if not _is_dunder(name):
+                namespace[name] = _rebind(value)
+
+
+def _is_dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def _manual_name(name: str) -> str:
+    return name.replace("torch.nn", "manualgrad.nn", 1)
+
+
+# --- values ---
+
+
+def rebind(value: Any) -> Any:
+    """What takes the place of a value in rebound code; the value itself if nothing in it is replaced."""
+    found = _rebind(value)
+    _fill_namespaces()
+    return found
+
+
+def rebind_function(function: FunctionType) -> FunctionType:
+    """The function with manualgrad's functions in its globals; itself if it calls none of them."""
+    found = _rebind_function(function)
+    _fill_namespaces()
+    return found
+
+
+def is_module_class(value: Any) -> TypeGuard[type[nn.Module]]:
+    """The value is a public module class of torch.nn."""
     return isinstance(value, type) and issubclass(value, nn.Module) and vars(nn).get(value.__name__) is value
 
 
-@functools.cache
-def _called() -> frozenset[str]:
-    """Names by which a namespace of torch's other than ``F`` has what is ours."""
-    named = ((getattr(value, "__name__", ""), value) for value in _ours())
-    return frozenset(
-        name for name, value in named if any(getattr(space, name, None) == value for space in _NAMESPACES)
-    )
+_rebound: dict[Any, Any] = {}
+"""By a function or class of torch, its rebound copy; itself if it calls nothing that is replaced."""
+_original: dict[Any, Any] = {}
+"""By a rebound function, torch's."""
 
 
-_bound: dict[Any, Any] = {}
-"""What has been bound or derived, by what it was: that itself where nothing is ours. While it is looked at, a
-function's copy stands here already: torch's functions name each other in circles."""
-_unbound: dict[Any, Any] = {}
-"""By a bound copy, the function of torch's."""
+def _rebind(value: Any) -> Any:
+    if isinstance(value, ModuleType):
+        return _shadows.get(value, value)
+    if value is handle_torch_function:
+        return _handle_torch_function
+    if _is_replaced(value):
+        return _replacements()[value]
+    if _is_nn_function(value):
+        return _rebind_function(value)
+    return _rebind_class(value) if is_module_class(value) else value
 
 
-def _handle(function: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """torch's `handle_torch_function`, which our copy calls. A type with a ``__torch_function__`` of its own gets
-    torch's function, which it knows; a mode, or Tensor's own handler, gets ours."""
+def _is_nn_function(value: Any) -> TypeGuard[FunctionType]:
+    return isinstance(value, FunctionType) and (value.__module__ or "").startswith("torch.nn.")
+
+
+def _handle_torch_function(function: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch's `handle_torch_function` for rebound code. A type with a ``__torch_function__`` gets torch's
+    function, which it knows. A mode, and Tensor's default handler, get manualgrad's."""
     if reason := reason_for_torch(relevant_args):
         fallback(function, reason)
-        function = _unbound.get(function, function)
+        function = _original.get(function, function)
     return handle_torch_function(function, relevant_args, *args, **kwargs)
 
 
-def bound(function: FunctionType) -> FunctionType:
-    """A function of torch's with ours for what it calls; itself, if it calls none."""
-    if function in _bound:
-        return _bound[function]
-    scope = dict(function.__globals__)
-    del scope["__name__"]  # or Dynamo looks the names up in torch's module
-    copy = _copied(function, scope)
-    copy.__module__ = function.__module__.replace("torch.nn", "manualgrad.nn", 1)  # where pickle finds it
-    names = frozenset(_names(copy.__code__))
-    _bound[function] = copy
-    changed = False
-    _unbound[copy] = function
-    for name in names & scope.keys():
-        if scope[name] is handle_torch_function:
-            scope[name] = _handle
-            continue
-        value, scope[name] = scope[name], replaced(scope[name], names)
-        changed |= scope[name] is not value and value is not function
-    if function.__defaults__:  # an activation, say
-        copy.__defaults__ = tuple(map(replaced, function.__defaults__))
-        changed |= copy.__defaults__ != function.__defaults__
-    if not changed:
-        _bound[function] = function
-    return _bound[function]
+# --- what is rebound ---
 
 
-def refuse_if_called(torchs: Any) -> None:
-    """torch.nn's own code has been bound to the functions that ours had then. One that it calls comes too late.
+@functools.cache
+def _kernel_names() -> frozenset[str]:
+    """The names under which the modules of `_KERNEL_MODULES` have functions that are replaced."""
+    named = ((getattr(value, "__name__", ""), value) for value in _replacements())
+    return frozenset(
+        name for name, value in named if any(getattr(module, name, None) == value for module in _KERNEL_MODULES)
+    )
 
-    Raises:
-        ValueError: torch.nn calls it.
-    """
-    name = getattr(torchs, "__name__", "")
-    spaces = [vars(F), *map(vars, _NAMESPACES)]
-    for function in [x for x in _bound if isinstance(x, FunctionType)]:
-        if name in _names(function.__code__) and any(
-            x.get(name) == torchs for x in [function.__globals__, *spaces]
-        ):
-            raise ValueError(
-                f"{name} is called by {function.__module__}.{function.__qualname__}, which was bound to our "
-                "functions when manualgrad was imported: register it in a file of manualgrad/ops"
+
+@functools.cache
+def _calls_replaced(start: Any) -> bool:
+    """A function or class of torch names something that is replaced, or something else that does."""
+    seen, pending = {start}, [start]
+    while pending:
+        for value in _references(pending.pop()):
+            if _is_replaced(value):
+                return True
+            if (_is_nn_function(value) or is_module_class(value)) and value not in seen:
+                seen.add(value)
+                pending.append(value)
+    return False
+
+
+def _references(value: Any) -> Iterator[Any]:
+    """What the code of a function or of a class and its bases refers to."""
+    if isinstance(value, type):
+        for base in value.__mro__:
+            if issubclass(base, nn.Module) and base is not nn.Module:
+                yield from vars(base).values()
+    elif parts := boolean_dispatched.get(value):
+        yield from (parts["if_true"], parts["if_false"])
+    else:
+        yield from value.__defaults__ or ()  # an activation, for example
+        names = frozenset(_names_in(value.__code__))
+        _examined[value] = names
+        found = [value.__globals__[name] for name in names & value.__globals__.keys()]
+        yield from found
+        if any(isinstance(x, ModuleType) and x in _KERNEL_MODULES for x in found):
+            yield from (
+                getattr(module, name, None) for module in _KERNEL_MODULES for name in names & _kernel_names()
             )
 
 
-def _copied(function: FunctionType, scope: dict[str, Any]) -> FunctionType:
-    """The same function, to look its globals up in a scope of its own."""
-    parts: Any = boolean_dispatched.get(function)
-    if parts is None:
-        # Dynamo keeps what it compiled with the code object, and two functions may not share it
-        code = function.__code__.replace()
-        copy = FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
-        copy.__kwdefaults__ = function.__kwdefaults__
-    else:  # one function or the other, by a flag: torch keeps them in a closure
-        scope |= {"if_true": parts["if_true"], "if_false": parts["if_false"]}
-        copy = _choosing(parts["arg_name"], parts["index"], parts["default"])
-        copy = FunctionType(copy.__code__, scope, function.__name__, None, copy.__closure__)
-    functools.update_wrapper(copy, function)
-    del vars(copy)["__wrapped__"]
-    return copy
+_examined: dict[FunctionType, frozenset[str]] = {}
+"""The names in the code of each function of torch that has been searched for replaced names."""
 
 
-def _choosing(name: str, index: int, default: bool) -> FunctionType:
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        flag = kwargs[name] if name in kwargs else args[index] if index < len(args) else default
-        return if_true(*args, **kwargs) if flag else if_false(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
-
-    return choose  # type: ignore[return-value]
-
-
-def _names(code: CodeType) -> Iterator[str]:
+def _names_in(code: CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from _names_in(constant)
 
 
-class _Module(str):
-    """The ``__module__`` of a class of ours. For an instance it is "torch.nn": torch.fx calls layers of that name
-    as they are and does not trace them."""
+def refuse_late_registration(original: Any) -> None:
+    """Refuse an operation for a function that torch.nn's code calls, since this code has been rebound.
+
+    Raises:
+        ValueError: torch.nn calls the function.
+    """
+    name = getattr(original, "__name__", "")
+    scopes = [vars(F), *map(vars, _KERNEL_MODULES)]
+    for function, names in _examined.items():
+        if name in names and any(scope.get(name) == original for scope in [function.__globals__, *scopes]):
+            raise ValueError(
+                f"{name} is called by {function.__module__}.{function.__qualname__}, which was rebound when "
+                "manualgrad was imported: register it in a file of manualgrad/ops"
+            )
+
+
+def rebound_names() -> dict[str, set[str]]:
+    """By module of torch, the names that manualgrad replaces or rebinds."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for function, copy in _rebound.items():
+        if copy is not function and _is_nn_function(function):
+            local = "<locals>" in function.__qualname__  # of `boolean_dispatch`
+            found[function.__module__].add(function.__name__ if local else function.__qualname__)
+    for original in _replacements():
+        name = getattr(original, "__name__", "")
+        for module in (F, *_KERNEL_MODULES):
+            if getattr(module, name, None) == original:
+                found[module.__name__].add(name)
+                break
+    return dict(found)
+
+
+def expected_names() -> dict[str, set[str]]:
+    """`REBOUND_NAMES` without what the installed torch does not have yet."""
+    return {
+        module: {
+            name for name in names.split() if torch.__version__ >= TorchVersion(SINCE.get(f"{module}.{name}", "0"))
+        }
+        for module, names in REBOUND_NAMES.items()
+    }
+
+
+def check(expected: dict[str, set[str]] | None = None) -> None:
+    """Check that torch still has all names that manualgrad replaces or rebinds.
+
+    Without this check a function that torch has changed would use torch's derivative silently.
+
+    Raises:
+        ImportError: a name is missing, or its code calls nothing any more that manualgrad replaces.
+    """
+    found = rebound_names()
+    missing = [
+        f"{module}.{name}"
+        for module, names in (expected_names() if expected is None else expected).items()
+        for name in sorted(names - found.get(module, set()))
+    ]
+    if missing:
+        raise ImportError(
+            f"torch {torch.__version__} does not have {', '.join(missing)}, or their code calls nothing that "
+            f"manualgrad replaces. Install a version of torch that it was tried with ({', '.join(TRIED)}), or a "
+            "newer manualgrad."
+        )
+
+
+# --- functions ---
+
+
+def _rebind_function(function: FunctionType) -> FunctionType:
+    if function not in _rebound:
+        _rebound[function] = _copy_function(function) if _calls_replaced(function) else function
+    return _rebound[function]
+
+
+def _copy_function(function: FunctionType) -> FunctionType:
+    parts: Any = boolean_dispatched.get(function)
+    if parts is None:
+        code, scope = function.__code__, _namespace_of(function.__globals__)
+        closure, defaults = function.__closure__, function.__defaults__
+    else:
+        chosen = _dispatch(
+            *(parts["arg_name"], parts["index"], parts["default"]),
+            *(_rebind(parts["if_true"]), _rebind(parts["if_false"])),
+        )
+        code, scope, closure, defaults = chosen.__code__, chosen.__globals__, chosen.__closure__, None
+    defaults = defaults and tuple(map(_rebind, defaults))
+    # torch.compile stores what it compiled with the code object, so two functions cannot share one
+    copy = FunctionType(code.replace(), scope, function.__name__, defaults, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(copy, function)
+    del vars(copy)["__wrapped__"]
+    copy.__module__ = _manual_name(function.__module__)
+    _original[copy] = function
+    return copy
+
+
+def _dispatch(
+    name: str, index: int, default: bool, if_true: Callable[..., Any], if_false: Callable[..., Any]
+) -> FunctionType:
+    """One function or the other, by the argument of this name and index."""
+
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        flag = kwargs[name] if name in kwargs else args[index] if index < len(args) else default
+        return if_true(*args, **kwargs) if flag else if_false(*args, **kwargs)
+
+    return dispatch  # type: ignore[return-value]
+
+
+# --- classes ---
+
+
+class _ModuleName(str):
+    """The ``__module__`` of a rebound class. On an instance it reads "torch.nn": torch.fx calls the layers of this
+    module and does not trace into them."""
 
     __slots__ = ()
 
@@ -208,8 +391,8 @@ class _Module(str):
         return str, (str(self),)
 
 
-class _NoQuantization:
-    """The attribute ``qconfig``, which torch.ao.quantization sets on each layer before it looks at the class."""
+class _RefusesQConfig:
+    """The attribute ``qconfig``, which torch.ao.quantization sets on each layer before it replaces it."""
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         if instance is None:
@@ -217,55 +400,55 @@ class _NoQuantization:
         raise AttributeError("qconfig")
 
     def __set__(self, instance: object, value: object) -> None:
-        raise _looks_at_classes("torch.ao.quantization", instance)
+        raise _unsupported("torch.ao.quantization", instance)
 
 
-def _not_scriptable(self: nn.Module) -> Any:
-    raise _looks_at_classes("torch.jit.script", self)
+def _prepare_scriptable(self: nn.Module) -> Any:
+    raise _unsupported("torch.jit.script", self)
 
 
-NOT_SCRIPTABLE = {"__prepare_scriptable__": _not_scriptable}  # torch.jit.script calls it first of all
+REFUSES_SCRIPTING = {"__prepare_scriptable__": _prepare_scriptable}
+"""The method that torch.jit.script calls first."""
 
 
-def _looks_at_classes(what: str, module: object) -> RuntimeError:
-    kind = type(module)
+def _unsupported(tool: str, module: object) -> RuntimeError:
     return RuntimeError(
-        f"{what} knows torch's own layers only, and this {kind.__name__} is manualgrad's: "
+        f"{tool} supports torch's own layers only, and this {type(module).__name__} is manualgrad's: "
         "call manualgrad.revert(model) first"
     )
 
 
-def _doc_of(original: type[nn.Module]) -> str:
-    how = f"The gradient is derived by hand. To read it: python -m manualgrad show {original.__name__}"
-    return f"{inspect.cleandoc(original.__doc__ or '')}\n\n{how}"
+def _rebind_class(original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a class of torch.nn with rebound methods; the class itself if it calls nothing replaced."""
+    if original not in _rebound:
+        _rebound[original] = _make_class(original) if _calls_replaced(original) else original
+    return _rebound[original]
 
 
-def derived(original: type[nn.Module]) -> type[nn.Module]:
-    """A class of torch's as its own subclass, with ours for what its methods call; itself, if they call none."""
-    if original in _bound:
-        return _bound[original]
-    _bound[original] = original
-    changed: dict[str, Any] = {}
+def _make_class(original: type[nn.Module]) -> type[nn.Module]:
+    contents: dict[str, Any] = {}
     for name, value in vars(original).items():
         if isinstance(value, FunctionType):
-            found = bound(value)
-        elif is_module(value):  # what a lazy module becomes
-            found = derived(value)
+            found = _rebind_function(value)
         else:
-            continue
+            found = _rebind_class(value) if is_module_class(value) else value  # what a lazy module becomes
         if found is not value:
-            changed[name] = found
+            contents[name] = found
     parents = [base for base in original.__bases__ if issubclass(base, nn.Module) and base is not nn.Module]
-    bases = [base for base in map(derived, parents) if base not in original.__mro__]
-    if changed or bases:
-        about = {"__module__": _Module("manualgrad.nn"), "__doc__": _doc_of(original)}
-        about |= {"__qualname__": original.__qualname__, "qconfig": _NoQuantization(), **NOT_SCRIPTABLE}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # a deprecated class warns who inherits from it
-            found = types.new_class(
-                original.__name__, (original, *bases), {}, lambda new: new.update(changed | about)
-            )
-        if told := vars(original).get("__deprecated__"):
-            found = deprecated(told, category=FutureWarning)(found)
-        _bound[original] = found
-    return _bound[original]
+    bases = [base for base in map(_rebind_class, parents) if base not in original.__mro__]
+    how = f"The gradient is derived by hand. To read it: python -m manualgrad show {original.__name__}"
+    contents |= {
+        "__module__": _ModuleName(_manual_name(original.__module__)),
+        "__qualname__": original.__qualname__,
+        "__doc__": f"{inspect.cleandoc(original.__doc__ or '')}\n\n{how}",
+        "qconfig": _RefusesQConfig(),
+        **REFUSES_SCRIPTING,
+    }
+    if "__firstlineno__" in vars(original):  # since Python 3.13: where `inspect` finds the source
+        contents["__firstlineno__"] = vars(original)["__firstlineno__"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a deprecated class warns when a subclass is made
+        found = types.new_class(original.__name__, (original, *bases), {}, lambda new: new.update(contents))
+    if message := vars(original).get("__deprecated__"):
+        found = deprecated(message, category=FutureWarning)(found)
+    return found

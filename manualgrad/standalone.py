@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from manualgrad import registry
-from manualgrad.rebinding import bound
+from manualgrad.rebinding import rebind_function
 from manualgrad.registry import Op
 from manualgrad.rule import Rule, every_rule
 from manualgrad.rule.formulas import Program, tree_of
@@ -189,7 +189,7 @@ class Bundle:
 
     def of_torch(self, value: FunctionType) -> ast.expr:
         """A Python function of torch.nn.functional: as it is, or if it calls ours, taken over."""
-        if bound(value) is not value:
+        if rebind_function(value) is not value:
             return _name(self.torchs_function(value.__name__, value))
         self.imports.add("import torch.nn.functional as F")
         return ast.Attribute(_name("F"), value.__name__, ast.Load())
@@ -385,7 +385,7 @@ class Rewriter(ast.NodeTransformer):
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
         if name in _CONSTANTS and name not in self.local:
             return ast.Constant(_CONSTANTS[name])
-        if name in ("unwrapped", "fast", "bound") and name not in self.local:
+        if name in ("unwrapped", "fast", "rebind_function") and name not in self.local:
             return self.visit(node.args[0])
         if name == "cast" and len(node.args) == 2 and name not in self.local:
             return self.visit(node.args[1])

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import manualgrad
 from manualgrad import adapters, conversion, convert, override_torch_functions, revert
-from manualgrad.override import replacement
+from manualgrad.override import find_override
 
 
 class Mine(nn.Linear):
@@ -136,7 +136,7 @@ def test_report() -> None:
     assert "functional=True" in rows[""].note
     assert "calls nothing" in rows["first.5"].note
     table = str(manualgrad.conversion_report(convert(model, functional=True)))
-    assert "ours     1 Network" in table
+    assert "converted     1 Network" in table
     assert "(first, ...)" in table or "(first)" in table
     fresh = manualgrad.conversion_report(nn.Linear(2, 2)).rows
     assert fresh == (("", "Linear", False, "can be converted"),)
@@ -151,7 +151,7 @@ def test_compiled_by_torchscript_or_with_a_forward_of_the_instance() -> None:
     before = kinds(model)
     assert kinds(convert(model, functional=True)) == before
     assert [row.note for row in manualgrad.conversion_report(model).rows[1:]] == [
-        "has been compiled by TorchScript",
+        "was compiled by TorchScript",
         "has a forward set on the module itself",
     ]
 
@@ -425,11 +425,11 @@ def test_a_subclass_of_tensor_is_asked() -> None:
 
 def test_a_gradient_is_not_needed() -> None:
     x = torch.randn(3, 4, requires_grad=True)
-    assert replacement(F.relu, (), (x,), {}) is not None
+    assert find_override(F.relu, (), (x,), {}) is not None
     with torch.no_grad():
-        assert replacement(F.relu, (), (x,), {}) is None
-    assert replacement(F.relu, (), (x.detach(),), {}) is None
-    assert replacement(torch.add, (), (x, x), {}) is None
+        assert find_override(F.relu, (), (x,), {}) is None
+    assert find_override(F.relu, (), (x.detach(),), {}) is None
+    assert find_override(torch.add, (), (x, x), {}) is None
 
 
 def test_nested_left_by_an_error_and_as_a_decorator() -> None:

@@ -136,7 +136,7 @@ def test_report_and_error() -> None:
             with torch.no_grad():
                 x.pow(x)  # no gradient is asked for
         ours.functional.relu(torch.eye(2).to_sparse())
-    reason = "ours has no overload with these arguments"
+    reason = "manualgrad has no overload with these arguments"
     assert fallbacks == {Fallback("pow", reason): 1, Fallback("dropout", reason): 1}
     assert outer.total() == fallbacks.total() + 1
     assert "    1 pow " in str(fallbacks)
@@ -144,7 +144,7 @@ def test_report_and_error() -> None:
     assert "layout sparse_coo" in str(outer)
     assert str(Fallbacks()) == "no call was given to torch's functions"
     with (
-        pytest.raises(FallbackError, match="pow: ours has no overload"),
+        pytest.raises(FallbackError, match="pow: manualgrad has no overload"),
         record_fallbacks(error=True),
         override_torch_functions(),
     ):
@@ -182,7 +182,7 @@ def test_a_late_operation_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = convert(Net(), functional=True), torch.randn(3, requires_grad=True)
     assert "ErfFunction" not in str(model(x).grad_fn.next_functions)
     monkeypatch.setattr(registry, "_table", dict(registry._table))
-    monkeypatch.setattr(override, "_TABLE", dict(override._TABLE))
+    monkeypatch.setattr(override, "_overrides", dict(override._overrides))
     register(erf, **INPUTS)
     assert registry.ops()["erf"].function is erf
     assert str(model(x).grad_fn.next_functions).count("ErfFunction") == 2

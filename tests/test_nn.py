@@ -15,7 +15,7 @@ from graph import foreign
 from torch.testing import assert_close
 
 from manualgrad import nn
-from manualgrad.rebinding import replaced
+from manualgrad.rebinding import rebind
 from manualgrad.registry import Op, TensorFactory
 
 
@@ -37,7 +37,7 @@ def test_names_are_ours_where_a_rule_exists(op: Op) -> None:
 
 
 def parameters(function: Any) -> list[tuple[Any, ...]]:
-    return [(p.name, p.kind, replaced(p.default)) for p in inspect.signature(function).parameters.values()]
+    return [(p.name, p.kind, rebind(p.default)) for p in inspect.signature(function).parameters.values()]
 
 
 def test_signature_of_function(op: Op) -> None:

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves, tree_map
 
 from manualgrad import nn, registry
-from manualgrad.rebinding import replaced
+from manualgrad.rebinding import rebind
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it would like to have hypothesis
@@ -191,12 +191,12 @@ def module_inputs(entry: ModuleInfo | Extra, training: bool) -> Iterator[Made]:
 def _as_ours(value: Any) -> Any:
     """A layer to stack, or a function to call, as one would give it to our modules."""
     if not isinstance(value, torch.nn.Module):
-        return replaced(value)
+        return rebind(value)
     for module in value.modules():
-        module.__class__ = replaced(type(module))
+        module.__class__ = rebind(type(module))
         for name, function in vars(module).items():
             if callable(function):
-                setattr(module, name, replaced(function))
+                setattr(module, name, rebind(function))
     return value
 
 

@@ -262,7 +262,7 @@ def test_tools_that_look_at_classes_say_what_to_do() -> None:
         with pytest.raises(RuntimeError, match=r"manualgrad.revert\(model\) first"):
             tool(model)
         tool(manualgrad.revert(model))
-    with pytest.raises(RuntimeError, match="script knows"):
+    with pytest.raises(RuntimeError, match="script supports"):
         torch.jit.script(convert(Calling(), functional=True))
 
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import manualgrad
 from manualgrad import convert, revert
-from manualgrad.adapters import adapted
+from manualgrad.adapters import find_adapter
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
@@ -137,12 +137,12 @@ def test_without_functional(make: Callable[[], Any], given: dict[str, Any]) -> N
 
 def test_which_modules_go() -> None:
     model = convert(LANGUAGE["llama"]())
-    notes = {row.kind: row.note for row in manualgrad.conversion_report(model).rows if row.converted}
+    notes = {row.class_name: row.note for row in manualgrad.conversion_report(model).rows if row.converted}
     assert notes["LlamaRMSNorm"] == "its forward is manualgrad.adapters.rms_norm"
     assert notes["LlamaMLP"] == "its forward is manualgrad.adapters.gated_mlp"
     gemma = convert(LANGUAGE["gemma"]())
-    kinds = {row.kind: row.note for row in manualgrad.conversion_report(gemma).rows if row.converted}
-    assert kinds["GemmaRMSNorm"] == "its forward is manualgrad.adapters.rms_norm_from_one"
+    kinds = {row.class_name: row.note for row in manualgrad.conversion_report(gemma).rows if row.converted}
+    assert kinds["GemmaRMSNorm"] == "its forward is manualgrad.adapters.rms_norm_weight_plus_one"
     gpt2 = convert(LANGUAGE["gpt2"](), functional=True)
     kept = nodes(gpt2(input_ids=IDS, labels=IDS).loss)
     assert "AddmmBackward0" not in kept
@@ -215,7 +215,7 @@ class NoRMSNorm(nn.Identity):
 
 def test_a_name_proves_nothing() -> None:
     for module in (OtherRMSNorm(), NoRMSNorm(), OtherRMSNorm().to("meta")):
-        assert adapted(module) is None
+        assert find_adapter(module) is None
         assert type(convert(module)) is type(module)
 
 
@@ -391,7 +391,7 @@ def test_the_model_in_a_wrapper_is_fused(wrap: Any) -> None:
     assert "logits" not in output
     torch.testing.assert_close(output.loss, expected)
     kinds = [type(module) for module in manualgrad.revert(model).modules()]
-    assert not any("_made" in vars(kind) for kind in kinds)
+    assert not any("_generated_from" in vars(kind) for kind in kinds)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,34 +1,29 @@
-"""Every public name of `torch.nn.functional`: ours, or torch's own calling ours."""
+"""Every public name of `torch.nn.functional`: manualgrad's functions, and torch's own code that calls them."""
 
 from __future__ import annotations
 
-from functools import partial
-from types import FunctionType
-from typing import TYPE_CHECKING, Any
+import sys as _sys
+from functools import partial as _partial
+from types import FunctionType as _FunctionType
+from typing import TYPE_CHECKING
 
 from torch.nn import functional as _torch
 
-from manualgrad import registry
-from manualgrad.rebinding import replaced
+from manualgrad import registry as _registry
+from manualgrad.rebinding import shadow_module as _shadow_module
 
-if TYPE_CHECKING:  # ours have torch's signatures
+if TYPE_CHECKING:  # the signatures are torch's
     from torch.nn.functional import *  # noqa: F403
 
-for _name, _value in vars(_torch).items():
-    if not _name.startswith("_"):
-        globals()[_name] = replaced(_value)
-for _op in registry.ops().values():
-    if hasattr(_torch, f"{_op.name}_"):  # relu_ and its kin
-        globals()[f"{_op.name}_"] = partial(_op.function, inplace=True)
+_ops = _registry.ops()
+_shadow_module(_torch, _sys.modules[__name__])
+for _name, _op in _ops.items():
+    if hasattr(_torch, f"{_name}_"):  # relu_, for example
+        globals()[f"{_name}_"] = _partial(_op.function, inplace=True)
 if not hasattr(_torch, "linear_cross_entropy"):  # torch has it since 2.13
     from manualgrad.ops.linear_cross_entropy import linear_cross_entropy  # noqa: F401
-for _op in registry.ops().values():
-    _function = globals().get(_op.name)
-    if isinstance(_function, FunctionType) and _function is not vars(_torch).get(_op.name):
-        _where = f"Gradient: manualgrad/ops/{_op.area}.py. To read it: python -m manualgrad show {_op.name}"
+for _name, _op in _ops.items():
+    _function = globals().get(_name)
+    if isinstance(_function, _FunctionType) and _function is not vars(_torch).get(_name):
+        _where = f"Gradient: manualgrad/ops/{_op.area}.py. To read it: python -m manualgrad show {_name}"
         _function.__doc__ = f"{_function.__doc__ or ''}\n\n{_where}"
-
-
-def __getattr__(name: str) -> Any:
-    """What torch's modules call besides: private functions of torch.nn.functional."""
-    return replaced(getattr(_torch, name))

@@ -22,7 +22,7 @@ from manualgrad.ops.classification import _along, weight_of
 from manualgrad.ops.elementary import flatten, rows, with_errors_of
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.ops.loss import MEAN, NONE, REDUCTIONS, overridable
-from manualgrad.rebinding import bound
+from manualgrad.rebinding import rebind_function
 from manualgrad.recomputation import keeping_is_seen
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule, cast, replaces
@@ -468,7 +468,7 @@ def linear_cross_entropy(
     """
     scores = input.shape[:-1].numel() * linear_weight.shape[:-1].numel()
     if options is None and scores <= _PIECE:
-        return bound(_reference)(
+        return rebind_function(_reference)(
             *(input, linear_weight, target),
             linear_bias=linear_bias,
             weight=weight,
