@@ -190,7 +190,7 @@ def _kept(op: Op, function: Callable[..., Any]) -> float:
     """Bytes kept for backward at the big sample in float32, for each number of the first differentiable tensor."""
     call: SampleInput = op.benchmark_input(TensorFactory(torch.float32))
     args, kwargs = call.marked()
-    return saved_bytes(function, *args, **kwargs).everything / call[call.differentiable()[0]].numel()
+    return saved_bytes(function, *args, **kwargs).grand_total / call[call.differentiable()[0]].numel()
 
 
 def modules_of(op: Op) -> list[str]:

@@ -236,7 +236,7 @@ def measure_operation(op: registry.Op, settings: Settings) -> OperationRow:
         (ours, our_forward), (torch_s, torch_forward) = (make(f, dtype=dtype) for f in (op.function, op.reference))
         if "torchs_gradient_of_each_subset" not in op.expected_failures:  # where torch's is wrong
             compare(op.name, ours(), torch_s(), lambda: make(op.reference, dtype=torch.float64)[0](), dtype)
-        our_kept, torchs_kept = (saved_bytes(forward).everything for forward in (our_forward, torch_forward))
+        our_kept, torchs_kept = (saved_bytes(forward).grand_total for forward in (our_forward, torch_forward))
         kept = (1 + our_kept) / (1 + torchs_kept)  # 1: both may keep nothing
         begin = time.perf_counter()
         fresh: list[tuple[float, float]] = []

@@ -29,7 +29,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.tensorboard import SummaryWriter
 
 import manualgrad.nn
-from manualgrad.meter import SHRUNK, add_picture, bars
+from manualgrad.meter import TENSORBOARD_LENGTH, add_pil_image, bar_chart
 from manualgrad.rule import Rule, saved_by
 from manualgrad.show import derivation
 from manualgrad.training import CommandLine, fail, parse_settings
@@ -543,8 +543,8 @@ def log(folder: Path, chapters: Chapters, passages: list[Passage], losses: list[
         for step, value in enumerate(losses):
             writer.add_scalar("loss", value, step)
         norms = [(f"{x.layer}: {x.name}", [get_total_norm(x.arrived).item()]) for x in passages]
-        picture = bars(norms, ["norm of the gradient that arrives"], "{:.3g}".format, SHRUNK)
-        add_picture(writer, "gradient_norms", picture)
+        picture = bar_chart(norms, ["norm of the gradient that arrives"], "{:.3g}".format, TENSORBOARD_LENGTH)
+        add_pil_image(writer, "gradient_norms", picture)
 
 
 def main() -> None:

@@ -377,7 +377,7 @@ def test_kept_for_backward(op: Op, device: str) -> None:
     call = op.benchmark_input(TensorFactory(torch.float32, device))
     for needed in itertools.product((False, True), repeat=len(call.differentiable())):
         ours, torch_s = (
-            saved_bytes(of_tensors(op, call, function), *tensors_of(call, needed)).everything
+            saved_bytes(of_tensors(op, call, function), *tensors_of(call, needed)).grand_total
             for function in (op.function, op.reference)
         )
         assert ours <= torch_s, needed

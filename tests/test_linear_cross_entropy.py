@@ -140,7 +140,7 @@ def test_only_needed_slopes_are_kept() -> None:
     always = (x.numel() + weight.numel()) * one + target.numel() * 8  # for higher orders
     for needed, slopes in (((True, True), 10 + 6), ((True, False), 10), ((False, True), 6)):
         tensors = [t.detach().requires_grad_(need) for t, need in zip((x, weight), needed, strict=True)]
-        assert saved_bytes(ours, *tensors, target).everything == always + slopes * one
+        assert saved_bytes(ours, *tensors, target).grand_total == always + slopes * one
 
 
 def test_scores_are_not_kept() -> None:
@@ -148,7 +148,7 @@ def test_scores_are_not_kept() -> None:
     tensors = [make(64, 4).requires_grad_(), make(512, 4).requires_grad_()]
     for reduction in ("none", "mean"):
         for target in (make.index(512, 64), make(64, 512).softmax(1)):
-            kept = saved_bytes(lambda t=target, how=reduction: ours(*tensors, t, reduction=how)).everything
+            kept = saved_bytes(lambda t=target, how=reduction: ours(*tensors, t, reduction=how)).grand_total
             assert kept - target.nbytes < 64 * 512 * 4 / 3
 
 

@@ -41,7 +41,7 @@ def linear() -> nn.Linear:
 
 
 def kept_bytes(function: Callable[..., Any], *args: Any) -> int:
-    return saved_bytes(function, *args).everything
+    return saved_bytes(function, *args).grand_total
 
 
 def bits(n: int) -> int:
