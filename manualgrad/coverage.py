@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from manualgrad import nn
 from manualgrad.meter import saved_bytes
 from manualgrad.registry import Op, SampleInput, TensorFactory, kernel_replacements, ops
-from manualgrad.verification.derivatives import derivative, line, quotient
-from manualgrad.verification.subject import Subject, upstream
+from manualgrad.verification.derivatives import along_line, derivative, difference_quotient
+from manualgrad.verification.function_under_test import FunctionUnderTest, random_grad_output
 
 NOTHING_TO_DERIVE = {
     "one_hot": "its result is integers",
@@ -112,7 +112,7 @@ def orders(op: Op) -> tuple[str, str]:
     lines = [_along(_of_what_precedes(f, call), args, kwargs) for f in (op.function, op.reference)]
     marks = ["", ""]
     for n, mixtures in enumerate(MIXTURES):
-        truth, scale = quotient(lines[0], "r" * n)
+        truth, scale = difference_quotient(lines[0], "r" * n)
         marks = [
             mark + _mark(along, mixtures, truth, 1e-7 * scale) for mark, along in zip(marks, lines, strict=True)
         ]
@@ -128,10 +128,10 @@ _worse = (RIGHT, REFUSED, WRONG).index
 
 
 def _along(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
-    subject = Subject(function, args, kwargs)
-    assert subject.differentiable_places  # found out before any transform is on
-    directions = [upstream(x, 41 + k) for k, x in enumerate(subject.points)]
-    return line(subject.scalar, subject.points, directions, lambda y: y)
+    subject = FunctionUnderTest(function, args, kwargs)
+    assert subject.output_indices  # found out before any transform is on
+    directions = [random_grad_output(x, 41 + k) for k, x in enumerate(subject.primals)]
+    return along_line(subject.scalar_loss, subject.primals, directions, lambda y: y)
 
 
 def _mark(along: Callable[..., Any], mixtures: Sequence[str], truth: float, tolerance: float) -> str:

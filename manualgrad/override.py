@@ -109,7 +109,11 @@ def _reason_for_torch(types: Iterable[type], values: Iterable[Any], plain_only: 
         return TRACED
     if beyond_reverse_mode():
         return ""
-    return next((reason for x in _tensors(values) if (reason := "a meta tensor" if x.is_meta else unusual(x))), "")
+    for x in _tensors(values):  # Dynamo of torch 2.11 does not trace next() of a generator
+        if reason := "a meta tensor" if x.is_meta else unusual(x):
+            return reason
+    return ""
+
 
 
 # --- the overrides, by every name that torch has for an operation ---

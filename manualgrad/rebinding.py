@@ -39,7 +39,7 @@ from typing_extensions import deprecated
 from manualgrad import registry
 from manualgrad.fallback import fallback, reason_for_torch
 from manualgrad.rebound_names import REBOUND_NAMES, SINCE
-from manualgrad.rule.torch_internals import TRIED, beyond_reverse_mode
+from manualgrad.rule.torch_internals import INFER_SIZE_IS_NOT_TRACED, TRIED, beyond_reverse_mode
 
 _get_fastpath_enabled = torch.backends.mha.get_fastpath_enabled
 
@@ -56,7 +56,10 @@ def _replacements() -> dict[Any, Any]:
     implementations = {
         op.reference: op.implementation for op in registry.ops().values() if not isinstance(op.implementation, str)
     }
-    found = {_get_fastpath_enabled: _fastpath_enabled, **registry.kernel_replacements, **implementations}
+    found: dict[Any, Any] = {_get_fastpath_enabled: _fastpath_enabled, **registry.kernel_replacements}
+    found |= implementations
+    if INFER_SIZE_IS_NOT_TRACED:
+        found[torch._C._infer_size] = torch.broadcast_shapes
     # torch calls the `apply` of an autograd.Function
     return {
         original: SimpleNamespace(apply=manual) if isinstance(original, type) else manual
@@ -291,8 +294,10 @@ def rebound_names() -> dict[str, set[str]]:
         if copy is not function and _is_nn_function(function):
             local = "<locals>" in function.__qualname__  # of `boolean_dispatch`
             found[function.__module__].add(function.__name__ if local else function.__qualname__)
-    for original in _replacements():
+    for original, replacement in _replacements().items():
         name = getattr(original, "__name__", "")
+        if replacement is torch.broadcast_shapes:  # for some versions of torch only
+            continue
         for module in (F, *_KERNEL_MODULES):
             if getattr(module, name, None) == original:
                 found[module.__name__].add(name)

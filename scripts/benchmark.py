@@ -39,11 +39,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from manualgrad import nn, registry, saved_bytes
-from manualgrad.training import CommandLine, fail, parse_settings
-from manualgrad.verification.derivatives import derivative, line
+from manualgrad.training import CliSettings, fail, parse_settings
+from manualgrad.verification.derivatives import along_line, derivative
 
 
-class Settings(CommandLine):
+class Settings(CliSettings):
     """Time and memory of manualgrad beside torch.nn and others, as ratios: below 1 for the better."""
 
     what: Literal["all", "models", "operations", "orders"] = "all"
@@ -275,7 +275,7 @@ def layer_norm_derivatives() -> list[tuple[str, float, float, float]]:
         lambda x: nn.functional.layer_norm(x, (6,)),
         lambda x: torch.nn.functional.layer_norm(x, (6,)),
     ]
-    lines = [line(function, points, directions, lambda y: (upstream * y).sum()) for function in functions]
+    lines = [along_line(function, points, directions, lambda y: (upstream * y).sum()) for function in functions]
     rows = []
     for modes in ("r", "f", "rr", "rf", "fr", "ff", "rrr", "rrf", "fff", "rrrr", "ffff"):
         plain_s, ours, torch_s = (derivative(along, modes) for along in lines)

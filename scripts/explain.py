@@ -32,7 +32,7 @@ import manualgrad.nn
 from manualgrad.meter import TENSORBOARD_LENGTH, add_pil_image, bar_chart
 from manualgrad.rule import Rule, saved_by
 from manualgrad.show import derivation
-from manualgrad.training import CommandLine, fail, parse_settings
+from manualgrad.training import CliSettings, fail, parse_settings
 
 WIDTH = 96
 """Columns of the text."""
@@ -90,7 +90,7 @@ LOSSES: Mapping[str, Callable[[int, int], Tensor]] = {
 Few = Annotated[int, Field(gt=0, le=8)]  # more are not read by anybody
 
 
-class Settings(CommandLine):
+class Settings(CliSettings):
     """Backpropagation step by step: every quantity of it, for a small network and one batch."""
 
     widths: tuple[Few, ...] = (2, 3, 1)

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 import manualgrad
 from manualgrad import convert, registry, verify
 from manualgrad.registry import Op, SampleInput, TensorFactory
-from manualgrad.verification.subject import upstream
+from manualgrad.verification.gradients import random_grad_output
 
 Part = Callable[[], Iterable[Row]]
 Items = dict[str, Part]
@@ -105,7 +105,7 @@ def tried(subject: Subject, dtype: torch.dtype) -> Tried:
     results = [(f"output {i}", y) for i, y in enumerate(outputs)]
     differentiable = [y for y in outputs if y.requires_grad]
     if differentiable and leaves:
-        upstreams = [upstream(y.detach().to(dtype), 3 + i).to(y) for i, y in enumerate(differentiable)]
+        upstreams = [random_grad_output(y.detach().to(dtype), 3 + i).to(y) for i, y in enumerate(differentiable)]
         found = torch.autograd.grad(differentiable, leaves, upstreams, allow_unused=True)
         for i, (x, g) in enumerate(zip(leaves, found, strict=True)):
             results.append((f"gradient {i} {list(x.shape)}", torch.zeros_like(x) if g is None else g.to_dense()))
@@ -273,7 +273,7 @@ def stage_training(options: argparse.Namespace) -> Items:
         """Train as the main job does, for two epochs."""
         import train_regression
 
-        settings |= {"device": options.device, "epochs": 2, "progress": False, "log_every": 5}
+        settings |= {"device": options.device, "max_epochs": 2, "progress_bar": False, "log_every_n_steps": 5}
         settings |= {"batch_size": 2048} if options.device == "cpu" else {}
         chosen = train_regression.Settings(run_dir=Path(folder), **settings)
         with redirect_stdout(sys.stderr):
@@ -305,7 +305,7 @@ def stage_training(options: argparse.Namespace) -> Items:
                 at = getattr(interrupted, "step", 0)
             finally:
                 hook.remove()
-            fit(f"{folder}/parts", resume=True)
+            fit(f"{folder}/parts", resume_from_checkpoint=True)
             found, expected = curves(f"{folder}/parts"), curves(f"{folder}/whole")
         different = [tag for tag in {**found, **expected} if found.get(tag) != expected.get(tag)]
         detail = (
@@ -316,7 +316,7 @@ def stage_training(options: argparse.Namespace) -> Items:
 
     def mixed(precision: str) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
-            ours, torch_s = (fit(f"{folder}/{x}", model=x, precision=precision) for x in ("ours", "torch"))
+            ours, torch_s = (fit(f"{folder}/{x}", model=x, precision=precision) for x in ("manualgrad", "torch"))
             yield learned(f"two epochs, autocast to {precision}", ours, torch_s)
 
     def if_possible(case: str, run: Part) -> Iterable[Row]:

@@ -23,10 +23,10 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-from manualgrad.meter import add_pil_image
-from manualgrad.training import DataError, FitResult, TaskSettings, Trainer, TrainingLog, parse_settings, run
+from manualgrad.meter import add_picture
+from manualgrad.training import DataError, FitResult, TaskSettings, TensorBoardLogger, Trainer, parse_settings, run
+from manualgrad.training.distributed import full_tensor
 from manualgrad.training.pictures import confusion_matrix, grid
-from manualgrad.training.processes import whole
 
 CLOTHES = Path(__file__).parent / "data" / "fashion-mnist"
 CLOTHES_NAMES = [
@@ -51,7 +51,7 @@ class Settings(TaskSettings):
     """Move each training picture at random by up to so many pixels."""
     flip: bool | None = None
     """Mirror half of the training pictures; by default only clothes (in a folder whose name says fashion)."""
-    epochs: PositiveInt = 15
+    max_epochs: PositiveInt = 15
     """How many times to go through the training data."""
     task: ClassVar[str] = "images"
 
@@ -281,19 +281,19 @@ def confusions(scores: Tensor, labels: Tensor) -> Tensor:
 # The pages for TensorBoard
 
 
-def show_filters(log: TrainingLog, step: int, weight: Tensor) -> None:
+def show_filters(log: TensorBoardLogger, step: int, weight: Tensor) -> None:
     """The filters of the first layer: white adds, black takes away, grey is 0."""
     filters = weight.detach().cpu()[:, 0]
     shades = 127.5 + 127.5 * filters / filters.abs().amax((1, 2), keepdim=True)
     picture = grid(shades.byte(), [str(number) for number in range(1, len(filters) + 1)])
-    log.add(step, lambda writer: add_pil_image(writer, "first_layer_filters", picture, step))
+    log.add(step, lambda writer: add_picture(writer, "first_layer_filters", picture, step))
 
 
-def show_mistakes(log: TrainingLog, step: int, scores: Tensor, pictures: Pictures, split: str) -> None:
+def show_mistakes(log: TensorBoardLogger, step: int, scores: Tensor, pictures: Pictures, split: str) -> None:
     """Which class is taken for which, the worst mistakes, and the precision over the recall of each class."""
     (images, labels), names = pictures.splits[split], pictures.names
     matrix = confusion_matrix(confusions(scores, labels), names)
-    log.add(step, lambda writer: add_pil_image(writer, f"confusion_matrix/{split}", matrix, step))
+    log.add(step, lambda writer: add_picture(writer, f"confusion_matrix/{split}", matrix, step))
 
     logs = scores.log_softmax(1)
     chances = logs.exp()
@@ -306,7 +306,7 @@ def show_mistakes(log: TrainingLog, step: int, scores: Tensor, pictures: Picture
         for label, other, chance in zip(*(x[worst].tolist() for x in (labels, taken, best)), strict=True)
     ]
     mistakes = grid(images[worst], captions)
-    log.add(step, lambda writer: add_pil_image(writer, f"worst_mistakes/{split}", mistakes, step))
+    log.add(step, lambda writer: add_picture(writer, f"worst_mistakes/{split}", mistakes, step))
 
     for number, name in enumerate(names):
         curve = (f"precision_recall_{split}/{name}", labels == number, chances[:, number], step)
@@ -322,11 +322,11 @@ def train(settings: Settings) -> FitResult | None:
     loss = settings.layers.CrossEntropyLoss()
     scores: dict[str, Tensor] = {}
 
-    def show(log: TrainingLog, step: int) -> None:
-        show_filters(log, step, whole(model.get_parameter("conv1.weight")))
+    def show(log: TensorBoardLogger, step: int) -> None:
+        show_filters(log, step, full_tensor(model.get_parameter("conv1.weight")))
         show_mistakes(log, step, predict(model, pictures, "validation", trainer.device), pictures, "validation")
 
-    def figures(log: TrainingLog, step: int) -> dict[str, float]:
+    def figures(log: TensorBoardLogger, step: int) -> dict[str, float]:
         found: dict[str, float] = {}
         for split, (_, labels) in pictures.splits.items():
             scores[split] = predict(model, pictures, split, trainer.device)
@@ -342,13 +342,13 @@ def train(settings: Settings) -> FitResult | None:
         train_loader,
         loader(pictures, "validation", 1000),
         settings=settings,
-        schedule=schedule,
+        lr_scheduler=schedule,
         metrics={"accuracy": accuracy},
-        summary=figures,
-        on_epoch=show,
+        on_fit_end=figures,
+        on_epoch_end=show,
     )
     result = trainer.fit()
-    if not trainer.first:
+    if not trainer.is_main_process:
         return None
 
     for name, style in (("accuracy", ".2%"), ("loss", ".4f")):

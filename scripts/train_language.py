@@ -29,8 +29,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from manualgrad.training import DataError, FitResult, TaskSettings, Trainer, TrainingLog, parse_settings, run
-from manualgrad.training.checkpoint import BEST, load
+from manualgrad.training import DataError, FitResult, TaskSettings, TensorBoardLogger, Trainer, parse_settings, run
+from manualgrad.training.checkpoint import BEST_CHECKPOINT, load
 
 NO_TEXT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "site-packages", "dist-packages"}
 """Folders beside the standard library's modules, or in it, whose docstrings are not for its users."""
@@ -56,7 +56,7 @@ class Settings(TaskSettings):
     """Heads of each attention; they share the width."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """How much of each branch is left out at random."""
-    epochs: PositiveInt = 10
+    max_epochs: PositiveInt = 10
     """How many times to go through the training text."""
     batch_size: PositiveInt = 8
     """Windows of the context's length per batch."""
@@ -71,8 +71,16 @@ class Settings(TaskSettings):
     length: PositiveInt = 150
     """How many tokens it writes."""
     task: ClassVar[str] = "language"
-    bookkeeping: ClassVar[frozenset[str]] = TaskSettings.bookkeeping | {"generate", "temperature", "length"}
-    free_on_resume: ClassVar[frozenset[str]] = TaskSettings.free_on_resume | {"generate", "temperature", "length"}
+    not_hyperparameters: ClassVar[frozenset[str]] = TaskSettings.not_hyperparameters | {
+        "generate",
+        "temperature",
+        "length",
+    }
+    changeable_on_resume: ClassVar[frozenset[str]] = TaskSettings.changeable_on_resume | {
+        "generate",
+        "temperature",
+        "length",
+    }
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -474,7 +482,7 @@ def train(settings: Settings) -> FitResult | None:
     )
     optimizer, schedule = settings.one_cycle(model, len(train_loader))
 
-    def sample(log: TrainingLog, step: int) -> None:
+    def sample(log: TensorBoardLogger, step: int) -> None:
         written = write(model, vocabulary, "", settings, trainer.device)
         card = "".join(f"    {line}\n" for line in written.split("\n"))  # as it stands, in Markdown
         log.add(step, lambda writer: writer.add_text("samples", card, step))
@@ -490,13 +498,13 @@ def train(settings: Settings) -> FitResult | None:
         train_loader,
         validation_loader,
         settings=settings,
-        schedule=schedule,
+        lr_scheduler=schedule,
         metrics={"bits_per_byte": bits_per_byte},
-        summary=summary,
-        on_epoch=sample,
+        on_fit_end=summary,
+        on_epoch_end=sample,
     )
     result = trainer.fit()
-    if not trainer.first:
+    if not trainer.is_main_process:
         return None
 
     ours, *others = result.summary.items()
@@ -515,7 +523,7 @@ def write_on(settings: Settings) -> None:
     words = settings.generate
     assert words is not None
     assert settings.run_dir is not None
-    path = settings.run_dir / BEST
+    path = settings.run_dir / BEST_CHECKPOINT
     saved = load(path)
     if "merges" not in saved["model"]:
         raise DataError(f"{path} is of a network that does not write")

@@ -41,7 +41,7 @@ class Settings(TaskSettings):
     """Hidden layers."""
     dtype: Literal["float32", "float64"] = "float32"
     """The type of weights and data."""
-    epochs: PositiveInt = 40
+    max_epochs: PositiveInt = 40
     """How many times to go through the training data."""
     task: ClassVar[str] = "regression"
 
@@ -242,11 +242,11 @@ def train(settings: Settings) -> FitResult | None:
         train_loader,
         loader(table, "validation", 4096, shuffle=False),
         settings=settings,
-        schedule=schedule,
-        summary=lambda *_: score(model, table, logarithm, trainer.device),
+        lr_scheduler=schedule,
+        on_fit_end=lambda *_: score(model, table, logarithm, trainer.device),
     )
     result = trainer.fit()
-    if not trainer.first:
+    if not trainer.is_main_process:
         return None
 
     figures = result.summary

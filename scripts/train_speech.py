@@ -27,8 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from manualgrad.meter import add_pil_image
-from manualgrad.training import DataError, FitResult, TaskSettings, Trainer, TrainingLog, parse_settings, run
+from manualgrad.meter import add_picture
+from manualgrad.training import DataError, FitResult, TaskSettings, TensorBoardLogger, Trainer, parse_settings, run
 from manualgrad.training.pictures import confusion_matrix, grid
 
 DIGITS = Path(__file__).parent / "data" / "spoken_digits.npz"
@@ -65,7 +65,7 @@ class Settings(TaskSettings):
     """The share of outputs that each convolution leaves out in training."""
     batch_size: PositiveInt = 64
     """Recordings, or strings of them, per batch."""
-    epochs: PositiveInt = 30
+    max_epochs: PositiveInt = 30
     """How many times to go through the training data."""
     task: ClassVar[str] = "speech"
 
@@ -522,19 +522,19 @@ class Pages:
     def __init__(self, recordings: Recordings, strings: bool) -> None:
         self.recordings, self.strings = recordings, strings
 
-    def words(self, log: TrainingLog, step: int, utterances: Utterances) -> None:
+    def words(self, log: TensorBoardLogger, step: int, utterances: Utterances) -> None:
         """A recording of each word."""
         labels = self.recordings.labels[utterances.rows]
         rows = [utterances.rows[int((labels == label).int().argmax())] for label in labels.unique()]
         names = [self._spelled([int(self.recordings.labels[row])]) for row in rows]
         page = side_by_side([picture(self.recordings.frames[row]) for row in rows], names)
-        log.add(step, lambda writer: add_pil_image(writer, "words", page, step))
+        log.add(step, lambda writer: add_picture(writer, "words", page, step))
         for row, name in zip(rows, names, strict=True):
             self._sound(log, step, f"words/{name}", [row])
 
     def heard(
         self,
-        log: TrainingLog,
+        log: TensorBoardLogger,
         step: int,
         name: str,
         utterances: Utterances,
@@ -551,14 +551,14 @@ class Pages:
         for start in range(0, len(worst), size):
             page = side_by_side(pictures[start : start + size], captions[start : start + size], widest)
             tag = f"worst_heard/{name}" + f"_{start + 1}" * self.strings
-            log.add(step, partial(add_pil_image, tag=tag, image=page, step=step))
+            log.add(step, partial(add_picture, tag=tag, picture=page, step=step))
         if self.strings:
             rows = [f"| {' | '.join(self._told(each))} | {each.mistakes or ''} |" for each in every[:40]]
             card = "\n".join(["| said | heard | mistakes |", "|---|---|---:|", *rows])
             log.add(step, lambda writer: writer.add_text(f"transcripts/{name}", card, step))
         else:
             matrix = confusion_matrix(confusions(every, len(self.recordings.words)), self.recordings.words)
-            log.add(step, lambda writer: add_pil_image(writer, f"confusion_matrix/{name}", matrix, step))
+            log.add(step, lambda writer: add_picture(writer, f"confusion_matrix/{name}", matrix, step))
         for number, each in enumerate(worst[:8] if sounds else [], start=1):
             tag = "worst_heard_{}/{} said {}, heard {}".format(name, number, *self._told(each))
             self._sound(log, step, tag, utterances.numbers(each.index))
@@ -574,7 +574,7 @@ class Pages:
         words = [(frame, self.recordings.words[label]) for label, frame in transcript.heard]
         return picture(frames, words if self.strings else [])
 
-    def _sound(self, log: TrainingLog, step: int, tag: str, numbers: Sequence[int]) -> None:
+    def _sound(self, log: TensorBoardLogger, step: int, tag: str, numbers: Sequence[int]) -> None:
         if not self.recordings.paths:
             return
         parts = [read_sound(self.recordings.paths[number]) for number in numbers]
@@ -615,15 +615,15 @@ def train(settings: Settings) -> FitResult | None:
     optimizer, schedule = settings.one_cycle(model, len(loaders["train"]))
     pages = Pages(recordings, strings)
 
-    def on_epoch(log: TrainingLog, step: int) -> None:
-        if trainer.progress.epoch == 1:
+    def on_epoch(log: TensorBoardLogger, step: int) -> None:
+        if trainer.state.epoch == 1:
             pages.words(log, step, said["train"])
         every = listen(model, loaders["validation"], trainer.device)
         pages.heard(log, step, "validation", said["validation"], every)
 
     in_test: list[Transcript] = []
 
-    def summary(log: TrainingLog, step: int) -> dict[str, float]:
+    def summary(log: TensorBoardLogger, step: int) -> dict[str, float]:
         in_test[:] = listen(model, loaders["test"], trainer.device)
         pages.heard(log, step, "test", said["test"], in_test, sounds=True)
         return score(in_test, strings)
@@ -635,13 +635,13 @@ def train(settings: Settings) -> FitResult | None:
         loaders["train"],
         loaders["validation"],
         settings=settings,
-        schedule=schedule,
+        lr_scheduler=schedule,
         metrics={"error_rate": error_rate} if strings else {"accuracy": accuracy},
-        summary=summary,
-        on_epoch=on_epoch,
+        on_fit_end=summary,
+        on_epoch_end=on_epoch,
     )
     result = trainer.fit()
-    if not trainer.first:
+    if not trainer.is_main_process:
         return None
     held_out = settings.held_out_speaker
     by = "" if held_out is None else f" by {held_out}, who was never heard before"

@@ -23,10 +23,10 @@ from pydantic import PositiveFloat
 from pydantic_settings import CliSuppress
 from torch import Tensor, nn
 
-from manualgrad.training import CommandLine, parse_settings
+from manualgrad.training import CliSettings, parse_settings
 
 
-class Settings(CommandLine):
+class Settings(CliSettings):
     """Verify the autograd.Functions of published packages, and show which laws they break."""
 
     only: str = ""

@@ -86,7 +86,7 @@ if "--work" in sys.orig_argv:
         os.kill(os.getpid(), 9)
 
     for function in (gelu, relu, silu):
-        object.__setattr__(ops[function.__name__], "written", function)
+        object.__setattr__(ops[function.__name__], "implementation", function)
 """
 
 

@@ -35,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 import manualgrad
@@ -419,6 +420,8 @@ def tensor_parallel(rank: int) -> None:
     kernel = partial(sdpa_kernel, SDPBackend.MATH)  # torch can share out no other on the CPU
     for local in (True, False):
         for name, (make, plan) in plans(local).items():
+            if name in ("attention", "words") and torch.__version__ < TorchVersion("2.13"):
+                continue  # that torch does not flatten a sharded axis
             expected = seeded(make, torch.nn)
             backward(expected, there := x.clone().requires_grad_())
             for origin, model in each_of_ours(make):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from manualgrad.meter import saved_bytes
 from manualgrad.registry import Op, SampleInput, TensorFactory
-from manualgrad.verification.subject import set_seed
+from manualgrad.verification.randomness import set_seed
 
 SEED = 7
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

@@ -19,7 +19,7 @@ import train_images
 from graph import foreign
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from manualgrad.training.checkpoint import all_in, load
+from manualgrad.training.checkpoint import list_checkpoints, load
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_images.py"
@@ -27,7 +27,7 @@ SCRIPT = ROOT / "scripts" / "train_images.py"
 WARNINGS = f"error,{os.environ['PYTHONWARNINGS']}"  # of an untried torch: see conftest
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": WARNINGS}
 torch.set_num_threads(1)
-SMALL = ["--width", "4", "--batch-size", "32", "--log-every", "5", "--learning-rate", "0.02"]
+SMALL = ["--width", "4", "--batch-size", "32", "--log-every-n-steps", "5", "--learning-rate", "0.02"]
 
 SampleInput = Callable[..., tuple[int, str, str]]
 NAMES = {
@@ -92,11 +92,11 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
 
 
-@pytest.mark.parametrize("model", ["ours", "torch"])
+@pytest.mark.parametrize("model", ["manualgrad", "torch"])
 def test_any_set(model: str, call: SampleInput, tmp_path: Path) -> None:
     """It learns, and says how well in figures that its own curves confirm."""
     write(tmp_path / "bars")
-    status, output, error = call("--data", "bars", *SMALL, "--epochs", 5, "--model", model)
+    status, output, error = call("--data", "bars", *SMALL, "--max-epochs", 5, "--model", model)
     assert (status, error) == (0, "")
     shown = figures(output)
     assert min(shown["accuracy"]) > 90
@@ -110,14 +110,17 @@ def test_any_set(model: str, call: SampleInput, tmp_path: Path) -> None:
     assert curves["summary/test_accuracy"] == [(46, pytest.approx(shown["accuracy"][2] / 100, abs=1e-4))]
     assert curves["summary/test_loss"] == [(46, pytest.approx(shown["loss"][2], abs=1e-4))]
     assert shown["loss"][1] == pytest.approx(min(value for _, value in curves["loss/validation_epoch"]), abs=1e-4)
-    best = load(folder / "best.pt")["progress"]["best_epoch"] - 1
+    best = load(folder / "best.pt")["trainer_state"]["best_epoch"] - 1
     assert shown["accuracy"][1] == pytest.approx(100 * curves["accuracy/validation_epoch"][best][1], abs=1e-2)
 
 
 def test_every_page_is_there(call: SampleInput, tmp_path: Path) -> None:
     """After each epoch of the validation images, at the end of the test images."""
     write(tmp_path / "bars")
-    assert call("--data", "bars", *SMALL, "--epochs", 2, "--histogram-every", 1, "--run-dir", "run")[0] == 0
+    assert (
+        call("--data", "bars", *SMALL, "--max-epochs", 2, "--histograms-every-n-epochs", 1, "--run-dir", "run")[0]
+        == 0
+    )
     found = events(tmp_path / "run")
     steps = {tag: [image.step for image in found.Images(tag)] for tag in found.Tags()["images"]}
     validation = {
@@ -150,7 +153,7 @@ def test_the_mistakes_that_are_shown_are_the_worst(tmp_path: Path, monkeypatch: 
     labels = torch.tensor([0, 1, 1, 0])
     scores = torch.tensor([[5.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.5]])
     pictures = train_images.Pictures({"test": train_images.Split(images, labels)}, ["cat", "dog"], 0.0, 1.0)
-    with train_images.TrainingLog(None, 1) as log:
+    with train_images.TensorBoardLogger(None, 1) as log:
         train_images.show_mistakes(log, 1, scores, pictures, "test")
     (counts, names), (worst, captions) = seen
     assert counts.tolist() == [[1, 1], [2, 0]]
@@ -165,10 +168,20 @@ def test_the_mistakes_that_are_shown_are_the_worst(tmp_path: Path, monkeypatch: 
 
 def test_ours_and_torch_s_make_the_same_curves(call: SampleInput, tmp_path: Path) -> None:
     write(tmp_path / "bars")
-    for model in ("ours", "torch"):
-        arguments = [*SMALL, "--epochs", 2, "--log-every", 1, "--learning-rate", 1e-3, "--model", model]
+    for model in ("manualgrad", "torch"):
+        arguments = [
+            *SMALL,
+            "--max-epochs",
+            2,
+            "--log-every-n-steps",
+            1,
+            "--learning-rate",
+            1e-3,
+            "--model",
+            model,
+        ]
         assert call("--data", "bars", *arguments, "--run-dir", model)[0] == 0
-    ours, torch_s = scalars(tmp_path / "ours"), scalars(tmp_path / "torch")
+    ours, torch_s = scalars(tmp_path / "manualgrad"), scalars(tmp_path / "torch")
     assert ours.keys() == torch_s.keys()
     assert ours["loss/train"][0] == torch_s["loss/train"][0]  # from the same weights, on the same images
     for tag in ("loss/train", "optimizer/gradient_norm", "loss/validation_epoch"):
@@ -190,7 +203,7 @@ def test_every_gradient_is_ours(tmp_path: Path) -> None:
 
 def test_clothes_come_along(call: SampleInput) -> None:
     """One epoch of a narrow network is enough to see that they can be told apart."""
-    status, output, error = call("--epochs", 1, "--width", 8, "--batch-size", 64, "--learning-rate", 0.01)
+    status, output, error = call("--max-epochs", 1, "--width", 8, "--batch-size", 64, "--learning-rate", 0.01)
     assert (status, error) == (0, "")
     assert figures(output)["accuracy"][2] > 60
     assert re.search(r"most common mistake on the test images: [A-Z].* taken for [A-Z].*, \d+ of \d+\n", output)
@@ -260,7 +273,7 @@ def test_a_last_picture_alone_is_left_out_of_an_epoch(call: SampleInput, tmp_pat
         for what, array in zip(("images", "labels"), arrays, strict=True)
     }
     write(tmp_path / "small", contents)
-    status, output, error = call("--data", "small", "--width", 4, "--batch-size", 269, "--epochs", 1)
+    status, output, error = call("--data", "small", "--width", 4, "--batch-size", 269, "--max-epochs", 1)
     assert (status, error) == (0, "")
     assert list(figures(output)) == ["accuracy", "loss"]
 
@@ -385,7 +398,7 @@ WHOLE = idx(bars(300, 0)[0])
         ("--shift: Input should be greater than or equal to 0 (got -1)", {}, ["--shift", "-1"]),
         ("--width: Input should be greater than 0 (got 0)", {}, ["--width", "0"]),
         ("--batch-size: Input should be greater than or equal to 2 (got 1)", {}, ["--batch-size", "1"]),
-        ("--model: Input should be 'ours' or 'torch' (got theirs)", {}, ["--model", "theirs"]),
+        ("--model: Input should be 'manualgrad' or 'torch' (got other)", {}, ["--model", "other"]),
         ("--settings: mine.json cannot be read: No such file or directory", {}, ["--settings", "mine.json"]),
         ("unrecognized arguments: --mirror", {}, ["--mirror"]),
     ],
@@ -413,19 +426,29 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(call: SampleInput, tmp_path: Pa
     """With the same images, moved as they would have been: the curves, the figures and the pages of one never
     stopped. And a run is not overwritten, nor taken up as another."""
     write(tmp_path / "bars")
-    arguments = ["--data", "bars", *SMALL, "--epochs", 3, "--log-every", 1, "--checkpoint-every", 4]
+    arguments = [
+        "--data",
+        "bars",
+        *SMALL,
+        "--max-epochs",
+        3,
+        "--log-every-n-steps",
+        1,
+        "--checkpoint-every-n-steps",
+        4,
+    ]
     status, whole, _ = call(*arguments, "--keep-last", 99, "--run-dir", "whole")
     assert status == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
-    for path in all_in(tmp_path / "stopped"):
+    for path in list_checkpoints(tmp_path / "stopped"):
         if int(path.stem.removeprefix("step-")) > 12:  # 9 updates make an epoch
             path.unlink()
     message = "error: stopped holds a run already: resume it or take another folder\n"
     assert call(*arguments, "--run-dir", "stopped") == (2, "", message)
-    status, _, error = call(*arguments, "--run-dir", "stopped", "--resume", "--shift", 1)
+    status, _, error = call(*arguments, "--run-dir", "stopped", "--resume-from-checkpoint", "--shift", 1)
     assert (status, error.count("is of a different run: shift is 2 in the checkpoint and 1 here\n")) == (2, 1)
 
-    status, resumed, error = call(*arguments, "--run-dir", "stopped", "--resume")
+    status, resumed, error = call(*arguments, "--run-dir", "stopped", "--resume-from-checkpoint")
     assert (status, error) == (0, "")
     assert figures(resumed) == figures(whole)
     assert scalars(tmp_path / "stopped") == scalars(tmp_path / "whole")
@@ -439,7 +462,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(call: SampleInput, tmp_path: Pa
 
 def test_a_run_is_repeated_from_its_settings(call: SampleInput, tmp_path: Path) -> None:
     write(tmp_path / "bars")
-    assert call("--data", "bars", *SMALL, "--epochs", 1, "--seed", 3, "--flip", "--run-dir", "first")[0] == 0
+    assert call("--data", "bars", *SMALL, "--max-epochs", 1, "--seed", 3, "--flip", "--run-dir", "first")[0] == 0
     assert call("--settings", "first/settings.json", "--run-dir", "second")[0] == 0
     first, second = (
         json.loads((tmp_path / name / "settings.json").read_text())["settings"] for name in ("first", "second")
@@ -467,7 +490,7 @@ def test_several_processes(tmp_path: Path) -> None:
     """Started by torchrun, each with a part of the model, the first alone speaks and shows."""
     write(tmp_path / "bars")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, SCRIPT]
-    arguments = ["--data", "bars", *SMALL, "--epochs", 2, "--parallel", "fsdp", "--run-dir", "run"]
+    arguments = ["--data", "bars", *SMALL, "--max-epochs", 2, "--strategy", "fsdp", "--run-dir", "run"]
     output = process(tmp_path, *torchrun, *arguments, PYTHONWARNINGS=os.environ["PYTHONWARNINGS"])
     assert list(figures(output)) == ["accuracy", "loss"]
     assert output.count("accuracy:") == 1

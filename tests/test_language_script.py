@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from train_language import GPT, WORDS, Settings, Text, Vocabulary, Windows
 
 from manualgrad.training import DataError
-from manualgrad.training.checkpoint import all_in, load, save
+from manualgrad.training.checkpoint import list_checkpoints, load, save
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_language.py"
@@ -71,12 +71,12 @@ def written(folder: Path) -> dict[int, str]:
     return {event.step: event.tensor_proto.string_val[0].decode() for event in found}
 
 
-@pytest.mark.parametrize("model", ["ours", "torch"])
+@pytest.mark.parametrize("model", ["manualgrad", "torch"])
 def test_a_language_is_learned(model: str, call: SampleInput, tmp_path: Path) -> None:
     """As well as it can be, which nobody betters; both compressors are beaten, and all the pages are there."""
     (tmp_path / "spoken.txt").write_text(spoken(6000))
-    arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 3, "--length", 20, "--model", model]
-    status, output, error = call(*arguments, "--histogram-every", 1)
+    arguments = ["--data", "spoken.txt", *SMALL, "--max-epochs", 3, "--length", 20, "--model", model]
+    status, output, error = call(*arguments, "--histograms-every-n-epochs", 1)
     assert (status, error) == (0, "")
     held_out = spoken(6000)[-len(spoken(6000)) // 10 :]
     least = 4 * held_out.count(" ") / len(held_out)
@@ -106,10 +106,10 @@ def test_a_language_is_learned(model: str, call: SampleInput, tmp_path: Path) ->
 def test_writing_from_a_checkpoint(call: SampleInput, tmp_path: Path) -> None:
     """It is what the run has shown, goes on from any words, and knows temperature and length."""
     (tmp_path / "spoken.txt").write_text(spoken(2000))
-    arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 2, "--length", 12, "--run-dir", "mine"]
+    arguments = ["--data", "spoken.txt", *SMALL, "--max-epochs", 2, "--length", 12, "--run-dir", "mine"]
     assert call(*arguments)[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert load(tmp_path / "mine" / "best.pt")["progress"]["best_epoch"] == 2
+    assert load(tmp_path / "mine" / "best.pt")["trainer_state"]["best_epoch"] == 2
     write = ["--run-dir", "mine", "--generate"]
     cards = written(tmp_path / "mine")
     shown = "".join(line.removeprefix("    ") + "\n" for line in cards[max(cards)].splitlines())
@@ -126,17 +126,17 @@ def test_writing_from_a_checkpoint(call: SampleInput, tmp_path: Path) -> None:
 def test_resumed_in_the_middle_of_an_epoch(call: SampleInput, tmp_path: Path) -> None:
     """As if it had never stopped: the same curves, writing and weights."""
     (tmp_path / "spoken.txt").write_text(spoken(1000))
-    arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 2, "--dropout", 0.1, "--length", 5]
-    arguments += ["--checkpoint-every", 7, "--keep-last", 99]
+    arguments = ["--data", "spoken.txt", *SMALL, "--max-epochs", 2, "--dropout", 0.1, "--length", 5]
+    arguments += ["--checkpoint-every-n-steps", 7, "--keep-last", 99]
     assert call(*arguments, "--run-dir", "whole")[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for path in [*all_in(tmp_path / "cut"), tmp_path / "cut" / "best.pt"]:
+    for path in [*list_checkpoints(tmp_path / "cut"), tmp_path / "cut" / "best.pt"]:
         if path.name == "best.pt" or path.name > "step-0000000007.pt":
             path.unlink()
-    assert call(*arguments, "--run-dir", "cut", "--resume")[0] == 0
+    assert call(*arguments, "--run-dir", "cut", "--resume-from-checkpoint")[0] == 0
     assert scalars(tmp_path / "cut") == scalars(tmp_path / "whole")
     assert written(tmp_path / "cut") == written(tmp_path / "whole")
-    ours, theirs = (load(all_in(tmp_path / name)[0])["model"] for name in ("cut", "whole"))
+    ours, theirs = (load(list_checkpoints(tmp_path / name)[0])["model"] for name in ("cut", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -146,7 +146,7 @@ def test_the_same_network_in_torch(call: SampleInput, tmp_path: Path) -> None:
     tokens = torch.randint(len(merges) + 256, (3, 17), generator=torch.Generator().manual_seed(0))
     ours, torch_s = (
         script.build(Settings.model_validate({**SHAPE, "model": model, "dropout": 0.1}), merges)
-        for model in ("ours", "torch")
+        for model in ("manualgrad", "torch")
     )
     for mine, other in zip(ours.parameters(), torch_s.parameters(), strict=True):
         assert torch.equal(mine, other)
@@ -163,10 +163,10 @@ def test_the_same_network_in_torch(call: SampleInput, tmp_path: Path) -> None:
 
     # And so on, in the script itself.
     (tmp_path / "spoken.txt").write_text(spoken(600))
-    arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 1, "--length", 5, "--log-every", 1]
-    for model in ("ours", "torch"):
+    arguments = ["--data", "spoken.txt", *SMALL, "--max-epochs", 1, "--length", 5, "--log-every-n-steps", 1]
+    for model in ("manualgrad", "torch"):
         assert call(*arguments, "--model", model, "--run-dir", model)[0] == 0
-    curves = [scalars(tmp_path / model)["loss/train"] for model in ("ours", "torch")]
+    curves = [scalars(tmp_path / model)["loss/train"] for model in ("manualgrad", "torch")]
     assert len(curves[0]) > 5
     for one, other in zip(*curves, strict=True):
         assert one == (other[0], pytest.approx(other[1], rel=1e-3))
@@ -184,7 +184,7 @@ def test_a_torch_without_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -
 
 def test_settings_from_a_file(call: SampleInput, tmp_path: Path) -> None:
     (tmp_path / "spoken.txt").write_text(spoken(600))
-    arguments = ["--data", "spoken.txt", *SMALL, "--epochs", 1, "--length", 5, "--seed", 3]
+    arguments = ["--data", "spoken.txt", *SMALL, "--max-epochs", 1, "--length", 5, "--seed", 3]
     assert call(*arguments, "--run-dir", "one")[0] == 0
     assert call("--settings", "one/settings.json", "--run-dir", "two")[0] == 0
     assert scalars(tmp_path / "one") == scalars(tmp_path / "two")
@@ -241,13 +241,13 @@ def test_wrong_input_gives_one_line(
 def test_what_cannot_write(call: SampleInput, tmp_path: Path) -> None:
     """A damaged checkpoint, and one of something else."""
     (tmp_path / "spoken.txt").write_text(spoken(600))
-    assert call("--data", "spoken.txt", *SMALL, "--epochs", 1, "--length", 5, "--run-dir", "mine")[0] == 0
+    assert call("--data", "spoken.txt", *SMALL, "--max-epochs", 1, "--length", 5, "--run-dir", "mine")[0] == 0
     path = tmp_path / "mine" / "best.pt"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     status, output, error = call("--generate", "mu", "--run-dir", "mine")
     assert (status, output, error.count("\n")) == (2, "", 1)
-    assert error.startswith("error: mine/best.pt is not a whole checkpoint")
+    assert error.startswith("error: mine/best.pt is not an intact checkpoint")
 
     path.write_bytes(whole)
     saved = load(path)

@@ -1,4 +1,4 @@
-"""The laws of `manualgrad.verify`, which every operation holds, each tried on every sample of the table."""
+"""Every operation satisfies every law of `manualgrad.verify`, on every sample input."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from manualgrad import verify
 from manualgrad.registry import Op, TensorFactory
 from manualgrad.verification import LAWS, Report
 
-DISTRIBUTED = "distributed"  # starts two processes: tried once, not for every sample
+DISTRIBUTED = "distributed"  # it starts two processes: tested once, in test_verification.py
 
 
-def verified(op: Op, number: int | None, device: str, law: str) -> Report:
-    maker = TensorFactory(device=device)
-    call = op.benchmark_input(maker) if number is None else list(op.sample_inputs(maker))[number]
-    args, kwargs = call.marked()
+def verify_op(op: Op, number: int | None, device: str, law: str) -> Report:
+    """Test one law on the sample input with this number, or on the benchmark input."""
+    factory = TensorFactory(device=device)
+    sample = op.benchmark_input(factory) if number is None else list(op.sample_inputs(factory))[number]
+    args, kwargs = sample.marked()
     return verify(
         op.function,
         *args,
@@ -22,14 +23,14 @@ def verified(op: Op, number: int | None, device: str, law: str) -> Report:
         reference=op.reference,
         require=[law],
         laws=[law],
-        surrogate=not call.gradient_is_derivative,
+        surrogate=not sample.gradient_is_derivative,
     )
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law != DISTRIBUTED])
 def test_law(law: str, op: Op, number: int, device: str) -> None:
-    verified(op, number, device, law).raise_if_failed()
+    verify_op(op, number, device, law).raise_if_failed()
 
 
-def test_adjoint_at_full_size(op: Op, device: str) -> None:
-    verified(op, None, device, "adjoint").raise_if_failed()
+def test_jvp_matches_backward_for_benchmark_input(op: Op, device: str) -> None:
+    verify_op(op, None, device, "jvp_matches_backward").raise_if_failed()

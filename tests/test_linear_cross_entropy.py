@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph import MOVES_OR_ADDS, nodes
-from test_laws import DISTRIBUTED, verified
+from test_laws import DISTRIBUTED, verify_op
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
@@ -68,7 +68,7 @@ def rules(output: Tensor) -> set[str]:
 @pytest.mark.parametrize("law", [law for law in LAWS if law != DISTRIBUTED])
 @pytest.mark.parametrize("which", range(len(list(OP.sample_inputs(TensorFactory())))))
 def test_law_in_pieces(law: str, which: int, device: str) -> None:
-    verified(OP, which, device, law).raise_if_failed()
+    verify_op(OP, which, device, law).raise_if_failed()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_laws import verified
+from test_laws import verify_op
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -443,11 +443,18 @@ def test_bits_lie_as_the_mask_does() -> None:
 
 
 @pytest.mark.parametrize(
-    "law", ["gradient_of_each_subset", "double_backward", "memory_format", "low_precision", "no_memory_leaks"]
+    "law",
+    [
+        "gradient_of_input_subsets",
+        "double_backward",
+        "preserved_memory_format",
+        "low_precision",
+        "no_memory_leaks",
+    ],
 )
 def test_laws_where_nothing_is_small(law: str, op: Op, number: int, device: str) -> None:
     """What the samples are too small for: bits, offsets, recipes."""
-    verified(op, number, device, law).raise_if_failed()
+    verify_op(op, number, device, law).raise_if_failed()
 
 
 # --- in place ---

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from manualgrad.training.checkpoint import all_in, load
+from manualgrad.training.checkpoint import list_checkpoints, load
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_regression.py"
@@ -26,7 +26,18 @@ SCRIPT = ROOT / "scripts" / "train_regression.py"
 WARNINGS = f"error,{os.environ['PYTHONWARNINGS']}"  # of an untried torch: see conftest
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": WARNINGS}
 torch.set_num_threads(1)
-SMALL = ["--width", "16", "--depth", "1", "--batch-size", "32", "--log-every", "5", "--learning-rate", "0.01"]
+SMALL = [
+    "--width",
+    "16",
+    "--depth",
+    "1",
+    "--batch-size",
+    "32",
+    "--log-every-n-steps",
+    "5",
+    "--learning-rate",
+    "0.01",
+]
 
 
 def run(folder: Path, *arguments: object) -> str:
@@ -78,11 +89,11 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
 
 
-@pytest.mark.parametrize("model", ["ours", "torch"])
+@pytest.mark.parametrize("model", ["manualgrad", "torch"])
 def test_any_table(model: str, tmp_path: Path) -> None:
     """It learns, says how well in figures that its own curves confirm, and says where to look."""
     data = write(tmp_path, table())
-    settings = [*SMALL, "--epochs", "60", "--model", model, "--log-target"]
+    settings = [*SMALL, "--max-epochs", "60", "--model", model, "--log-target"]
     output = run(tmp_path, "--data", data, "--target", "price", *settings)
     shown = figures(output)
     assert "MSE of the log price" in output
@@ -101,7 +112,7 @@ def test_any_table(model: str, tmp_path: Path) -> None:
     validation = [value for _, value in curves["loss/validation_epoch"]]  # of the target, nearly standardised
     variance = np.log(table()["price"]).var()
     assert shown["MSE"][1] == pytest.approx(min(validation) * variance, rel=0.1)
-    assert load(folder / "best.pt")["progress"]["best_epoch"] == 1 + validation.index(min(validation))
+    assert load(folder / "best.pt")["trainer_state"]["best_epoch"] == 1 + validation.index(min(validation))
     histograms = EventAccumulator(str(folder)).Reload().Tags()["histograms"]
     layers, parts = ("linear1", "norm1", "output"), ("weight", "bias")
     assert {tag.split("/")[1] for tag in histograms} == {f"{name}.{part}" for name in layers for part in parts}
@@ -109,22 +120,22 @@ def test_any_table(model: str, tmp_path: Path) -> None:
 
 def test_ours_and_torch_s_make_the_same_curves(call: SampleInput, tmp_path: Path) -> None:
     write(tmp_path, table())
-    for model in ("ours", "torch"):
-        arguments = ["--epochs", 5, "--dtype", "float64", "--model", model, "--run-dir", model]
+    for model in ("manualgrad", "torch"):
+        arguments = ["--max-epochs", 5, "--dtype", "float64", "--model", model, "--run-dir", model]
         status, _, _ = call("--data", "houses.csv", "--target", "price", *SMALL, *arguments)
         assert status == 0
-    ours, torch_s = scalars(tmp_path / "ours"), scalars(tmp_path / "torch")
+    ours, torch_s = scalars(tmp_path / "manualgrad"), scalars(tmp_path / "torch")
     assert ours.keys() == torch_s.keys()
     for tag, points in ours.items():
         steps, values = zip(*points, strict=True)
         assert steps == tuple(step for step, _ in torch_s[tag])
         assert values == pytest.approx([value for _, value in torch_s[tag]], rel=1e-6)
-    assert load(all_in(tmp_path / "ours")[0])["model"]["linear1.weight"].dtype == torch.float64
+    assert load(list_checkpoints(tmp_path / "manualgrad")[0])["model"]["linear1.weight"].dtype == torch.float64
 
 
 def test_the_diamonds_come_along(tmp_path: Path) -> None:
     """Two epochs of large batches are enough to see that the price can be learned."""
-    output = run(tmp_path, "--epochs", 2, "--batch-size", 512, "--width", 64, "--depth", 2)
+    output = run(tmp_path, "--max-epochs", 2, "--batch-size", 512, "--width", 64, "--depth", 2)
     assert "MSE of the log price" in output
     assert figures(output)["R²"][2] > 0.95
 
@@ -138,7 +149,7 @@ def test_missing_and_unseen_values(call: SampleInput, tmp_path: Path) -> None:
     gaps["constant"] = 5
     gaps["rare"] = [f"kind {row}" if row % 10 == 0 else "common" for row in range(len(gaps))]
     write(tmp_path, gaps)
-    status, output, error = call("--data", "houses.csv", "--target", "price", *SMALL, "--epochs", 30)
+    status, output, error = call("--data", "houses.csv", "--target", "price", *SMALL, "--max-epochs", 30)
     assert (status, error) == (0, "")
     assert figures(output)["R²"][0] > 0.5
     assert re.search(r"predicted within \d+(\.\d+)? of their price", output)  # in its units
@@ -177,7 +188,7 @@ AREA = "area,price\n"
         ("the target 'price' is missing in row 9", with_cell("price", 9, None), []),
         ("the target 'price' is -3 in row 9: it has no log", with_cell("price", 9, -3), ["--log-target"]),
         ("the target 'price' is the same in all training rows", table().assign(price=1), []),
-        ("--epochs: Input should be greater than 0 (got -3)", table(), ["--epochs", "-3"]),
+        ("--max-epochs: Input should be greater than 0 (got -3)", table(), ["--max-epochs", "-3"]),
         ("--precision bfloat16 is for", table(), ["--dtype", "float64", "--precision", "bfloat16"]),
         ("--device: torch finds", table(), ["--device", "cuda:99"]),
         ("unrecognized arguments: --epoch", table(), ["--epoch", "3"]),
@@ -220,7 +231,7 @@ def test_help_explains_every_option(tmp_path: Path) -> None:
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     """Ctrl-C gives one line; the command in it completes the run, with the curves of one never stopped."""
     data = write(tmp_path, table(2000))
-    arguments = [*map(str, ["--data", data, "--target", "price"]), *SMALL, "--epochs", "20"]
+    arguments = [*map(str, ["--data", data, "--target", "price"]), *SMALL, "--max-epochs", "20"]
     run(tmp_path, *arguments, "--run-dir", "whole")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, it would be in the process too
     try:
@@ -240,7 +251,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     output, error = process.communicate()
     assert (process.returncode, output) == (130, "")
-    assert re.fullmatch(r"interrupted; to go on: python .*\n", error)
+    assert re.fullmatch(r"interrupted; to continue: python .*\n", error)
 
     assert 0 < steps_done(tmp_path) < 20 * math.ceil(1400 / 32)
     command = shlex.split(error.partition("go on: ")[2])
@@ -258,12 +269,12 @@ def steps_done(folder: Path) -> int:
 def test_a_run_is_kept(call: SampleInput, tmp_path: Path) -> None:
     """Neither overwritten, nor resumed as something else."""
     write(tmp_path, table())
-    arguments = ["--data", "houses.csv", "--target", "price", *SMALL, "--epochs", 1, "--run-dir", "mine"]
+    arguments = ["--data", "houses.csv", "--target", "price", *SMALL, "--max-epochs", 1, "--run-dir", "mine"]
     assert call(*arguments)[0] == 0
     message = "error: mine holds a run already: resume it or take another folder\n"
     assert call(*arguments) == (2, "", message)
     message = "error: mine/step-0000000007.pt is of a different run: width is 16 in the checkpoint and 32 here\n"
-    assert call(*arguments, "--width", 32, "--resume") == (2, "", message)
+    assert call(*arguments, "--width", 32, "--resume-from-checkpoint") == (2, "", message)
 
 
 def test_divergence_ends_with_one_line(call: SampleInput, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.nn.functional import ctc_loss
 
-from manualgrad.training.checkpoint import all_in, load
+from manualgrad.training.checkpoint import list_checkpoints, load
 
 SCRIPT = Path(speech.__file__)
 SMALL = ["--width", 16, "--depth", 2, "--batch-size", 16, "--dropout", 0, "--learning-rate", 0.01]
@@ -76,10 +76,10 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 # A run
 
 
-@pytest.mark.parametrize("model", ["ours", "torch"])
+@pytest.mark.parametrize("model", ["manualgrad", "torch"])
 def test_words_are_told_apart(model: str, recordings: Path, call: SampleInput, tmp_path: Path) -> None:
     """It learns, says how well in figures that its curves confirm, and leaves pages to see and to hear."""
-    arguments = ["--data", recordings, *SMALL, "--epochs", 8, "--model", model]
+    arguments = ["--data", recordings, *SMALL, "--max-epochs", 8, "--model", model]
     status, output, error = call(*arguments)
     assert (status, error) == (0, "")
     found = re.match(r"accuracy: test (\S+)% of 12 recordings\n", output)
@@ -101,7 +101,7 @@ def test_words_are_told_apart(model: str, recordings: Path, call: SampleInput, t
 
 
 def test_strings_are_transcribed(recordings: Path, call: SampleInput, tmp_path: Path) -> None:
-    settings = [*SMALL, "--epochs", 20]
+    settings = [*SMALL, "--max-epochs", 20]
     status, output, error = call("--data", recordings, "--ctc", *settings, "--run-dir", "mine")
     assert (status, error) == (0, "")
     pattern = r"word error rate: test (\S+)% of \d+ words\nwithout a mistake: (\S+)% of 12 strings\n"
@@ -120,7 +120,7 @@ def test_strings_are_transcribed(recordings: Path, call: SampleInput, tmp_path: 
 
 def test_the_digits_come_along(call: SampleInput, tmp_path: Path) -> None:
     """One epoch is enough to see that they can be told apart."""
-    status, output, error = call("--epochs", 1, "--width", 32, "--depth", 2, "--run-dir", "mine")
+    status, output, error = call("--max-epochs", 1, "--width", 32, "--depth", 2, "--run-dir", "mine")
     assert (status, error) == (0, "")
     found = re.match(r"accuracy: test (\S+)% of 600 recordings\n", output)
     assert found is not None
@@ -130,7 +130,7 @@ def test_the_digits_come_along(call: SampleInput, tmp_path: Path) -> None:
 
 def test_a_speaker_held_out(recordings: Path, call: SampleInput) -> None:
     """That speaker is tested, and no other; nobody learns from that one."""
-    arguments = ["--data", recordings, *SMALL, "--epochs", 1, "--held-out-speaker", "bob"]
+    arguments = ["--data", recordings, *SMALL, "--max-epochs", 1, "--held-out-speaker", "bob"]
     status, output, error = call(*arguments)
     assert (status, error) == (0, "")
     assert "of 24 recordings by bob, who was never heard before\n" in output
@@ -152,15 +152,15 @@ def test_every_recording_is_in_one_part_of_the_split(recordings: Path) -> None:
 
 def test_an_unfinished_run_goes_on(recordings: Path, call: SampleInput, tmp_path: Path) -> None:
     """With the curves of one that never stopped; and each page is there once."""
-    arguments = ["--data", recordings, "--ctc", *SMALL, "--epochs", 4, "--keep-last", 10]
+    arguments = ["--data", recordings, "--ctc", *SMALL, "--max-epochs", 4, "--keep-last", 10]
     _, whole, _ = call(*arguments, "--run-dir", "whole")
     call(*arguments, "--run-dir", "mine")
-    newest = all_in(tmp_path / "mine")
+    newest = list_checkpoints(tmp_path / "mine")
     assert len(newest) == 5  # before the first epoch, and after each
     for path in newest:
-        if load(path)["progress"]["epoch"] > 2:
+        if load(path)["trainer_state"]["epoch"] > 2:
             path.unlink()
-    status, output, error = call(*arguments, "--run-dir", "mine", "--resume")
+    status, output, error = call(*arguments, "--run-dir", "mine", "--resume-from-checkpoint")
     assert (status, error) == (0, "")
     assert output.splitlines()[:2] == whole.splitlines()[:2]
     assert scalars(tmp_path / "mine") == scalars(tmp_path / "whole")
@@ -171,7 +171,7 @@ def test_an_unfinished_run_goes_on(recordings: Path, call: SampleInput, tmp_path
 
 def test_settings_from_a_file(recordings: Path, call: SampleInput, tmp_path: Path) -> None:
     """As those of another run."""
-    arguments = ["--data", recordings, "--held-out-speaker", "cat", *SMALL, "--epochs", 1, "--run-dir", "one"]
+    arguments = ["--data", recordings, "--held-out-speaker", "cat", *SMALL, "--max-epochs", 1, "--run-dir", "one"]
     _, one, _ = call(*arguments)
     status, other, error = call("--settings", "one/settings.json", "--run-dir", "other")
     assert (status, error) == (0, "")
@@ -361,7 +361,7 @@ def test_every_gradient_is_ours(strings: bool) -> None:
     """And the numbers are torch's."""
     input, target = batch(strings)
     found: dict[str, list[Tensor | None]] = {}
-    for model in ("ours", "torch"):
+    for model in ("manualgrad", "torch"):
         chosen = settings(model=model, ctc=strings)
         network = speech.build(chosen, 5).double()
         loss = loss_of(chosen, 5)(network(input.double()), target)

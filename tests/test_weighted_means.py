@@ -1,6 +1,6 @@
-"""Batches that are accumulated, split among processes, or averaged have the loss and gradient of one batch.
+"""Accumulated, distributed and averaged batches have the loss and gradient of one batch with all their examples.
 
-It holds them all, and this is so whatever the loss is a mean over.
+This is true for every loss, because each mean is weighted by its count.
 """
 
 import math
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import manualgrad.nn
 from manualgrad.training import FitResult, Trainer, TrainingSettings
-from manualgrad.training.means import Measure, mean_of
-from manualgrad.training.processes import whole
+from manualgrad.training.distributed import full_tensor
+from manualgrad.training.weighted_means import LossOrMetric, compute_mean
 
 torch.set_num_threads(1)
 
@@ -30,7 +30,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 CLASSES = 3
 WEIGHT = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
 SIZES = (3, 4, 1, 2, 5)
-"""Of the batches."""
+"""The sizes of the batches."""
 
 
 def columns(rows: int) -> Tensor:
@@ -38,17 +38,17 @@ def columns(rows: int) -> Tensor:
 
 
 def labels(rows: int, ignored: int = -100) -> Tensor:
-    """Class indices, many of them ignored, and all of the third batch."""
-    drawn = torch.randint(0, CLASSES, (rows,), generator=torch.Generator().manual_seed(2))
-    drawn[[0, 2, 3, 7, 9, 10, 11, 13]] = ignored
-    return drawn
+    """Return class indices. Many are ignored, and all of the third batch."""
+    indices = torch.randint(0, CLASSES, (rows,), generator=torch.Generator().manual_seed(2))
+    indices[[0, 2, 3, 7, 9, 10, 11, 13]] = ignored
+    return indices
 
 
-def cut(*tensors: Tensor) -> Pairs:
+def split(*tensors: Tensor) -> Pairs:
     return list(zip(*(tensor.split(SIZES) for tensor in tensors), strict=True))  # pyright: ignore
 
 
-def joined(batches: Pairs) -> Pairs:
+def concatenated(batches: Pairs) -> Pairs:
     inputs, targets = zip(*batches, strict=True)
     return [(torch.cat(inputs), torch.cat(targets))]
 
@@ -56,13 +56,13 @@ def joined(batches: Pairs) -> Pairs:
 Fitted = tuple[nn.Module, FitResult]
 
 
-def fit(loss: Measure, batches: Pairs, validation: Pairs | None = None, **options: Any) -> Fitted:
-    """Two epochs, of one update each unless the options say otherwise."""
+def fit(loss: LossOrMetric, batches: Pairs, validation: Pairs | None = None, **options: Any) -> Fitted:
+    """Train for two epochs, by default with one update per epoch."""
     torch.manual_seed(0)
     model = nn.Linear(4, options.pop("outputs", CLASSES)).double()
     metrics = options.pop("metrics", {})
     settings = TrainingSettings(
-        device="cpu", progress=False, **{"epochs": 2, "accumulate": len(batches), **options}
+        device="cpu", progress_bar=False, **{"max_epochs": 2, "accumulate_grad_batches": len(batches), **options}
     )
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     trainer = Trainer(model, loss, optimizer, batches, validation or batches, settings=settings, metrics=metrics)
@@ -74,10 +74,10 @@ def expect_same(found: Fitted, expected: Fitted) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     for name in ("train", "validation"):
         assert getattr(found[1], name) == pytest.approx(getattr(expected[1], name), rel=1e-10, nan_ok=True)
-    assert found[1].steps == expected[1].steps
+    assert found[1].global_step == expected[1].global_step
 
 
-# What each loss divides by
+# The count of each loss
 
 
 def normal(*shape: int) -> Tensor:
@@ -123,7 +123,7 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("functions", [F, manualgrad.nn.functional], ids=["torch", "ours"])
+@pytest.mark.parametrize("functions", [F, manualgrad.nn.functional], ids=["torch", "manualgrad"])
 @pytest.mark.parametrize(("name", "args", "kwargs"), CALLS)
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
 def test_the_count_is_what_the_loss_divides_by(
@@ -136,24 +136,23 @@ def test_the_count_is_what_the_loss_divides_by(
         total, expected = function(**{**kwargs, "reduction": "sum"}), function(**kwargs)
     except TypeError as error:
         pytest.skip(f"a later torch has it: {error}")
-    mean, count = mean_of(lambda *_: function(**kwargs), normal(5), normal(5), 1000)
+    mean, count = compute_mean(lambda *_: function(**kwargs), normal(5), normal(5), 1000)
     assert torch.equal(mean, expected)
     assert float(count) == pytest.approx((total / mean).item(), rel=1e-6)
 
 
-def test_the_count_of_a_linear_map_and_its_loss_in_pieces() -> None:
-    """Where the scores are not made."""
-    nothing_else = manualgrad.nn.LinearCrossEntropyOptions(batch_chunk_size=2)
-    loss = partial(manualgrad.nn.functional.linear_cross_entropy, options=nothing_else, ignore_index=2)
-    found = mean_of(lambda x, t: loss(x, normal(CLASSES, 4), t), normal(5, 4), ROWS, 1000)
+def test_the_count_of_linear_cross_entropy_in_chunks() -> None:
+    options = manualgrad.nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+    loss = partial(manualgrad.nn.functional.linear_cross_entropy, options=options, ignore_index=2)
+    found = compute_mean(lambda x, t: loss(x, normal(CLASSES, 4), t), normal(5, 4), ROWS, 1000)
     assert found.count == 3
 
 
-# A group of batches is one batch
+# Accumulation
 
 
 class Wrapped(nn.Module):
-    """A module around a loss, which it calls by keywords."""
+    """Calls a loss with keyword arguments."""
 
     def __init__(self, layers: Any) -> None:
         super().__init__()
@@ -164,19 +163,19 @@ class Wrapped(nn.Module):
 
 
 class Derived(nn.CrossEntropyLoss):
-    """A class with another forward."""
+    """Overrides forward."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return super().forward(input, target)
 
 
-def of_two_values(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """A loss of the user's own, with its count: of labels 0 and 1 alone."""
+def mean_over_two_classes(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """A custom loss that counts labels 0 and 1 only, and returns its count."""
     counts = (target == 0) | (target == 1)
     return (prediction.square().sum(1) * counts).sum() / counts.sum(), counts.sum()
 
 
-LOSSES: dict[str, Callable[[Any], Measure]] = {
+LOSSES: dict[str, Callable[[Any], LossOrMetric]] = {
     "ignore_index": lambda layers: layers.CrossEntropyLoss(),
     "class weights": lambda layers: layers.CrossEntropyLoss(WEIGHT),
     "label smoothing": lambda layers: layers.CrossEntropyLoss(WEIGHT, label_smoothing=0.2),
@@ -184,25 +183,25 @@ LOSSES: dict[str, Callable[[Any], Measure]] = {
     "derived": lambda layers: Derived(WEIGHT),
     "partial": lambda layers: partial(layers.functional.cross_entropy, weight=WEIGHT),
     "function": lambda layers: lambda p, t: layers.functional.nll_loss(p.log_softmax(1), t),
-    "a loss of one's own": lambda layers: of_two_values,
+    "custom loss": lambda layers: mean_over_two_classes,
 }
 
 
-@pytest.mark.parametrize("layers", [nn, manualgrad.nn], ids=["torch", "ours"])
+@pytest.mark.parametrize("layers", [nn, manualgrad.nn], ids=["torch", "manualgrad"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_accumulated_batches_are_one(name: str, layers: Any) -> None:
-    """All targets of one batch are ignored; its mean is NaN, and the gradient of that with ours."""
-    loss, batches = LOSSES[name](layers), cut(columns(15), labels(15))
-    alike = {"metrics": {"again": loss}, "epochs": 3}
-    expected = fit(loss, joined(batches), **alike)
+def test_accumulated_batches(name: str, layers: Any) -> None:
+    """All targets of one batch are ignored, so its mean is NaN."""
+    loss, batches = LOSSES[name](layers), split(columns(15), labels(15))
+    options = {"metrics": {"again": loss}, "max_epochs": 3}
+    expected = fit(loss, concatenated(batches), **options)
     assert math.isfinite(expected[1].train["loss"])
-    expect_same(fit(loss, batches, **alike), expected)
-    expect_same(fit(loss, batches[2:] + batches[:2], **alike), expected)  # and it may be the first
+    expect_same(fit(loss, batches, **options), expected)
+    expect_same(fit(loss, batches[2:] + batches[:2], **options), expected)  # the ignored batch comes first
 
 
-@pytest.mark.parametrize("layers", [nn, manualgrad.nn], ids=["torch", "ours"])
-def test_accumulated_sequences_of_other_lengths_are_one_batch(layers: Any) -> None:
-    """The mean over elements is not that over examples."""
+@pytest.mark.parametrize("layers", [nn, manualgrad.nn], ids=["torch", "manualgrad"])
+def test_accumulated_sequences_of_different_lengths(layers: Any) -> None:
+    """The mean over elements differs from the mean over examples."""
     inputs, targets = columns(16), columns(16)[:, :1].sin()
     shapes = [(2, 5), (3, 1), (1, 3)]
     rows = [a * b for a, b in shapes]
@@ -215,27 +214,31 @@ def test_accumulated_sequences_of_other_lengths_are_one_batch(layers: Any) -> No
         expect_same(found, fit(loss, [(inputs, targets)], outputs=1))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # in Dynamo itself
-def test_a_compiled_loss_is_counted() -> None:
-    batches = cut(columns(15), labels(15))
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # raised by Dynamo
+def test_the_count_of_a_compiled_loss() -> None:
+    batches = split(columns(15), labels(15))
     for layers in (nn, manualgrad.nn):
         loss = layers.CrossEntropyLoss(WEIGHT)
-        expect_same(fit(torch.compile(loss, backend="eager"), batches), fit(loss, joined(batches)))
+        expect_same(fit(torch.compile(loss, backend="eager"), batches), fit(loss, concatenated(batches)))
 
 
 def test_the_scaled_loss_of_float16_stays_in_range() -> None:
-    """However large the counts are."""
+    """Large counts do not overflow."""
 
     def loss(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return F.cross_entropy(prediction, target), 1e9 * (target != -100).sum()
 
     inputs, targets = columns(15).float(), labels(15)
     models = []
-    for batches in (cut(inputs, targets), joined(cut(inputs, targets))):
+    for batches in (split(inputs, targets), concatenated(split(inputs, targets))):
         torch.manual_seed(0)
         model = nn.Linear(4, CLASSES)
         settings = TrainingSettings(
-            device="cpu", progress=False, epochs=3, accumulate=len(batches), precision="float16"
+            device="cpu",
+            progress_bar=False,
+            max_epochs=3,
+            accumulate_grad_batches=len(batches),
+            precision="float16",
         )
         trainer = Trainer(model, loss, torch.optim.SGD(model.parameters(), 0.5), batches, settings=settings)
         trainer.fit()
@@ -244,51 +247,54 @@ def test_the_scaled_loss_of_float16_stays_in_range() -> None:
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0.01, atol=0.001)
 
 
-# Where nothing counts
+# Count 0
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_update_in_which_nothing_counts_is_left_out(
-    accumulate: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    batches = cut(columns(15), labels(15))
+def test_an_update_with_count_0_is_skipped(accumulate: int, capsys: pytest.CaptureFixture[str]) -> None:
+    batches = split(columns(15), labels(15))
     empty = (columns(3), torch.full((3,), -100))
     with_empty = [*batches[:2], *[empty] * (2 * accumulate), *batches[3:]]
     loss = nn.CrossEntropyLoss()
-    found = fit(loss, with_empty, accumulate=accumulate, metrics={"again": loss})
-    assert capsys.readouterr().err.count("nothing counts for the loss") == 1
-    expect_same(found, fit(loss, batches[:2] + batches[3:], accumulate=accumulate, metrics={"again": loss}))
+    found = fit(loss, with_empty, accumulate_grad_batches=accumulate, metrics={"again": loss})
+    assert capsys.readouterr().err.count("the count of the loss is 0") == 1
+    expect_same(
+        found, fit(loss, batches[:2] + batches[3:], accumulate_grad_batches=accumulate, metrics={"again": loss})
+    )
 
 
-def test_a_validation_in_which_nothing_counts_is_refused() -> None:
-    batches = cut(columns(15), labels(15))
-    with pytest.raises(ValueError, match="validation_loader has nothing that counts for the loss"):
+def test_a_validation_with_count_0_is_refused() -> None:
+    batches = split(columns(15), labels(15))
+    with pytest.raises(ValueError, match="the count of the loss is 0 in all batches of validation_loader"):
         fit(nn.CrossEntropyLoss(), batches, [(columns(3), torch.full((3,), -100))])
 
 
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (nn.CrossEntropyLoss(reduction="sum"), "must be a mean, and this is a sum"),
-        (partial(F.cross_entropy, size_average=False, reduce=True), "must be a mean, and this is a sum"),
-        (lambda p, t: (F.cross_entropy(p, t, reduction="sum"), len(t)), "must be a mean, and this is a sum"),
+        (nn.CrossEntropyLoss(reduction="sum"), "must be a mean, but this is a sum"),
+        (partial(F.cross_entropy, size_average=False, reduce=True), "must be a mean, but this is a sum"),
+        (lambda p, t: (F.cross_entropy(p, t, reduction="sum"), len(t)), "must be a mean, but this is a sum"),
         (lambda p, t: (F.cross_entropy(p, t), t), r"the count .* must be a number, not of shape \(3,\)"),
         (lambda p, t: (F.cross_entropy(p, t), "3"), "the count .* must be a number, not a str"),
-        (lambda p, t: (F.cross_entropy(p, t), -1), "the count of 'loss' must not be negative"),
-        (lambda p, t: (F.cross_entropy(p, t), torch.tensor(math.nan)), "the count of 'loss' must not be"),
+        (lambda p, t: (F.cross_entropy(p, t), -1), "the count of 'loss' is -1.0: it must not be negative"),
+        (
+            lambda p, t: (F.cross_entropy(p, t), torch.tensor(math.nan)),
+            "the count of 'loss' is nan: it must not be",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
-def test_what_is_no_mean_is_refused(loss: Measure, message: str) -> None:
+def test_wrong_means_and_counts_are_refused(loss: LossOrMetric, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fit(loss, cut(columns(15), labels(15)))
+        fit(loss, split(columns(15), labels(15)))
 
 
-# Over an interruption, and over processes
+# After an interruption, and with several processes
 
 
-class Stopping:
-    """Batches, of which some cannot be read."""
+class FailingLoader:
+    """Raises after some batches."""
 
     def __init__(self, batches: Pairs, after: int | None) -> None:
         self.batches, self.after = batches, after
@@ -300,35 +306,42 @@ class Stopping:
             yield batch
 
 
-def test_the_means_of_an_epoch_outlast_an_interruption(tmp_path: Path) -> None:
-    batches, loss = cut(columns(15), labels(15)), nn.CrossEntropyLoss(WEIGHT)
+def test_the_means_of_an_epoch_are_resumed(tmp_path: Path) -> None:
+    batches, loss = split(columns(15), labels(15)), nn.CrossEntropyLoss(WEIGHT)
 
     def run(folder: str, after: int | None, resume: bool = False) -> FitResult:
         torch.manual_seed(0)
         model = nn.Linear(4, CLASSES).double()
         settings = TrainingSettings(
-            device="cpu", progress=False, epochs=1, accumulate=2, run_dir=tmp_path / folder, resume=resume
+            device="cpu",
+            progress_bar=False,
+            max_epochs=1,
+            accumulate_grad_batches=2,
+            run_dir=tmp_path / folder,
+            resume_from_checkpoint=resume,
         )
         optimizer = torch.optim.SGD(model.parameters(), 0.5)
-        metrics = {"own": of_two_values}
-        return Trainer(model, loss, optimizer, Stopping(batches, after), settings=settings, metrics=metrics).fit()
+        metrics = {"own": mean_over_two_classes}
+        return Trainer(
+            model, loss, optimizer, FailingLoader(batches, after), settings=settings, metrics=metrics
+        ).fit()
 
     with pytest.raises(OSError, match="the data are gone"):
         run("stopped", 4)
-    found, expected = run("stopped", None, resume=True), run("quiet", None)
+    found, expected = run("stopped", None, resume=True), run("whole", None)
     assert found.train == expected.train
     assert math.isfinite(found.train["own"])
 
 
-def process(rank: int, rendezvous: str) -> None:
-    """One of two: the same updates as one process makes of the whole batches."""
+def train_in_process(rank: int, rendezvous: str) -> None:
+    """Train in one of two processes, and compare with the updates of a single process."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    batches = cut(columns(15), labels(15))
+    batches = split(columns(15), labels(15))
     cases = [
-        (LOSSES["label smoothing"](nn), {"parallel": "ddp", "accumulate": 5}),
-        (of_two_values, {"parallel": "ddp", "accumulate": 1}),
-        (LOSSES["class weights"](nn), {"parallel": "fsdp", "accumulate": 3}),
+        (LOSSES["label smoothing"](nn), {"strategy": "ddp", "accumulate_grad_batches": 5}),
+        (mean_over_two_classes, {"strategy": "ddp", "accumulate_grad_batches": 1}),
+        (LOSSES["class weights"](nn), {"strategy": "fsdp", "accumulate_grad_batches": 3}),
     ]
     expected = [fit(loss, batches, **options) for loss, options in cases]
     dist.init_process_group(
@@ -337,13 +350,13 @@ def process(rank: int, rendezvous: str) -> None:
     for (loss, options), one in zip(cases, expected, strict=True):
         model, result = fit(loss, batches, **options)
         for found, parameter in zip(model.parameters(), one[0].parameters(), strict=True):
-            torch.testing.assert_close(whole(found.detach()), parameter.detach(), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(full_tensor(found.detach()), parameter.detach(), rtol=1e-10, atol=1e-12)
         assert result.train == pytest.approx(one[1].train, rel=1e-10)
         assert result.validation == pytest.approx(one[1].validation, rel=1e-10)
-        assert result.steps == one[1].steps
+        assert result.global_step == one[1].global_step
     dist.destroy_process_group()
 
 
-def test_two_processes_make_the_updates_of_one(tmp_path: Path) -> None:
-    """Of a batch of one the second has nothing, and of some batches all that one of them has is ignored."""
-    mp.spawn(process, args=(str(tmp_path / "rendezvous"),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+def test_two_processes_make_the_same_updates_as_one(tmp_path: Path) -> None:
+    """One shard is empty, and in some shards all targets are ignored."""
+    mp.spawn(train_in_process, args=(str(tmp_path / "rendezvous"),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]

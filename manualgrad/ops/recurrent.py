@@ -448,12 +448,12 @@ def _layers(rule: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
                 weights[2:2] = [None, None]
             before = [x[k] for x in states]
             if not _fit(rule, input, before, weights, sizes[0]):
-                raise ShapeMismatchError(
-                    "weights or states that do not fit"
-                )  # torch's kernel would read past their end
+                # torch's kernel would read past their end
+                raise ShapeMismatchError("weights or states that do not fit")
             hidden, *final = _run(rule, input, before, weights, sizes, reverse, packed)
-            if projected:  # autocast lowers h alone
-                final[1] = final[1].to(torch.promote_types(final[1].dtype, hx[1].dtype))
+            if projected:  # autocast lowers only h
+                h, c = final
+                final = [h, c.to(torch.promote_types(c.dtype, hx[1].dtype))]
             outputs.append(hidden if packed else hidden.unflatten(0, (len(sizes), sizes[0])))
             last.append(final)
         input = torch.cat(outputs, -1)

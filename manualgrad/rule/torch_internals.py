@@ -26,6 +26,12 @@ CLAMP_PASSES_AT_ITS_BOUND = torch.__version__ < TorchVersion("2.14")
 COMPILED_MULTILABEL_MARGIN_IS_WRONG = torch.__version__ < TorchVersion("2.14")
 """torch.compile replaces its forward by a composition, which gives other values before torch 2.14."""
 
+UNPOOL_CHECK_IS_NOT_TRACED = torch.__version__ >= TorchVersion("2.13")
+"""With dynamic shapes torch.compile does not trace torch's own check of the output size; torch 2.11 does."""
+
+INFER_SIZE_IS_NOT_TRACED = torch.__version__ < TorchVersion("2.13")
+"""torch.compile passes a plain tuple to `torch._C._infer_size`, which takes only a torch.Size."""
+
 PACKED_LSTM_BY_STEPS = torch.__version__ < TorchVersion("2.13")
 """On the CPU an LSTM takes packed sequences of equal lengths step by step; since then by oneDNN's kernel."""
 
@@ -44,6 +50,7 @@ PRIVATE = (
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._C._functorch.is_legacy_batchedtensor",
     "torch._C._get_tracing_state",
+    "torch._C._infer_size",
     "torch._C._is_any_autocast_enabled",
     "torch._C._nn.elu",
     "torch._C._nn.elu_",

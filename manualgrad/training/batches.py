@@ -1,4 +1,5 @@
-"""What the loop draws from a loader: checked (input, target) pairs, in groups; and whether it comes at all."""
+"""Drawing batches: checked (input, target) pairs, in groups of one update, with a warning when a loader is
+slow."""
 
 import threading
 import time
@@ -8,26 +9,26 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .progress import warn
+from .state import warn
 
 Batch = tuple[Tensor, Tensor]
 Loader = Iterable[Any]
 Item = TypeVar("Item")
 
 
-def size(loader: Loader) -> int | None:
-    """How many batches a loader gives, where it can tell."""
+def num_batches(loader: Loader) -> int | None:
+    """Return the number of batches, or None if the loader does not know it."""
     try:
         return len(loader)  # pyright: ignore[reportArgumentType]
-    except (TypeError, NotImplementedError):  # no __len__, or a DataLoader over a stream
+    except (TypeError, NotImplementedError):  # no __len__, or a DataLoader over an IterableDataset
         return None
 
 
-def pairs(loader: Loader, name: str) -> Iterator[Batch]:
-    """The batches of a loader.
+def checked(loader: Loader, name: str) -> Iterator[Batch]:
+    """Yield the batches of a loader.
 
     Raises:
-        ValueError: where an item is not an (input, target) pair of tensors, or there is none at all.
+        ValueError: for an item that is not an (input, target) pair of tensors, and for a loader without batches.
     """
     empty = True
     for item in loader:
@@ -43,59 +44,56 @@ def pairs(loader: Loader, name: str) -> Iterator[Batch]:
         raise ValueError(f"{name} gave no batches")
 
 
-def groups(batches: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    """The batches by `size`; the last group may have fewer. Nothing is drawn ahead of time."""
+def grouped(batches: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of `size` batches; the last list may be shorter. Nothing is drawn ahead of time."""
     while group := list(islice(batches, size)):
         yield group
 
 
-class Watch:
-    """Speaks on stderr of a loader that gives nothing for long; it can only be waited for.
+class LoaderWatchdog:
+    """Warns on stderr when a loader gives no batch for a long time. It never stops the loader.
 
     Args:
-        after: seconds.
+        seconds: the time to wait before the warning.
     """
 
-    def __init__(self, after: float) -> None:
-        self.after = after
-        self._since: float | None = None
-        self._where = ""
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True, name="loader watch")
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._waiting_since: float | None = None
+        self._batch = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True, name="loader watchdog")
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "LoaderWatchdog":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
+        self._stop.set()
         self._thread.join()
 
-    def over(self, batches: Iterator[Item], where: str) -> Iterator[Item]:
-        """The same batches, each waited for under watch; `where` is what to call their loader.
-
-        What a loader raises is told where it was raised, and raised again as it is.
-        """
+    def watch(self, batches: Iterator[Item], loader_name: str) -> Iterator[Item]:
+        """Yield the same batches. An exception of the loader gets a note with the number of the batch."""
         for number in count(1):
-            self._where = f"{where}, batch {number}"
-            self._since = time.monotonic()
+            self._batch = f"{loader_name}, batch {number}"
+            self._waiting_since = time.monotonic()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             except Exception as error:
-                error.add_note(f"raised by {self._where}")
+                error.add_note(f"raised by {self._batch}")
                 raise
             finally:
-                self._since = None
+                self._waiting_since = None
             yield batch
 
-    def _look(self) -> None:
-        while not self._ended.wait(min(1.0, self.after)):
-            since = self._since
-            if since is not None and time.monotonic() - since > self.after:
-                self._since = None  # once for each batch
-                warn(f"nothing for {self.after:g} s from {self._where}: still waiting")
+    def _poll(self) -> None:
+        while not self._stop.wait(min(1.0, self.seconds)):
+            since = self._waiting_since
+            if since is not None and time.monotonic() - since > self.seconds:
+                self._waiting_since = None  # warn once for each batch
+                warn(f"no batch for {self.seconds:g} s from {self._batch}: still waiting")
 
 
 def _describe(item: object) -> str:

@@ -1,4 +1,4 @@
-"""What the trainer refuses, and in which words: mistakes that would otherwise train the wrong thing."""
+"""Checks of arguments and batches, against mistakes that would otherwise train something else without an error."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,26 +13,26 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from .batches import Loader, size
-from .processes import Part
+from .batches import Loader, num_batches
+from .distributed import Shard
 from .settings import TrainingSettings
 
 
-def check_parts(
+def check_arguments(
     model: nn.Module,
     optimizer: Optimizer,
-    schedule: LRScheduler | None,
+    lr_scheduler: LRScheduler | None,
     loaders: Mapping[str, Loader | None],
     metrics: Mapping[str, Any],
     settings: TrainingSettings,
 ) -> None:
-    """Refuse parts that do not belong together.
+    """Check that the arguments of the trainer belong together.
 
     Raises:
-        ValueError: saying which, in one line.
+        ValueError: says in one line what does not.
     """
     if isinstance(model, DistributedDataParallel):
-        raise ValueError("give the model itself: the trainer puts DistributedDataParallel around it")
+        raise ValueError("pass the model itself: the trainer wraps it in DistributedDataParallel")
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not trainable:
@@ -40,82 +40,90 @@ def check_parts(
     if not trainable & held:
         raise ValueError("the optimizer holds no parameter of the model: make it from model.parameters()")
     if isinstance(optimizer, LBFGS):
-        raise ValueError("LBFGS evaluates the loss several times per step, which this trainer does not do")
-    if schedule is not None and schedule.optimizer is not optimizer:
-        raise ValueError("the schedule is of another optimizer")
+        raise ValueError("the trainer does not support LBFGS, which evaluates the loss several times per step")
+    if lr_scheduler is not None and lr_scheduler.optimizer is not optimizer:
+        raise ValueError("the lr_scheduler has another optimizer")
     if "loss" in metrics:
-        raise ValueError("a metric cannot be called 'loss', as the loss is")
+        raise ValueError("a metric cannot have the name 'loss'")
 
     for name, loader in loaders.items():
         if isinstance(loader, Iterator):
-            raise ValueError(f"{name} is an iterator, good for one epoch only: use a list or a DataLoader")
-        if loader is not None and size(loader) == 0:
+            raise ValueError(f"{name} is an iterator, which lasts for one epoch only: use a list or a DataLoader")
+        if loader is not None and num_batches(loader) == 0:
             raise ValueError(f"{name} is empty")
         if settings.run_dir is not None and getattr(loader, "persistent_workers", False):
-            raise ValueError(f"{name} has persistent_workers, whose random states no checkpoint can hold")
+            raise ValueError(f"{name} has persistent_workers: a checkpoint cannot hold their random states")
     train_loader = loaders["train_loader"]
     if settings.run_dir is not None and not getattr(train_loader, "in_order", True):
-        raise ValueError("train_loader has in_order=False: no resumed run can draw its batches in the same order")
-    if settings.on_nonfinite == "back_up" and settings.run_dir is None:
-        raise ValueError("on_nonfinite='back_up' needs run_dir, where the checkpoints are")
+        raise ValueError(
+            "train_loader has in_order=False: a resumed run could not draw its batches in the same order"
+        )
+    if settings.on_nonfinite == "rollback" and settings.run_dir is None:
+        raise ValueError("on_nonfinite='rollback' needs a run_dir, the folder of the checkpoints")
     if loaders["validation_loader"] is None:
         if settings.patience is not None:
             raise ValueError("patience needs a validation_loader")
-        if isinstance(schedule, ReduceLROnPlateau):
+        if isinstance(lr_scheduler, ReduceLROnPlateau):
             raise ValueError("ReduceLROnPlateau needs a validation_loader")
 
 
-def check_last_batch(model: nn.Module, loader: Loader, part: Part, processes: int) -> None:
-    """Refuse a last batch that leaves one example for a batch norm, before the first one is trained on.
+def check_last_batch(model: nn.Module, loader: Loader, shard: Shard, world_size: int) -> None:
+    """Check, before the first update, that the last batch of an epoch has enough examples for batch norm.
 
     Raises:
-        ValueError: saying what to do.
+        ValueError: says what to change.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return
     batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    if not isinstance(batches, BatchSampler) or batches.drop_last or not (examples := size(batches.sampler)):
+    if (
+        not isinstance(batches, BatchSampler)
+        or batches.drop_last
+        or not (examples := num_batches(batches.sampler))
+    ):
         return
     last = examples % batches.batch_size or batches.batch_size
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    if last // processes > 1 or not norms or isinstance(model, FSDPModule):
+    if last // world_size > 1 or not norms or isinstance(model, FSDPModule):
         return
-    try:  # on a copy, as running statistics would count it
+    try:  # on a copy, to keep the running statistics
         with torch.random.fork_rng(), torch.no_grad():
-            deepcopy(model)(part.input[:1].to(next(model.parameters()).device))
+            deepcopy(model)(shard.input[:1].to(next(model.parameters()).device))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        each = f" for {processes} processes" if processes > 1 else ""
+        processes = f" for {world_size} processes" if world_size > 1 else ""
         raise ValueError(
-            f"train_loader ends with {last} example{'s' * (last > 1)}{each}, and batch norm needs two: "
-            "give the loader drop_last=True or another batch_size"
+            f"train_loader ends with {last} example{'s' * (last > 1)}{processes}, and batch norm needs two: "
+            "set drop_last=True or another batch_size"
         ) from None
 
 
 @contextmanager
-def explained(model: nn.Module, part: Part, name: str) -> Iterator[None]:
-    """Whatever the model raises is told what it was given, and raised as it is."""
+def noting_shapes(model: nn.Module, shard: Shard, loader_name: str) -> Iterator[None]:
+    """Add shapes, dtypes and devices of the batch as a note to an exception of the model."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         first = next(iter(model.named_parameters()), None)
-        weight = f"; the first parameter, {first[0]}, is {_told(first[1])}" if first else ""
-        error.add_note(f"{name} gave an input {_told(part.input)} and a target {_told(part.target)}{weight}")
+        weight = f"; the first parameter, {first[0]}, is {_describe(first[1])}" if first else ""
+        batch = f"an input {_describe(shard.input)} and a target {_describe(shard.target)}"
+        error.add_note(f"{loader_name} gave {batch}{weight}")
         raise
 
 
-def _told(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"of shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}, on {tensor.device}"
 
 
 def check_shapes(prediction: Any, target: Tensor) -> None:
-    """Refuse a float target whose shape only broadcasts to that of the prediction.
+    """Refuse a float target that has another shape than the prediction but broadcasts with it.
 
-    Of (64, 1) and (64,) an elementwise loss makes 64×64 differences, and learns the mean of the targets.
+    An elementwise loss of (64, 1) and (64,) has 64×64 differences, and the model would learn the mean of the
+    targets.
 
     Raises:
-        ValueError: showing both shapes.
+        ValueError: shows both shapes.
     """
     if not isinstance(prediction, Tensor) or not target.is_floating_point():
         return
@@ -124,16 +132,16 @@ def check_shapes(prediction: Any, target: Tensor) -> None:
     try:
         torch.broadcast_shapes(prediction.shape, target.shape)
     except RuntimeError:
-        return  # then the loss knows what to make of them, or says so
+        return  # the loss handles them, or raises
     shapes = f"the prediction has shape {tuple(prediction.shape)} and the target {tuple(target.shape)}"
     raise ValueError(f"{shapes}: the loss would broadcast them; give the target the shape of the prediction")
 
 
 def check_loss(loss: Any, training: bool) -> None:
-    """Refuse a loss that is not one number, or in training one that no parameter has a part in.
+    """Check that the loss is a scalar, and in training that it depends on a parameter.
 
     Raises:
-        ValueError: saying what it is instead.
+        ValueError: says what it is instead.
     """
     if not isinstance(loss, Tensor):
         raise ValueError(f"the loss must be a scalar tensor, not a {type(loss).__name__}")

@@ -1,10 +1,10 @@
-"""`verify`: the laws that a sound autograd.Function holds, tried on anyone's.
+"""`verify`: tests the laws of a correct autograd.Function, on any Function, function or module.
 
-    report = manualgrad.verify(MyFunction.apply, torch.randn(3, 4), torch.randn(4))
+    report = manualgrad.verify(MyFunction, torch.randn(3, 4), torch.randn(4))
     print(report)
+    report.raise_if_failed()  # in a test
 
-or, as one assertion in a test, ``manualgrad.verify(...).raise_if_failed()``; or from a shell,
-``python -m manualgrad verify package.module:MyFunction --inputs package.module:make_inputs``.
+The page README.md in this folder explains the laws and the report.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from torch import nn
 from torch.autograd import Function
 
 from manualgrad.verification import laws as _laws
-from manualgrad.verification.drawing import random_states_kept
+from manualgrad.verification.function_under_test import FunctionUnderTest
+from manualgrad.verification.randomness import preserve_random_states
 from manualgrad.verification.report import (
     FAILS,
     HOLDS,
     LAWS,
     NOT_APPLICABLE,
-    NOT_OFFERED,
-    Fails,
+    UNSUPPORTED,
+    WARNING,
     Law,
+    LawFailure,
+    LawResult,
+    LawWarning,
     NotApplicable,
-    NotOffered,
     Report,
-    Row,
-    Wastes,
+    Unsupported,
 )
 from manualgrad.verification.shrinking import minimal_example
-from manualgrad.verification.subject import Subject
 
-__all__ = ["LAWS", "Law", "Report", "Row", "verify"]
-assert _laws  # importing them enters them into the table
+__all__ = ["LAWS", "Law", "LawResult", "Report", "verify"]
+assert _laws  # importing the modules registers the laws
 
 
 def verify(
@@ -48,85 +49,92 @@ def verify(
     laws: Iterable[str] | None = None,
     surrogate: bool = False,
 ) -> Report:
-    """Try every law on a function, and say which hold.
+    """Test every law on a function and report which laws hold.
 
     Args:
-        fn: an `autograd.Function` or its ``apply``, a function, or a module (whose parameters are inputs too).
-        inputs: what to call it with: tensors of any dtype on any device, structures of them, and other arguments.
-            Differentiable are the floating tensors that require a gradient; if none does, all. Small is best, and
-            away from kinks: elements are tried one by one, and the laws make the special values themselves.
+        fn: an `autograd.Function` or its ``apply``, a function, or a module (its parameters are inputs too).
+        inputs: positional arguments of `fn`: tensors of any dtype on any device, structures of tensors, and other
+            values. The differentiable inputs are the floating and complex tensors that require a gradient, or all
+            of them if none does. Use small tensors with ordinary values, away from kinks: finite differences test
+            each element, and the laws add special values themselves.
         kwargs: keyword arguments of `fn`.
-        reference: a plain implementation with the same arguments, to hold values, gradients and rounding against.
-            Without one the finite differences of the function's own values are the judge, and for rounding the
-            Function's forward, differentiated by torch.
-        require: names of laws that must hold: one that is not offered then fails, and those that run on request
-            alone ("compile", "distributed", "third_order", ...) are tried.
-        laws: only these.
-        surrogate: the gradient is by definition not the derivative (straight-through, reversal, surrogate spikes):
-            laws that compare it with finite differences do not apply.
+        reference: a plain implementation with the same arguments. Values, gradients and rounding errors are
+            compared with it. Without a reference, gradients are compared with finite differences of the values,
+            and rounding errors with those of the Function's forward, differentiated by torch.
+        require: names of laws that must hold. An unsupported feature then is a failure. Laws that run only on
+            request ("compile", "distributed", "third_order", ...) are added.
+        laws: test only these laws.
+        surrogate: the gradient is not the derivative by definition, as in straight-through estimators, gradient
+            reversal and surrogate gradients of spikes. Laws that compare it with finite differences do not apply.
 
     Returns:
-        A report: `ok`, `failures`, `warnings`, `rows`, `raise_if_failed()`; its str() is a table.
+        A report with `ok`, `failures`, `warnings`, `rows` and `raise_if_failed()`. Its str() is a table.
 
     Raises:
-        TypeError, ValueError: there is nothing to verify (`fn` cannot be called, no floating tensor among inputs
-            or outputs), or an unknown law.
-        Exception: whatever `fn` raises on `inputs` as they are.
+        TypeError: `fn` is not callable.
+        ValueError: no input or output is differentiable, an input holds nan or inf, or a law does not exist.
+        Exception: what `fn` itself raises for these inputs.
     """
-    required = _known(require)
-    chosen = (
-        _known(laws) if laws is not None else {name for name, law in LAWS.items() if not law.on_request} | required
+    required = _check_names(require)
+    selected = (
+        _check_names(laws)
+        if laws is not None
+        else {name for name, law in LAWS.items() if not law.on_request} | required
     )
     report = Report(_name_of(fn))
-    with warnings.catch_warnings(), random_states_kept():
+    with warnings.catch_warnings(), preserve_random_states():
         warnings.simplefilter("ignore")
-        subject = Subject(fn, inputs, dict(kwargs or {}), reference, surrogate)
+        under_test = FunctionUnderTest(fn, inputs, dict(kwargs or {}), reference, surrogate)
         try:
             for name, law in LAWS.items():
-                if name in chosen:
-                    report.rows.append(_tried(law, subject, name in required))
+                if name in selected:
+                    report.rows.append(_test_law(law, under_test, name in required))
         finally:
-            for generator, state in subject.generators:
+            for generator, state in under_test.generators:
                 generator.set_state(state)
     return report
 
 
-def _known(names: Iterable[str]) -> set[str]:
+def _check_names(names: Iterable[str]) -> set[str]:
     names = {names} if isinstance(names, str) else set(names)
     for name in names - set(LAWS):
-        raise ValueError(f"no law is called {name!r}; there are: {', '.join(LAWS)}")
+        raise ValueError(f"there is no law {name!r}; the laws are: {', '.join(LAWS)}")
     return names
 
 
-_REENTRANT = "When use_reentrant=True, torch.utils.checkpoint is incompatible with .grad()"
+_REENTRANT_ERROR = "When use_reentrant=True, torch.utils.checkpoint is incompatible with .grad()"
 
 
-def _tried(law: Law, subject: Subject, required: bool) -> Row:
-    row = _verdict(law, subject, required)
-    if _REENTRANT in row.evidence:
-        reason = "a reentrant checkpoint inside refuses torch.autograd.grad: try it with use_reentrant=False"
-        return Row(law.name, FAILS if required else NOT_APPLICABLE, reason)
-    return row
+def _test_law(law: Law, fn: FunctionUnderTest, required: bool) -> LawResult:
+    result = _run_check(law, fn, required)
+    if _REENTRANT_ERROR in result.evidence:
+        reason = (
+            "fn calls torch.utils.checkpoint with use_reentrant=True, which does not support "
+            "torch.autograd.grad: set use_reentrant=False"
+        )
+        return LawResult(law.name, FAILS if required else NOT_APPLICABLE, reason)
+    return result
 
 
-def _verdict(law: Law, subject: Subject, required: bool) -> Row:
+def _run_check(law: Law, fn: FunctionUnderTest, required: bool) -> LawResult:
     try:
-        law.check(subject)
-    except Wastes as waste:
-        return Row(law.name, HOLDS, str(waste), law.cause)
+        law.check(fn)
+    except LawWarning as warning:
+        return LawResult(law.name, WARNING, str(warning), law.likely_cause)
     except NotApplicable as reason:
-        return Row(law.name, NOT_APPLICABLE, str(reason))
-    except NotOffered as reason:
+        return LawResult(law.name, NOT_APPLICABLE, str(reason))
+    except Unsupported as reason:
         if not required:
-            return Row(law.name, NOT_OFFERED, str(reason))
-        return Row(law.name, FAILS, f"required, but not offered: {reason}")
-    except Fails as failure:
-        return Row(law.name, FAILS, str(failure), failure.cause or law.cause, minimal_example(law, subject))
+            return LawResult(law.name, UNSUPPORTED, str(reason))
+        return LawResult(law.name, FAILS, f"required, but unsupported: {reason}")
+    except LawFailure as failure:
+        cause = failure.likely_cause or law.likely_cause
+        return LawResult(law.name, FAILS, str(failure), cause, minimal_example(law, fn))
     except Exception as error:
-        text = str(error).strip().splitlines()
-        evidence = f"stops with {type(error).__name__}: {text[0] if text else ''}"
-        return Row(law.name, FAILS, evidence, law.cause, minimal_example(law, subject))
-    return Row(law.name, HOLDS)
+        message = str(error).strip().splitlines()
+        evidence = f"raises {type(error).__name__}: {message[0] if message else ''}"
+        return LawResult(law.name, FAILS, evidence, law.likely_cause, minimal_example(law, fn))
+    return LawResult(law.name, HOLDS)
 
 
 def _name_of(fn: Any) -> str:

@@ -1,80 +1,95 @@
-"""What a law is, and what is reported of it."""
+"""Laws, their verdicts, and the report on a function."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from manualgrad.verification.subject import Subject
+from manualgrad.verification.function_under_test import FunctionUnderTest
 
-HOLDS, FAILS, NOT_OFFERED, NOT_APPLICABLE = "holds", "fails", "not offered", "not applicable"
+HOLDS, FAILS, WARNING = "holds", "fails", "warning"
+UNSUPPORTED, NOT_APPLICABLE = "unsupported", "not applicable"
 
 
-class Fails(AssertionError):
-    """The law is broken: the evidence, and what usually causes it where that is not what the law says."""
+class LawFailure(AssertionError):
+    """The law does not hold.
 
-    def __init__(self, evidence: str, cause: str = "") -> None:
+    Args:
+        evidence: what happened.
+        likely_cause: replaces the law's usual cause.
+    """
+
+    def __init__(self, evidence: str, likely_cause: str = "") -> None:
         super().__init__(evidence)
-        self.cause = cause
+        self.likely_cause = likely_cause
 
 
-class Wastes(Exception):
-    """The law holds, at a price that need not be paid."""
+class LawWarning(Exception):
+    """The law costs time or memory that could be saved, but no result is wrong."""
 
 
-class NotOffered(Exception):
-    """An optional capability that the function does not have, and says so aloud."""
+class Unsupported(Exception):
+    """The function raises an error for an optional feature."""
 
 
 class NotApplicable(Exception):
-    """The law says nothing about this function, or nothing can be told here."""
+    """The law does not apply to this function, or cannot be tested on these inputs."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """One thing that is true of a sound function."""
+    """A property of a correct autograd.Function, and the check that tests it."""
 
     name: str
-    check: Callable[[Subject], None]
-    states: str
-    cause: str
+    check: Callable[[FunctionUnderTest], None]
+    property: str
+    """The property, in one sentence."""
+    motivation: str
+    """Why the property matters."""
+    likely_cause: str
+    """What usually breaks it."""
     on_request: bool
+    """Tested only if `verify` gets its name in `require` or `laws`."""
 
 
 LAWS: dict[str, Law] = {}
 
 
-def law(cause: str, on_request: bool = False) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
-    """Enter a function into the table of laws. Its docstring states the law, `cause` what usually breaks it."""
+def law(
+    likely_cause: str, on_request: bool = False
+) -> Callable[[Callable[[FunctionUnderTest], None]], Callable[[FunctionUnderTest], None]]:
+    """Register a check as a law. Its docstring has two paragraphs: the property and the motivation."""
 
-    def enter(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        states = " ".join((check.__doc__ or "").split())
+    def register(check: Callable[[FunctionUnderTest], None]) -> Callable[[FunctionUnderTest], None]:
+        paragraphs = (inspect.getdoc(check) or "").split("\n\n")
+        statement, motivation = (" ".join(paragraph.split()) for paragraph in paragraphs)
         name = check.__name__.rstrip("_")
-        LAWS[name] = Law(name, check, states, cause, on_request)
+        LAWS[name] = Law(name, check, statement, motivation, likely_cause, on_request)
         return check
 
-    return enter
+    return register
 
 
 @dataclass(frozen=True)
-class Row:
-    """One law's verdict. A law that holds with evidence holds at a price: a warning."""
+class LawResult:
+    """The verdict on one law."""
 
     law: str
     verdict: str
     evidence: str = ""
-    cause: str = ""
+    likely_cause: str = ""
     minimal_example: str = ""
 
 
 @dataclass
 class Report:
-    """What `verify` found, law by law."""
+    """The results of `verify`. `str(report)` is a table."""
 
     name: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[LawResult] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -84,57 +99,58 @@ class Report:
     @property
     def failures(self) -> list[str]:
         """The names of the laws that failed."""
-        return [row.law for row in self.rows if row.verdict == FAILS]
+        return self._laws_with(FAILS)
 
     @property
     def warnings(self) -> list[str]:
-        """The names of the laws that hold at a price."""
-        return [row.law for row in self.rows if row.verdict == HOLDS and row.evidence]
+        """The names of the laws that found wasted time or memory."""
+        return self._laws_with(WARNING)
 
     def raise_if_failed(self) -> None:
-        """AssertionError with the failed laws, their evidence and the smallest input that shows each."""
+        """Raise an AssertionError that lists the failed laws with evidence, likely cause and minimal example."""
         __tracebackhide__ = True
         if not self.ok:
-            raise AssertionError(
-                f"{self._summary()}\n\n{self._table([r for r in self.rows if r.verdict == FAILS])}"
-            )
+            failed = [row for row in self.rows if row.verdict == FAILS]
+            raise AssertionError(f"{self._summary()}\n\n{_table(failed)}")
 
     def to_json(self) -> str:
-        shown = {"name": self.name, "ok": self.ok, "failures": self.failures, "warnings": self.warnings}
-        return json.dumps({**shown, "rows": [asdict(row) for row in self.rows]}, indent=1)
+        summary = {"name": self.name, "ok": self.ok, "failures": self.failures, "warnings": self.warnings}
+        return json.dumps({**summary, "rows": [asdict(row) for row in self.rows]}, indent=1)
 
     def __str__(self) -> str:
-        shown = sorted(
-            self.rows, key=lambda row: (row.verdict != FAILS, not (row.verdict == HOLDS and row.evidence))
-        )
-        return f"{self._summary()}\n\n{self._table(shown)}"
+        order = {FAILS: 0, WARNING: 1}
+        return f"{self._summary()}\n\n{_table(sorted(self.rows, key=lambda row: order.get(row.verdict, 2)))}"
+
+    def _laws_with(self, verdict: str) -> list[str]:
+        return [row.law for row in self.rows if row.verdict == verdict]
 
     def _summary(self) -> str:
-        count = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (FAILS, HOLDS)}
-        said = "sound" if self.ok else f"{count[FAILS]} {'law fails' if count[FAILS] == 1 else 'laws fail'}"
-        warned = f", {len(self.warnings)} with a warning" if self.warnings else ""
-        silent = len(self.rows) - sum(count.values())
-        return f"{self.name}: {said} ({count[HOLDS]} hold{warned}, {silent} not offered or not applicable)"
+        failed, warned = len(self.failures), len(self.warnings)
+        holding = len(self._laws_with(HOLDS))
+        verdict = f"{failed or 'no'} {'laws fail' if failed > 1 else 'law fails'}"
+        counts = [f"{holding} hold"]
+        if warned:
+            counts.append(f"{warned} warning{'s' if warned > 1 else ''}")
+        counts.append(f"{len(self.rows) - failed - warned - holding} unsupported or not applicable")
+        return f"{self.name}: {verdict} ({', '.join(counts)})"
 
-    def _table(self, rows: list[Row]) -> str:
-        wide = max((len(row.law) for row in rows), default=0)
-        lines = []
-        for row in rows:
-            warned = row.verdict == HOLDS and row.evidence
-            verdict = "warning" if warned else row.verdict
-            more = [row.evidence]
-            if row.cause:
-                more.append(f"usually: {row.cause}")
-            if row.minimal_example:
-                more.append(f"minimal example: {row.minimal_example}")
-            indent = " " * (wide + 18)
-            text = [
-                line
-                for part in more
-                for paragraph in part.splitlines()
-                for line in textwrap.wrap(paragraph, 110 - len(indent), break_long_words=False)
-            ]
-            head = f"{row.law:<{wide}}  {verdict:<14}"
-            lines.append(head + ("  " + text[0] if text else ""))
-            lines += [indent + line for line in text[1:]]
-        return "\n".join(line.rstrip() for line in lines)
+
+def _table(rows: list[LawResult]) -> str:
+    width = max((len(row.law) for row in rows), default=0)
+    indent = " " * (width + 18)
+    lines = []
+    for row in rows:
+        paragraphs = row.evidence.splitlines()
+        if row.likely_cause:
+            paragraphs.append(f"likely cause: {row.likely_cause}")
+        if row.minimal_example:
+            paragraphs.append(f"minimal example: {row.minimal_example}")
+        text = [
+            line
+            for paragraph in paragraphs
+            for line in textwrap.wrap(paragraph, 110 - len(indent), break_long_words=False)
+        ]
+        first, *others = text or [""]
+        lines.append(f"{row.law:<{width}}  {row.verdict:<14}  {first}")
+        lines += [indent + line for line in others]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""The smallest input that still breaks a law."""
+"""The minimal example: smaller inputs that still break a law."""
 
 from __future__ import annotations
 
@@ -7,65 +7,60 @@ import time
 import torch
 from torch import Tensor
 
-from manualgrad.verification.report import Fails, Law, NotApplicable, NotOffered, Wastes
-from manualgrad.verification.subject import Subject, from_numbers, numbers
+from manualgrad.verification.function_under_test import FunctionUnderTest
+from manualgrad.verification.report import Law, LawFailure
+from manualgrad.verification.tensors import dtype_and_shape, dtype_name, from_real_vector, real_vector
 
 _SECONDS = 1.5
 
 
-def minimal_example(law: Law, subject: Subject) -> str:
-    """The inputs, with axes cut and values rounded as long as the law still fails."""
+def minimal_example(law: Law, fn: FunctionUnderTest) -> str:
+    """The inputs, with axes reduced and values rounded as long as the law still fails."""
     if law.on_request:
         return ""
-    until = time.perf_counter() + _SECONDS
+    deadline = time.perf_counter() + _SECONDS
     for size in (1, 2):
-        for length in reversed(subject.lengths(size)):
-            subject = _if_it_fails(law, subject, subject.cut(length, size), until)
-    for digits in (0, 1):
-        rounded = {i: _rounded(subject.leaves[i], digits) for i in subject.places}
-        other = _if_it_fails(law, subject, subject.replaced(rounded), until)
-        if other is not subject:
-            return _written(other)
-    return _written(subject)
+        for length in reversed(fn.reducible_lengths(size)):
+            smaller = fn.with_axes_reduced(length, size)
+            if _still_fails(law, smaller, deadline):
+                fn = smaller
+    for decimals in (0, 1):
+        rounded = fn.with_leaves({i: _round(fn.leaves[i], decimals) for i in fn.input_indices})
+        if _still_fails(law, rounded, deadline):
+            return _format_inputs(rounded)
+    return _format_inputs(fn)
 
 
-def _rounded(tensor: Tensor, digits: int) -> Tensor:
-    return from_numbers(torch.round(numbers(tensor), decimals=digits), tensor)
-
-
-def _if_it_fails(law: Law, subject: Subject, other: Subject, until: float) -> Subject:
-    if time.perf_counter() > until:
-        return subject
+def _still_fails(law: Law, fn: FunctionUnderTest, deadline: float) -> bool:
+    if time.perf_counter() > deadline:
+        return False
     try:
-        other(*other.tensors())
+        fn(*fn.make_inputs())
+        law.check(fn)
+    except LawFailure:
+        return True
     except Exception:
-        return subject
-    try:
-        law.check(other)
-    except (Wastes, NotApplicable, NotOffered):
-        return subject
-    except Fails:
-        return other
-    except Exception:
-        return subject
-    return subject
+        return False
+    return False
 
 
-def _written(subject: Subject) -> str:
-    parts = []
-    for i, x in enumerate(subject.leaves):
+def _round(tensor: Tensor, decimals: int) -> Tensor:
+    return from_real_vector(torch.round(real_vector(tensor), decimals=decimals), tensor)
+
+
+def _format_inputs(fn: FunctionUnderTest) -> str:
+    formatted = []
+    for name, x in zip(fn.names, fn.leaves, strict=True):
         value = x
         if isinstance(x, Tensor):
-            dtype = str(x.dtype).removeprefix("torch.")
-            value = f"{dtype}{list(x.shape)}"
+            value = dtype_and_shape(x)
             if x.numel() <= 8 and x.device.type != "meta":
-                shown = x.tolist()
-                value = f"{_short(shown)} ({dtype})"
-        parts.append(f"{subject.names[i]} = {value}")
-    return ", ".join(parts)
+                value = f"{_format_numbers(x.tolist())} ({dtype_name(x.dtype)})"
+        formatted.append(f"{name} = {value}")
+    return ", ".join(formatted)
 
 
-def _short(value: object) -> str:
+def _format_numbers(value: object) -> str:
     if isinstance(value, list):
-        return f"[{', '.join(map(_short, value))}]"
+        return f"[{', '.join(map(_format_numbers, value))}]"
     return f"{value:.4g}" if isinstance(value, (float, complex)) else str(value)

@@ -1,5 +1,23 @@
-"""The laws, in the order in which they are tried."""
+"""Importing these modules registers the laws."""
 
-from manualgrad.verification.laws import first_order, higher_order, layout, numerics, side_effects, transforms
+from manualgrad.verification.laws import (
+    ctx_and_memory,
+    first_order,
+    higher_order,
+    integrations,
+    layouts,
+    numerics,
+    side_effects,
+    transforms,
+)
 
-__all__ = ["first_order", "higher_order", "layout", "numerics", "side_effects", "transforms"]
+__all__ = [
+    "ctx_and_memory",
+    "first_order",
+    "higher_order",
+    "integrations",
+    "layouts",
+    "numerics",
+    "side_effects",
+    "transforms",
+]

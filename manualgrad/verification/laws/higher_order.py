@@ -1,8 +1,8 @@
-"""Derivatives of the gradient, in every mixture of forward and reverse mode.
+"""Laws of second and higher derivatives, in forward and reverse mode.
 
-The oracle is one order lower: the second derivative along v is the finite difference along v of the gradient,
-which `gradient` has held against the values themselves. A derivative that raises is not offered; one that is
-silently wrong fails.
+Each derivative is compared with the finite difference of the derivative one order lower: second derivatives with
+differences of gradients, which the law `gradient` compares with the values. A derivative that raises an error is
+unsupported. A wrong one fails.
 """
 
 from __future__ import annotations
@@ -15,226 +15,265 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.func import jvp
 
-from manualgrad.verification.derivatives import derivative, line, quotient
-from manualgrad.verification.laws.compared import compare, first_line, shown
-from manualgrad.verification.report import Fails, NotApplicable, NotOffered, law
-from manualgrad.verification.subject import Subject, class_of, from_numbers, functions_of, numbers, upstream
+from manualgrad.verification.derivatives import along_line, derivative, difference_quotient
+from manualgrad.verification.finite_differences import finite_difference
+from manualgrad.verification.function_under_test import FunctionUnderTest
+from manualgrad.verification.gradients import random_grad_output, zeros_for_none
+from manualgrad.verification.graph import function_class, function_nodes
+from manualgrad.verification.laws.comparison import compare, format_error, format_number
+from manualgrad.verification.laws.first_order import NO_OUTPUT, SURROGATE
+from manualgrad.verification.report import LawFailure, NotApplicable, Unsupported, law
+from manualgrad.verification.tensors import from_real_vector, real_vector
 
-_CONSTANT = (
-    "something that moves with the input is used as a constant: a saved intermediate, a .detach(), an .item(), "
-    "an inner no_grad"
+_USED_AS_CONSTANT = (
+    "backward uses a value that depends on the input as a constant: a saved intermediate, .detach(), .item() or "
+    "torch.no_grad()"
 )
+_USED_AS_CONSTANT_IN_JVP = "jvp uses a value that depends on the input as a constant"
 
 
-@law(_CONSTANT)
-def double_backward(subject: Subject) -> None:
-    """Reverse over reverse: the backward's own backward."""
+@law(_USED_AS_CONSTANT)
+def double_backward(fn: FunctionUnderTest) -> None:
+    """Reverse over reverse: the backward of the backward equals finite differences of the gradient.
 
-    def product(subject: Subject) -> list[Tensor | None]:
-        tensors = subject.tensors()
-        first = torch.autograd.grad(subject.scalar(*tensors), tensors, create_graph=True, allow_unused=True)
-        moving = [
-            (g, v) for g, v in zip(first, _directions(subject), strict=True) if g is not None and g.requires_grad
-        ]
-        if not moving:
-            return [None] * len(tensors)
-        # backward, not grad: it visits the whole graph, and so the node with which once_differentiable objects
-        torch.autograd.backward([g for g, _ in moving], [v for _, v in moving])
-        return [x.grad for x in tensors]
+    Gradient penalties and meta-learning differentiate the gradient.
+    """
 
-    _second(subject, product)
+    def hvp(fn: FunctionUnderTest) -> list[Tensor | None]:
+        inputs = fn.make_inputs()
+        grads = torch.autograd.grad(fn.scalar_loss(*inputs), inputs, create_graph=True, allow_unused=True)
+        pairs = [(g, v) for g, v in zip(grads, _directions(fn), strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return [None] * len(inputs)
+        # torch.autograd.grad would skip the node by which once_differentiable raises its error
+        torch.autograd.backward([g for g, _ in pairs], [v for _, v in pairs])
+        return [x.grad for x in inputs]
+
+    _check_hvp(fn, hvp)
 
 
-@law("an operation in backward whose forward mode is wrong, or a jvp that disagrees with the backward")
-def forward_over_reverse(subject: Subject) -> None:
-    """The tangent of the gradient, with and without create_graph."""
+@law("backward calls an operation with a wrong jvp, or jvp and backward disagree")
+def forward_over_reverse(fn: FunctionUnderTest) -> None:
+    """The tangent of the gradient equals finite differences of the gradient, with and without create_graph.
 
-    def product(create_graph: bool) -> Callable[[Subject], list[Tensor | None]]:
-        def run(subject: Subject) -> list[Tensor | None]:
-            tensors = subject.tensors()
+    It is the cheapest Hessian-vector product, and the one that torch.func.hessian uses.
+    """
+
+    def make_hvp(create_graph: bool) -> Callable[[FunctionUnderTest], list[Tensor | None]]:
+        def hvp(fn: FunctionUnderTest) -> list[Tensor | None]:
+            inputs = fn.make_inputs()
             with forward_ad.dual_level():
-                duals = [forward_ad.make_dual(x, v) for x, v in zip(tensors, _directions(subject), strict=True)]
-                found = torch.autograd.grad(
-                    subject.scalar(*duals), tensors, create_graph=create_graph, allow_unused=True
+                duals = [forward_ad.make_dual(x, v) for x, v in zip(inputs, _directions(fn), strict=True)]
+                grads = torch.autograd.grad(
+                    fn.scalar_loss(*duals), inputs, create_graph=create_graph, allow_unused=True
                 )
-                return [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
+                return [None if g is None else forward_ad.unpack_dual(g).tangent for g in grads]
 
-        return run
+        return hvp
 
-    _second(subject, product(True))
-    _second(subject, product(False))
+    _check_hvp(fn, make_hvp(create_graph=True))
+    _check_hvp(fn, make_hvp(create_graph=False))
 
 
-@law("jvp uses something that moves with the input as a constant")
-def reverse_over_forward(subject: Subject) -> None:
-    """The gradient of the tangent."""
+@law(_USED_AS_CONSTANT_IN_JVP)
+def reverse_over_forward(fn: FunctionUnderTest) -> None:
+    """The gradient of the tangent equals finite differences of the gradient.
 
-    def product(subject: Subject) -> list[Tensor | None]:
-        tensors = subject.tensors()
+    Losses with directional derivatives, as in physics-informed networks, are trained this way.
+    """
+
+    def hvp(fn: FunctionUnderTest) -> list[Tensor | None]:
+        inputs = fn.make_inputs()
         with forward_ad.dual_level():
-            duals = [forward_ad.make_dual(x, v) for x, v in zip(tensors, _directions(subject), strict=True)]
-            tangent = forward_ad.unpack_dual(subject.scalar(*duals)).tangent
+            duals = [forward_ad.make_dual(x, v) for x, v in zip(inputs, _directions(fn), strict=True)]
+            tangent = forward_ad.unpack_dual(fn.scalar_loss(*duals)).tangent
             if tangent is None or not tangent.requires_grad:
-                return [None] * len(tensors)
+                return [None] * len(inputs)
             torch.autograd.backward(tangent)
-            return [x.grad for x in tensors]
+            return [x.grad for x in inputs]
 
-    _second(subject, product)
+    _check_hvp(fn, hvp)
 
 
-@law("jvp uses something that moves with the input as a constant, or drops the tangents of an outer level")
-def forward_over_forward(subject: Subject) -> None:
-    """The tangent of the tangent (torch.func.jvp of torch.func.jvp)."""
-    subject = _ready(subject)
-    points, directions = subject.points, _directions(subject)
+@law(f"{_USED_AS_CONSTANT_IN_JVP}, or drops the tangents of an outer level")
+def forward_over_forward(fn: FunctionUnderTest) -> None:
+    """The tangent of the tangent, by nested torch.func.jvp, equals the second difference of the values.
 
-    def along(*xs: Tensor) -> Tensor:
-        return jvp(subject.scalar, xs, tuple(directions))[1]
+    Laplacians and Taylor expansions nest forward mode.
+    """
+    fn = _prepare(fn)
+    primals, directions = tuple(fn.primals), tuple(_directions(fn))
+
+    def tangent(*inputs: Tensor) -> Tensor:
+        return jvp(fn.scalar_loss, inputs, directions)[1]
 
     try:
-        found = jvp(along, tuple(points), tuple(directions))[1].item()
+        result = jvp(tangent, primals, directions)[1].item()
     except Exception as error:
-        raise NotOffered(first_line(error)) from error
-    expected, error = _directional_second(subject, lambda point: subject.scalar(*point))
-    if abs(found - expected) <= 1e-4 * max(1, abs(expected)) + 10 * error:
+        raise Unsupported(format_error(error)) from error
+    expected, error = _second_difference(fn)
+    if abs(result - expected) <= 1e-4 * max(1, abs(expected)) + 10 * error:
         return
-    if any(class_of(node).jvp is not Function.jvp for node in functions_of(subject(*subject.tensors()))):
-        reverse_over_forward(subject)  # the jvp itself is right, or this says what is wrong with it
-        raise NotOffered(
-            f"torch drops the outer tangents while it calls a jvp (pytorch#197867): {shown(found)} where "
-            f"{shown(expected)} is right"
+    if any(function_class(node).jvp is not Function.jvp for node in function_nodes(fn(*fn.make_inputs()))):
+        reverse_over_forward(fn)  # raises if the jvp itself is wrong
+        raise Unsupported(
+            "torch drops the outer tangents when it calls a jvp (pytorch#197867): got "
+            f"{format_number(result)} instead of {format_number(expected)}"
         )
-    raise Fails(f"second derivative along a line: found {shown(found)}, finite difference {shown(expected)}")
+    raise LawFailure(
+        f"second derivative along a random line: got {format_number(result)}, "
+        f"finite difference {format_number(expected)}"
+    )
 
 
-def _directional_second(subject: Subject, value: Callable[[Sequence[Tensor]], Tensor]) -> tuple[float, float]:
-    """The second derivative along the directions by finite differences of values, and its error."""
-    moving = {k: numbers(v) for k, v in enumerate(_directions(subject))}
-    found: list[float] = []
+def _second_difference(fn: FunctionUnderTest) -> tuple[float, float]:
+    """The second derivative of the scalar loss along the directions by differences of values, and its error."""
+    directions = {k: real_vector(v) for k, v in enumerate(_directions(fn))}
+    estimates: list[float] = []
     for h in (1e-2, 3e-3, 1e-3, 3e-4):
         try:
             with torch.no_grad():
-                at = [value(subject.moved(moving, n * h)).double().item() for n in (-2, -1, 0, 1, 2)]
-        except Exception:  # out of the function's domain: nearer
+                y = [fn.scalar_loss(*fn.perturbed(directions, n * h)).double().item() for n in (-2, -1, 0, 1, 2)]
+        except Exception:  # outside of the function's domain: try a smaller step
             continue
-        found.append((-at[0] + 16 * at[1] - 30 * at[2] + 16 * at[3] - at[4]) / (12 * h * h))
-    pairs = list(itertools.pairwise(found))
+        estimates.append((-y[0] + 16 * y[1] - 30 * y[2] + 16 * y[3] - y[4]) / (12 * h * h))
+    pairs = list(itertools.pairwise(estimates))
     if not pairs:
-        raise NotApplicable("finite differences do not settle here")
+        raise NotApplicable("finite differences do not converge for these inputs")
     best = min(pairs, key=lambda pair: abs(pair[0] - pair[1]))
     return best[1], abs(best[0] - best[1])
 
 
-def _ready(subject: Subject, coarse: bool = False) -> Subject:
-    subject = subject.exact
-    if subject.surrogate:
-        raise NotApplicable("the gradient is by definition not the derivative")
-    if not subject.differentiable_places:
-        raise NotApplicable("no output requires a gradient")
-    if subject.dtype != torch.float64 and not coarse:
-        raise NotApplicable("float64 is refused: finite differences are too coarse")
-    return subject
+def _prepare(fn: FunctionUnderTest, any_dtype: bool = False) -> FunctionUnderTest:
+    fn = fn.highest_precision
+    if fn.surrogate:
+        raise NotApplicable(SURROGATE)
+    if not fn.output_indices:
+        raise NotApplicable(NO_OUTPUT)
+    if fn.dtype != torch.float64 and not any_dtype:
+        raise NotApplicable("the function does not accept float64, and finite differences need it")
+    return fn
 
 
-def _directions(subject: Subject) -> list[Tensor]:
-    return [upstream(x, 41 + k) for k, x in enumerate(subject.points)]
+def _directions(fn: FunctionUnderTest) -> list[Tensor]:
+    return [random_grad_output(x, 41 + k) for k, x in enumerate(fn.primals)]
 
 
-def _second(subject: Subject, product: Callable[[Subject], list[Tensor | None]]) -> None:
-    """Hold a Hessian-vector product against the finite difference of gradients."""
-    subject = _ready(subject, coarse=True)
+def _check_hvp(fn: FunctionUnderTest, hvp: Callable[[FunctionUnderTest], list[Tensor | None]]) -> None:
+    """Compare a Hessian-vector product of the scalar loss with the finite difference of its gradients."""
+    fn = _prepare(fn, any_dtype=True)
     try:
-        found = product(subject)
+        result = hvp(fn)
     except Exception as error:
-        raise NotOffered(first_line(error)) from error
+        raise Unsupported(format_error(error)) from error
 
-    def slope(points: Sequence[Tensor]) -> Tensor:
-        tensors = [x.detach().clone().requires_grad_() for x in points]
+    def gradient_vector(primals: Sequence[Tensor]) -> Tensor:
+        inputs = [x.detach().clone().requires_grad_() for x in primals]
         with torch.enable_grad():
-            parts = torch.autograd.grad(subject.scalar(*tensors), tensors, allow_unused=True)
-        return torch.cat(
-            [
-                numbers(torch.zeros_like(x) if g is None else g).double()
-                for g, x in zip(parts, tensors, strict=True)
-            ]
-        )
+            grads = torch.autograd.grad(fn.scalar_loss(*inputs), inputs, allow_unused=True)
+        return torch.cat([real_vector(g).double() for g in zeros_for_none(grads, inputs)])
 
-    moving = {k: numbers(v) for k, v in enumerate(_directions(subject))}
-    expected, error = subject.difference(moving, of=slope)
+    directions = {k: real_vector(v) for k, v in enumerate(_directions(fn))}
+    expected, error = finite_difference(fn, directions, of=gradient_vector)
     scale = expected.abs().nan_to_num(0).amax().item() if expected.numel() else 0.0
-    start, told = 0, False
-    for k, x in enumerate(subject.points):
-        n = numbers(x).numel()
-        part, off = expected[start : start + n], error[start : start + n]
-        start += n
-        settled = off <= max(1e-3, subject.tolerance) * (scale + 1e-3)
-        told |= bool(settled.any())
-        result = torch.zeros_like(x) if found[k] is None else found[k]
-        assert result is not None
-        shaped = from_numbers(torch.where(settled, part, numbers(result).double()), x)
-        nothing = "" if found[k] is not None else "; the derivative is silently missing"
-        tolerance = (
-            subject.tolerance * max(scale, 1e-3) + 10 * off[settled].amax().item() if settled.any() else 0.0
-        ) / max(numbers(shaped).abs().nan_to_num(0).amax().item() if n else 0.0, 1e-300)
-        try:
-            compare(
-                f"second derivative for {subject.named(k)}",
-                result,
-                shaped,
-                tolerance,
-                ("found", "finite difference"),
-            )
-        except Fails as failure:
-            raise Fails(f"{failure}{nothing}", failure.cause) from None
-    if not told and expected.numel():
-        raise NotApplicable("finite differences of the gradient do not settle here")
+    sizes = [real_vector(x).numel() for x in fn.primals]
+    compared = [
+        _compare_hvp(fn, k, result[k], *parts, scale)
+        for k, parts in enumerate(zip(expected.split(sizes), error.split(sizes), strict=True))
+    ]
+    if not any(compared) and expected.numel():
+        raise NotApplicable("finite differences of the gradient do not converge for these inputs")
 
 
-def _order(subject: Subject, mixtures: Sequence[str]) -> None:
-    """Along a line a derivative of any order is one number: by torch.func, against the order below."""
-    subject = _ready(subject)
-    along = line(subject.scalar, subject.points, _directions(subject), lambda y: y)
-    below = "r" * (len(mixtures[0]) - 1)
+def _compare_hvp(
+    fn: FunctionUnderTest, k: int, result: Tensor | None, expected: Tensor, error: Tensor, scale: float
+) -> bool:
+    """Compare one input's part. Returns whether a finite difference converged."""
+    converged = error <= max(1e-3, fn.finite_difference_tolerance) * (scale + 1e-3)
+    values = torch.zeros_like(fn.primals[k]) if result is None else result
+    # elements whose finite difference did not converge are equal by construction
+    expected = torch.where(converged, expected, real_vector(values).double())
+    allowed = 0.0
+    if converged.any():
+        allowed = fn.finite_difference_tolerance * max(scale, 1e-3) + 10 * error[converged].amax().item()
+    size = expected.abs().nan_to_num(0).amax().item() if expected.numel() else 0.0
     try:
-        expected, scale = quotient(along, below)
-        found = {modes: derivative(along, modes) for modes in mixtures}
+        compare(
+            f"second derivative for {fn.input_name(k)}",
+            values,
+            from_real_vector(expected, values),
+            allowed / max(size, 1e-300),
+            ("got", "finite difference"),
+        )
+    except LawFailure as failure:
+        if result is None:
+            raise LawFailure(f"{failure}; autograd returns no second derivative and no error") from None
+        raise
+    return bool(converged.any())
+
+
+def _check_order(fn: FunctionUnderTest, mixtures: Sequence[str]) -> None:
+    """Compare derivatives along a random line by torch.func with the difference quotient one order lower."""
+    fn = _prepare(fn)
+    loss = along_line(fn.scalar_loss, fn.primals, _directions(fn), lambda y: y)
+    try:
+        expected, scale = difference_quotient(loss, "r" * (len(mixtures[0]) - 1))
+        results = {modes: derivative(loss, modes) for modes in mixtures}
     except Exception as error:
-        raise NotOffered(first_line(error)) from error
-    for modes, result in found.items():
+        raise Unsupported(format_error(error)) from error
+    for modes, result in results.items():
         if not abs(result - expected) <= 1e-8 * scale:
-            words = " over ".join({"r": "reverse", "f": "forward"}[mode] for mode in reversed(modes))
-            raise Fails(f"{words}: {result:.9g}, finite difference of the order below {expected:.9g}")
+            mixture = " over ".join({"r": "reverse", "f": "forward"}[mode] for mode in reversed(modes))
+            raise LawFailure(
+                f"derivative along a random line, {mixture}: got {result:.9g}, finite difference of the next "
+                f"lower order {expected:.9g}"
+            )
 
 
-@law(_CONSTANT, on_request=True)
-def mixtures_of_torch_func(subject: Subject) -> None:
-    """First and second order by torch.func, in all mixtures, to eight digits."""
-    _order(subject, ["r", "f"])
-    _order(subject, ["rr", "rf", "fr", "ff"])
+@law(_USED_AS_CONSTANT, on_request=True)
+def second_order(fn: FunctionUnderTest) -> None:
+    """First and second derivatives by torch.func are right to eight digits in all mixtures of modes.
+
+    It is more precise than the laws of the single mixtures.
+    """
+    _check_order(fn, ["r", "f"])
+    _check_order(fn, ["rr", "rf", "fr", "ff"])
 
 
-@law(_CONSTANT, on_request=True)
-def third_order(subject: Subject) -> None:
-    """Third derivatives by torch.func, in all eight mixtures."""
-    _order(subject, ["".join(modes) for modes in itertools.product("rf", repeat=3)])
+@law(_USED_AS_CONSTANT, on_request=True)
+def third_order(fn: FunctionUnderTest) -> None:
+    """Third derivatives by torch.func are right to eight digits in all eight mixtures of modes.
+
+    A gradient penalty on a network that contains derivatives needs them.
+    """
+    _check_order(fn, ["".join(modes) for modes in itertools.product("rf", repeat=3)])
 
 
-@law(_CONSTANT, on_request=True)
-def fourth_order(subject: Subject) -> None:
-    """Fourth derivatives by torch.func."""
-    _order(subject, ["rrrr", "ffff", "rfrf", "frfr"])
+@law(_USED_AS_CONSTANT, on_request=True)
+def fourth_order(fn: FunctionUnderTest) -> None:
+    """Fourth derivatives by torch.func are right to eight digits in four mixtures of modes.
+
+    Networks that solve differential equations of fourth order need them.
+    """
+    _check_order(fn, ["rrrr", "ffff", "rfrf", "frfr"])
 
 
-@law(_CONSTANT, on_request=True)
-def backward_of_backward(subject: Subject) -> None:
-    """create_graph three times over gives what torch.func gives."""
-    subject = _ready(subject)
-    along = line(subject.scalar, subject.points, _directions(subject), lambda y: y)
+@law(_USED_AS_CONSTANT, on_request=True)
+def nested_backward(fn: FunctionUnderTest) -> None:
+    """Up to order 3, nested torch.autograd.grad with create_graph=True gives the derivatives of torch.func.
+
+    A Function may take another path under torch.func, so both ways are tested.
+    """
+    fn = _prepare(fn)
+    loss = along_line(fn.scalar_loss, fn.primals, _directions(fn), lambda y: y)
     t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    value = along(t)
+    value = loss(t)
     for order in range(1, 4):
         if value.requires_grad:
             (value,) = torch.autograd.grad(value, t, create_graph=True)
-        expected = derivative(along, "r" * order)
+        expected = derivative(loss, "r" * order)
         if not abs(value.item() - expected) <= 1e-10 + 1e-8 * abs(expected):
-            raise Fails(f"order {order}: autograd {value.item():.9g}, torch.func {expected:.9g}")
+            raise LawFailure(
+                f"derivative of order {order}: torch.autograd.grad gives {value.item():.9g}, "
+                f"torch.func {expected:.9g}"
+            )

@@ -1,4 +1,4 @@
-"""Low precision, special values, large values."""
+"""Laws of low precision, special values and large values."""
 
 from __future__ import annotations
 
@@ -11,411 +11,439 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manualgrad.verification.drawing import DrawnAlike
-from manualgrad.verification.laws.compared import described, first_line, shown
-from manualgrad.verification.laws.observed import observing
-from manualgrad.verification.report import Fails, NotApplicable, law
-from manualgrad.verification.subject import (
-    Subject,
-    copies,
-    from_numbers,
-    functions_of,
-    gradients,
-    numbers,
-    position,
-    upstream,
-    with_upstream,
-)
+from manualgrad.verification.finite_differences import finite_difference
+from manualgrad.verification.function_under_test import FunctionUnderTest
+from manualgrad.verification.gradients import clones, gradients, random_grad_output, with_grad_outputs
+from manualgrad.verification.graph import function_nodes
+from manualgrad.verification.laws.comparison import format_error, format_input, format_number
+from manualgrad.verification.laws.recording import record_backward_calls
+from manualgrad.verification.randomness import SameRandomNumbersInAllDtypes
+from manualgrad.verification.report import LawFailure, NotApplicable, law
+from manualgrad.verification.tensors import dtype_name, element_position, from_real_vector, real_vector
 
-_LOW = (torch.bfloat16, torch.float16, torch.float32)
+_LOW_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
+_NO_FLOAT64 = "the function does not compute in float64, and finite differences need it"
 
 
-@law("a formula that cancels, overflows or accumulates in the low precision where the plain one does not")
-def low_precision(subject: Subject) -> None:
-    """In bfloat16, float16 and float32 the gradient's error against float64 is what rounding must cost: at most
-    eight times that of the plain formula, or of moving every input by a last place."""
-    exact = subject.exact
-    if exact.points[0].dtype.to_real() != torch.float64:
-        raise NotApplicable("float64 is refused: nothing to compare with")
-    told = False
-    with DrawnAlike() if subject.random else nullcontext():
-        for dtype in _LOW:
-            if torch.finfo(dtype).eps > 100 * torch.finfo(exact.dtype).eps and subject.runs(dtype):
-                told = True
-                _low_precision(subject.cast(dtype), dtype)
-    if not told:
-        raise NotApplicable("no lower precision is accepted")
+@law("a formula that cancels, overflows or sums in low precision where the plain formula does not")
+def low_precision(fn: FunctionUnderTest) -> None:
+    """In bfloat16, float16 and float32 the gradient's error is at most eight times the unavoidable rounding error.
+
+    The unavoidable error is that of the forward differentiated by torch, or that of rounding the inputs. Larger
+    errors add up in mixed precision training.
+    """
+    exact = fn.highest_precision
+    if exact.primals[0].dtype.to_real() != torch.float64:
+        raise NotApplicable("the function does not accept float64, so there is nothing to compare with")
+    tested = False
+    with SameRandomNumbersInAllDtypes() if fn.draws_random_numbers else nullcontext():
+        for dtype in _LOW_PRECISION:
+            lower = torch.finfo(dtype).eps > 100 * torch.finfo(exact.dtype).eps
+            if lower and fn.supports_dtype(dtype):
+                tested = True
+                _check_low_precision(fn.to_dtype(dtype), dtype)
+    if not tested:
+        raise NotApplicable("the function accepts no lower precision")
 
 
-def _low_precision(low: Subject, dtype: torch.dtype) -> None:
-    name = str(dtype).removeprefix("torch.")
-    exact = low.cast(torch.float64)
-    tensors = low.tensors()
+def _check_low_precision(fn: FunctionUnderTest, dtype: torch.dtype) -> None:
+    name = dtype_name(dtype)
+    exact = fn.to_dtype(torch.float64)
+    inputs = fn.make_inputs()
     try:
-        outputs, upstreams = with_upstream(low(*tensors))
+        outputs, grad_outputs = with_grad_outputs(fn(*inputs))
         if not outputs:
             return
-        found = torch.autograd.grad(outputs, tensors, copies(upstreams), allow_unused=True)
-        truth = gradients(exact, exact.tensors(), [_wide(u) for u in upstreams])
+        grads = torch.autograd.grad(outputs, inputs, clones(grad_outputs), allow_unused=True)
+        exact_grads = gradients(exact, exact.make_inputs(), [_to_float64(u) for u in grad_outputs])
     except RuntimeError as error:
         if "not implemented for" in str(error):
             return
-        raise Fails(f"in {name}: {first_line(error)}") from error
+        raise LawFailure(f"in {name}, the function raises {format_error(error)}") from error
     eps = torch.finfo(dtype).eps
-    allowed = _allowed(low, exact, upstreams, truth, eps)
-    for k, (g, true) in enumerate(zip(found, truth, strict=True)):
-        if g is None or true is None or not bool(true.isfinite().all()):
+    allowed = _allowed_errors(fn, exact, grad_outputs, exact_grads, eps)
+    for k, (grad, truth) in enumerate(zip(grads, exact_grads, strict=True)):
+        if grad is None or truth is None or not bool(truth.isfinite().all()):
             continue
-        error = (_wide(g) - true).norm().item()
-        size = true.norm().item()
+        error = (_to_float64(grad) - truth).norm().item()
+        size = truth.norm().item()
         if size > 0 and not error <= allowed[k] and size < 0.1 * torch.finfo(dtype).max:
-            raise Fails(
-                f"in {name} the gradient of {described(low, k)} is off by {error / size:.2g} of its size; "
-                f"rounding alone explains {allowed[k] / size:.2g} (eps is {eps:.2g})"
+            raise LawFailure(
+                f"in {name}, the relative error of the gradient of {format_input(fn, k)} is {error / size:.2g}; "
+                f"rounding explains at most {allowed[k] / size:.2g} (eps of {name}: {eps:.2g})"
             )
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _to_float64(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def _allowed(
-    low: Subject, exact: Subject, upstreams: Sequence[Tensor], truth: Sequence[Tensor | None], eps: float
+def _allowed_errors(
+    fn: FunctionUnderTest,
+    exact: FunctionUnderTest,
+    grad_outputs: Sequence[Tensor],
+    exact_grads: Sequence[Tensor | None],
+    eps: float,
 ) -> list[float]:
-    """For each gradient the error that is nobody's fault."""
-    moved = moved_by_rounding(exact, upstreams, truth, eps)
+    """For each gradient the error that rounding explains, times eight."""
+    errors = input_rounding_errors(exact, grad_outputs, exact_grads, eps)
     allowed = [
-        (8 * m + 8 * eps * (0 if true is None else true.norm().item()))
-        for m, true in zip(moved, truth, strict=True)
+        8 * error + 8 * eps * (0 if truth is None else truth.norm().item())
+        for error, truth in zip(errors, exact_grads, strict=True)
     ]
-    plain = low.plain
-    if plain is not None:
-        try:
-            theirs = gradients(plain, plain.tensors(), copies(upstreams))
-        except Exception:
-            return allowed
-        for k, (a, true) in enumerate(zip(theirs, truth, strict=True)):
-            if a is not None and true is not None:
-                error = (_wide(a) - true).norm().item()
-                allowed[k] = max(allowed[k], 8 * error) if math.isfinite(error) else math.inf
+    reference = fn.autograd_reference
+    if reference is None:
+        return allowed
+    try:
+        reference_grads = gradients(reference, reference.make_inputs(), clones(grad_outputs))
+    except Exception:
+        return allowed
+    for k, (grad, truth) in enumerate(zip(reference_grads, exact_grads, strict=True)):
+        if grad is not None and truth is not None:
+            error = (_to_float64(grad) - truth).norm().item()
+            allowed[k] = max(allowed[k], 8 * error) if math.isfinite(error) else math.inf
     return allowed
 
 
-def moved_by_rounding(
-    exact: Subject, upstreams: Sequence[Tensor], truth: Sequence[Tensor | None], eps: float
+def input_rounding_errors(
+    exact: FunctionUnderTest, grad_outputs: Sequence[Tensor], exact_grads: Sequence[Tensor | None], eps: float
 ) -> list[float]:
-    """How far each gradient moves when the inputs move by a last place."""
-    moved = [0.0] * len(truth)
+    """How much each gradient changes if inputs and grad_outputs change by ±eps, relatively."""
+    errors = [0.0] * len(exact_grads)
     for seed in range(4):
-        noisy = [x * (1 + eps * _noise(x, seed)) for x in exact.points]
-        wide = [_wide(u) for u in upstreams]
+        rounded = exact.with_primals([x * (1 + eps * _random_signs(x, seed)) for x in exact.primals])
+        grads64 = [_to_float64(u) for u in grad_outputs]
         try:
-            found = gradients(
-                exact.at(noisy), exact.at(noisy).tensors(), [u * (1 + eps * _noise(u, seed)) for u in wide]
+            grads = gradients(
+                rounded, rounded.make_inputs(), [u * (1 + eps * _random_signs(u, seed)) for u in grads64]
             )
         except Exception:
             continue
-        for k, (a, b) in enumerate(zip(found, truth, strict=True)):
+        for k, (a, b) in enumerate(zip(grads, exact_grads, strict=True)):
             if a is not None and b is not None:
-                moved[k] = max(moved[k], (a - b).norm().nan_to_num(math.inf).item())
-    return moved
+                errors[k] = max(errors[k], (a - b).norm().nan_to_num(math.inf).item())
+    return errors
 
 
-def _noise(tensor: Tensor, seed: int) -> Tensor:
-    """±1 for each element."""
+def _random_signs(tensor: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(100 + seed)
     return (torch.randint(0, 2, tensor.shape, generator=generator) * 2.0 - 1).double().to(tensor.device)
 
 
 _SPECIAL = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, 3.0, -3.0, 6.0, 1e-20, -1e-20, 1e-200, -1e-200)
+_LARGE = (10.0, 30.0, 100.0, 1e3, 1e5, 1e8)
 
 
-Trial = tuple[int, int, str, Subject]
-"""The input and the number in it that are special, how that is told, and the function there."""
+class _Trial(NamedTuple):
+    """A special value in one input."""
+
+    k: int
+    """The input."""
+    index: int
+    """The element."""
+    description: str
+    fn: FunctionUnderTest
+    """The function, with this value."""
 
 
-def _placed(subject: Subject, values: Sequence[float]) -> Iterator[Trial]:
-    """Each value at one element of each input, the rest as it was."""
-    for k, x in enumerate(subject.points):
-        n = numbers(x).numel()
+def _trials_with_values(fn: FunctionUnderTest, values: Sequence[float]) -> Iterator[_Trial]:
+    """One element of one input has the value. ±0 is placed at the first and the last element."""
+    for k, x in enumerate(fn.primals):
+        n = real_vector(x).numel()
         for value in values:
             for index in ({0, n - 1} if value == 0 else {0}) if n else ():
-                yield _placed_at(subject, k, index, value)
+                yield _trial(fn, k, index, value)
 
 
-def _with_equal(subject: Subject) -> Iterator[Trial]:
-    """One element of one tensor equal to that of another: where differences have their kink."""
-    leaves = [x for x in subject.leaves if isinstance(x, Tensor)]
-    for k, x in enumerate(subject.points):
-        for other in leaves:
+def _trials_with_ties(fn: FunctionUnderTest) -> Iterator[_Trial]:
+    """One element equals that of another input, or the next one: differences and maxima have kinks there."""
+    tensors = [x for x in fn.leaves if isinstance(x, Tensor)]
+    for k, x in enumerate(fn.primals):
+        for other in tensors:
             if other is not x and other.shape == x.shape and other.dtype == x.dtype and x.numel():
-                yield _placed_at(subject, k, 0, numbers(other)[0].item())
+                yield _trial(fn, k, 0, real_vector(other)[0].item())
         if x.numel() > 1 and not x.is_complex():
-            yield _placed_at(subject, k, 0, numbers(x)[1].item())
+            yield _trial(fn, k, 0, real_vector(x)[1].item())
 
 
-def _placed_at(subject: Subject, k: int, index: int, value: float) -> Trial:
-    points = list(subject.points)
-    points[k] = _with_number(points[k], index, value)
-    return k, index, f"{subject.named(k)}{position(points[k], index)} = {value:g}", subject.at(points)
+def _trials_with_constant_inputs(fn: FunctionUnderTest) -> Iterator[_Trial]:
+    """All elements of an input are 0 or equal: norms and deviations have kinks there. Then 0 in every input."""
+    for k, x in enumerate(fn.primals):
+        if x.numel() > 1:
+            for value in (0.0, real_vector(x)[0].item()):
+                primals = list(fn.primals)
+                primals[k] = torch.full_like(x, value)
+                yield _Trial(k, 0, f"all of {fn.input_name(k)} = {value:g}", fn.with_primals(primals))
+    if len(fn.primals) > 1 and all(x.numel() for x in fn.primals):
+        primals = [_with_number(x, 0, 0.0) for x in fn.primals]
+        for k in range(len(primals)):
+            yield _Trial(k, 0, "the first number of every input = 0", fn.with_primals(primals))
+
+
+def _trial(fn: FunctionUnderTest, k: int, index: int, value: float) -> _Trial:
+    primals = list(fn.primals)
+    primals[k] = _with_number(primals[k], index, value)
+    description = f"{fn.input_name(k)}{element_position(primals[k], index)} = {value:g}"
+    return _Trial(k, index, description, fn.with_primals(primals))
 
 
 def _with_number(tensor: Tensor, index: int, value: float) -> Tensor:
-    flat = numbers(tensor).clone()
-    flat[index] = value
-    return from_numbers(flat, tensor)
+    vector = real_vector(tensor).clone()
+    vector[index] = value
+    return from_real_vector(vector, tensor)
 
 
-def _all_alike(subject: Subject) -> Iterator[Trial]:
-    """All elements of one input 0 or equal, where norms and deviations have their kink, and 0 in every input."""
-    for k, x in enumerate(subject.points):
-        if x.numel() > 1:
-            for value in (0.0, numbers(x)[0].item()):
-                points = list(subject.points)
-                points[k] = torch.full_like(x, value)
-                yield k, 0, f"all of {subject.named(k)} = {value:g}", subject.at(points)
-    if len(subject.points) > 1 and all(x.numel() for x in subject.points):
-        points = [_with_number(x, 0, 0.0) for x in subject.points]
-        for k in range(len(points)):
-            yield k, 0, "the first number of every input = 0", subject.at(points)
+@law("0/0, 0·inf or log 0 in the formula, or a value at a kink that is not between the left and right slopes")
+def special_values(fn: FunctionUnderTest) -> None:
+    """At ±0, ±1, ties and kinks the gradient lies between the finite left and right slopes; at ±inf it is not nan.
+
+    At a kink the gradient that torch gives is accepted too. One nan in a batch destroys all weights.
+    """
+    fn = fn.highest_precision
+    if fn.dtype != torch.float64:
+        raise NotApplicable(_NO_FLOAT64)
+    for trial in [
+        *_trials_with_values(fn, _SPECIAL),
+        *_trials_with_ties(fn),
+        *_trials_with_constant_inputs(fn),
+    ]:
+        _check_between_slopes(trial)
+    for trial in _trials_with_values(fn, (math.inf, -math.inf)):
+        if _outputs_are_finite(trial.fn) and (name := _function_that_makes_nan(trial)):
+            raise LawFailure(
+                f"at {trial.description} every output is finite, but {name}.backward returns nan for finite "
+                "grad_outputs"
+            )
 
 
-@law("0/0, 0·inf or log 0 in the formula, or another choice at the kink than a slope between left and right")
-def special_values(subject: Subject) -> None:
-    """At ±0, ±1, equal elements and kinks the gradient of this element and of all others is what the values say:
-    where their slopes from left and right are finite no nan, and a number between them (or, at a kink, torch's own
-    choice). At ±inf a Function makes no nan where every output is finite."""
-    subject = subject.exact
-    if subject.dtype != torch.float64:
-        raise NotApplicable("it does not compute in float64: finite differences are too coarse")
-    for k, index, where, trial in [*_placed(subject, _SPECIAL), *_with_equal(subject), *_all_alike(subject)]:
-        _between_the_slopes(trial, k, index, where)
-    for k, _, where, trial in _placed(subject, (math.inf, -math.inf)):
-        if _finite_outputs(trial) and (name := _makes_nan(trial, k)):
-            raise Fails(f"at {where} every output is finite, but the gradient is nan{name}")
-
-
-def _between_the_slopes(subject: Subject, k: int, index: int, where: str) -> None:
-    """The gradient of one element, and along a line through all others, against the slopes of the values."""
-    tensors = subject.tensors()
+def _check_between_slopes(trial: _Trial) -> None:
+    """Compare the gradient of the element, and along a line through all others, with one-sided slopes."""
+    fn = trial.fn
+    inputs = fn.make_inputs()
     try:
-        outputs = subject(*tensors)
+        outputs = fn(*inputs)
     except Exception:
-        return  # refused
-    subject.differentiable_places = [i for i, y in enumerate(outputs) if y.requires_grad]
-    outputs, upstreams = with_upstream(outputs)
+        return  # the function refuses this value
+    fn.output_indices = [i for i, y in enumerate(outputs) if y.requires_grad]
+    outputs, grad_outputs = with_grad_outputs(outputs)
     if not outputs:
         return
-    found = _gradient_or_fails(subject, outputs, tensors, upstreams)
-    here = torch.cat([numbers(y.detach()).double() for y in outputs])
-    u = torch.cat([numbers(g).double() for g in upstreams])
-    one = torch.zeros_like(numbers(subject.points[k]))
-    one[index] = 1
-    tiny = 0 < abs(numbers(subject.points[k])[index].item()) < _NEARER[-1]
-    others = {j: upstream(numbers(x), 51 + j) for j, x in enumerate(subject.points)}
-    others[k] = others[k] * (1 - one)
-    lines = [({k: one}, f"at {where} the gradient is")]
+    grads = _gradients_or_failure(fn, outputs, inputs, grad_outputs)
+    here = torch.cat([real_vector(y.detach()).double() for y in outputs])
+    u = torch.cat([real_vector(g).double() for g in grad_outputs])
+    element = torch.zeros_like(real_vector(fn.primals[trial.k]))
+    element[trial.index] = 1
+    value = abs(real_vector(fn.primals[trial.k])[trial.index].item())
+    tiny = 0 < value < _SHRINKING_STEPS[-1]
+    others = {j: random_grad_output(real_vector(x), 51 + j) for j, x in enumerate(fn.primals)}
+    others[trial.k] = others[trial.k] * (1 - element)
+    lines = [({trial.k: element}, f"at {trial.description} the gradient")]
     if sum(x.numel() for x in others.values()) > 1:
-        lines.append((others, f"at {where} the gradient along a line through all other elements is"))
-    for directions, says in lines:
-        sides = _slopes(subject, directions, here, u)
-        if sides is None:
+        lines.append((others, f"at {trial.description} the gradient along a line through all other elements"))
+    for directions, subject in lines:
+        slopes = _one_sided_slopes(fn, directions, here, u)
+        if slopes is None:
             continue
-        result = _along(found, directions)
-        between = f"the slopes from left and right are {shown(sides.left)} and {shown(sides.right)}"
+        result = _dot(grads, directions)
+        message = (
+            f"{subject} is {format_number(result)}; the left and right slopes are "
+            f"{format_number(slopes.left)} and {format_number(slopes.right)}"
+        )
         if math.isnan(result):
-            raise Fails(f"{says} nan; {between}")
-        allowed = 1e-3 * (1 + max(abs(sides.low), abs(sides.high)))
-        if subject.surrogate or sides.low - allowed <= result <= sides.high + allowed:
+            raise LawFailure(message)
+        allowed = 1e-3 * (1 + max(abs(slopes.lowest), abs(slopes.highest)))
+        if fn.surrogate or slopes.lowest - allowed <= result <= slopes.highest + allowed:
             continue
         if tiny and math.isfinite(result) and (directions is others or abs(result) > 1e6 * allowed):
-            continue  # a divisor so small that the steps jump over it, as in fmod(x, 1e-20)
-        if sides.high - sides.low > allowed and subject.plain is not None:
-            theirs = gradients(subject.plain, subject.plain.tensors(), copies(upstreams))
-            if abs(_along(theirs, directions) - result) <= allowed:
+            continue  # the steps are larger than a divisor, as in fmod(x, 1e-20)
+        reference = fn.autograd_reference if slopes.highest - slopes.lowest > allowed else None
+        if reference is not None:
+            torch_grads = gradients(reference, reference.make_inputs(), clones(grad_outputs))
+            if abs(_dot(torch_grads, directions) - result) <= allowed:
                 continue
-        raise Fails(f"{says} {shown(result)}; {between}")
+        raise LawFailure(message)
 
 
-def _along(gradient: Sequence[Tensor | None], directions: dict[int, Tensor]) -> float:
-    """⟨gradient, direction⟩, where 0 · nan is nan, but not for the elements that stand still."""
+def _dot(grads: Sequence[Tensor | None], directions: dict[int, Tensor]) -> float:
+    """⟨gradient, direction⟩ over the elements that move."""
     return sum(
-        (numbers(g).double() * v)[v != 0].sum().item()
+        (real_vector(g).double() * v)[v != 0].sum().item()
         for k, v in directions.items()
-        if (g := gradient[k]) is not None
+        if (g := grads[k]) is not None
     )
 
 
-def _finite_outputs(subject: Subject) -> bool:
+def _outputs_are_finite(fn: FunctionUnderTest) -> bool:
     try:
         with torch.no_grad():
-            outputs = subject(*subject.tensors())
+            outputs = fn(*fn.make_inputs())
     except Exception:
         return False
     return all(bool(y.isfinite().all()) for y in outputs)
 
 
-def _makes_nan(subject: Subject, k: int) -> str:
-    """Which Function returns nan for the gradient of this input, given finite upstream gradients.
+def _function_that_makes_nan(trial: _Trial) -> str:
+    """The name of the Function that returns nan for finite grad_outputs, if the gradient of this input is nan.
 
-    Where torch's own operations do so, as in exp(-x²) at infinity, no rule of the function is wrong.
+    Operators of torch do that too, for example exp(-x²) at infinity: those are not reported.
     """
-    tensors = subject.tensors()
-    outputs, _ = with_upstream(subject(*tensors))
-    if not functions_of(outputs):
+    outputs, _ = with_grad_outputs(trial.fn(*trial.fn.make_inputs()))
+    if not function_nodes(outputs):
         return ""
-    with observing(outputs) as seen:
-        found = _gradient_there(subject, k)
-    if found is None or not bool(found.isnan().any()):
+    with record_backward_calls(outputs) as calls:
+        grad = _gradient_of_input(trial.fn, trial.k)
+    if grad is None or not bool(grad.isnan().any()):
         return ""
-    for call in seen:
-        given = all(bool(g.isfinite().all()) for g in call.upstreams if isinstance(g, Tensor))
-        if given and any(isinstance(g, Tensor) and bool(g.isnan().any()) for g in call.results):
-            return f" in {call.name}.backward"
+    for call in calls:
+        finite = all(bool(g.isfinite().all()) for g in call.grad_outputs if isinstance(g, Tensor))
+        if finite and any(isinstance(g, Tensor) and bool(g.isnan().any()) for g in call.grad_inputs):
+            return call.name
     return ""
 
 
-def _gradient_there(subject: Subject, k: int) -> Tensor | None:
-    """The gradient of one input, unless the function refuses this value."""
-    tensors = subject.tensors()
+def _gradient_of_input(fn: FunctionUnderTest, k: int) -> Tensor | None:
+    """None if the function refuses these values."""
+    inputs = fn.make_inputs()
     try:
-        outputs, upstreams = with_upstream(subject(*tensors))
+        outputs, grad_outputs = with_grad_outputs(fn(*inputs))
     except Exception:
         return None
-    return _gradient_or_fails(subject, outputs, tensors, upstreams)[k] if outputs else None
+    return _gradients_or_failure(fn, outputs, inputs, grad_outputs)[k] if outputs else None
 
 
-def _gradient_or_fails(
-    subject: Subject, outputs: Sequence[Tensor], tensors: Sequence[Tensor], upstreams: Sequence[Tensor]
+def _gradients_or_failure(
+    fn: FunctionUnderTest, outputs: Sequence[Tensor], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     try:
-        return torch.autograd.grad(outputs, tensors, copies(upstreams), allow_unused=True)
+        return torch.autograd.grad(outputs, inputs, clones(grad_outputs), allow_unused=True)
     except Exception as error:
-        values = ", ".join(f"{subject.named(k)} = {x.tolist()}" for k, x in enumerate(subject.points))
-        raise Fails(f"with {values}: {first_line(error)}") from error
+        values = ", ".join(f"{fn.input_name(k)} = {x.tolist()}" for k, x in enumerate(fn.primals))
+        raise LawFailure(f"for {values}, backward raises {format_error(error)}") from error
 
 
-class _Sides(NamedTuple):
-    """The slopes of ⟨u, y⟩ from left and right, and the least and greatest that a choice for each output makes."""
+class _Slopes(NamedTuple):
+    """One-sided slopes of ⟨u, y⟩, and the bounds if each output chooses its side independently."""
 
     left: float
     right: float
-    low: float
-    high: float
+    lowest: float
+    highest: float
 
 
-_NEARER = (1e-4, 1e-6, 1e-8, 1e-10)
+_SHRINKING_STEPS = (1e-4, 1e-6, 1e-8, 1e-10)
 
 
-def _slopes(subject: Subject, directions: dict[int, Tensor], here: Tensor, u: Tensor) -> _Sides | None:
-    """The slopes at a point where the outputs are `here`, or None where they do not settle or are infinite."""
-    sides = []
+def _one_sided_slopes(
+    fn: FunctionUnderTest, directions: dict[int, Tensor], here: Tensor, u: Tensor
+) -> _Slopes | None:
+    """The slopes where the outputs are `here`. None if they do not converge or are infinite."""
+    slopes = []
     try:
         for side in (-1, 1):
 
             def quotient(h: float, side: int = side) -> Tensor:
-                return (subject.values(subject.moved(directions, side * h)) - here) / (side * h)
+                return (fn.output_vector(fn.perturbed(directions, side * h)) - here) / (side * h)
 
-            settled = _limit(quotient)
-            if settled is None:
+            limit = _limit(quotient)
+            if limit is None:
                 return None
-            sides.append(settled * u)
+            slopes.append(limit * u)
     except Exception:
-        return None  # out of the function's domain
-    left, right = sides
+        return None  # outside of the function's domain
+    left, right = slopes
     low, high = torch.minimum(left, right), torch.maximum(left, right)
-    return _Sides(*(x.sum().item() for x in (left, right, low, high)))
+    return _Slopes(*(x.sum().item() for x in (left, right, low, high)))
 
 
 def _limit(quotient: Callable[[float], Tensor]) -> Tensor | None:
-    """What difference quotients tend to as the step becomes smaller, or None where nothing is sure.
+    """The limit of difference quotients for shrinking steps. None if it is uncertain.
 
-    Two that agree are believed. Quotients that near their limit by the same factor in each step, as a power of the
-    step does, are believed too, where two extrapolations agree.
+    It is accepted if the last two quotients agree. If the differences between quotients shrink by a constant
+    factor, as a power of the step does, it is accepted if two extrapolations agree.
     """
-    found, near = [quotient(_NEARER[0])], torch.zeros(())
-    for h in _NEARER[1:]:
-        found.append(quotient(h))
-        if not bool(found[-1].isfinite().all()):
+    quotients, close = [quotient(_SHRINKING_STEPS[0])], torch.zeros(())
+    for h in _SHRINKING_STEPS[1:]:
+        quotients.append(quotient(h))
+        if not bool(quotients[-1].isfinite().all()):
             return None
-        gaps = [(b - a).abs() for a, b in itertools.pairwise(found)]
-        near = 1e-4 * (1 + found[-1].abs())
-        if bool((gaps[-1] <= near).all()):
-            nearing = all(bool(((b <= 0.9 * a) | (b <= near)).all()) for a, b in itertools.pairwise(gaps))
-            return found[-1] if nearing else None
-    guesses = []
-    for a, b, c in zip(found, found[1:], found[2:], strict=False):
+        gaps = [(b - a).abs() for a, b in itertools.pairwise(quotients)]
+        close = 1e-4 * (1 + quotients[-1].abs())
+        if bool((gaps[-1] <= close).all()):
+            shrinking = all(bool(((b <= 0.9 * a) | (b <= close)).all()) for a, b in itertools.pairwise(gaps))
+            return quotients[-1] if shrinking else None
+    extrapolations = []
+    for a, b, c in zip(quotients, quotients[1:], quotients[2:], strict=False):
         first, second = b - a, c - b
         ratio = torch.where(first == 0, 0.0, second / first)
-        if not bool(((ratio.abs() < 0.9) | (second.abs() <= near)).all()):
+        if not bool(((ratio.abs() < 0.9) | (second.abs() <= close)).all()):
             return None
-        guesses.append(c + torch.where(ratio.abs() < 0.9, second * ratio / (1 - ratio), 0.0))
-    agree = (guesses[1] - guesses[0]).abs() <= 1e-4 * (1 + guesses[1].abs())
-    return guesses[1] if bool(agree.all()) else None
+        extrapolations.append(c + torch.where(ratio.abs() < 0.9, second * ratio / (1 - ratio), 0.0))
+    agree = (extrapolations[1] - extrapolations[0]).abs() <= 1e-4 * (1 + extrapolations[1].abs())
+    return extrapolations[1] if bool(agree.all()) else None
 
 
-_LARGE = (10.0, 30.0, 100.0, 1e3, 1e5, 1e8)
+@law("exp of a large number in backward, where an equivalent formula stays finite")
+def large_values(fn: FunctionUnderTest) -> None:
+    """For inputs from ±10 to ±1e8 the gradient is right in float64 and finite in float32 and float16.
 
-
-@law("exp of a large number in backward: the same quotient or product written another way stays finite")
-def large_values(subject: Subject) -> None:
-    """At ±10 to ±1e8, where the values have a finite slope, the gradient is finite too: in float64, float32 and,
-    where the plain formula is, in float16."""
-    subject = subject.exact
-    if subject.dtype != torch.float64:
-        raise NotApplicable("it does not compute in float64: finite differences are too coarse")
-    for k, index, where, trial in _placed(subject, [sign * v for v in _LARGE for sign in (1, -1)]):
-        found = _gradient_there(trial, k)
-        if found is None or not _finite_outputs(trial):
+    Activations of that size occur early in training. In float16 the plain formula must be finite too.
+    """
+    fn = fn.highest_precision
+    if fn.dtype != torch.float64:
+        raise NotApplicable(_NO_FLOAT64)
+    for trial in _trials_with_values(fn, [sign * value for value in _LARGE for sign in (1, -1)]):
+        grad = _gradient_of_input(trial.fn, trial.k)
+        if grad is None or not _outputs_are_finite(trial.fn):
             continue
-        result = numbers(found)[index].item()
-        expected = _slope(trial, k, index)
-        if expected is not None:
-            true, error = expected
-            if not math.isfinite(result):
-                raise Fails(
-                    f"in float64 at {where} the gradient is {shown(result)}, finite difference {shown(true)}"
-                )
-            if not subject.surrogate and abs(result - true) > 1e-3 * (1 + abs(true)) + 10 * error:
-                raise Fails(
-                    f"in float64 at {where} the gradient is {shown(result)}, finite difference {shown(true)}"
+        result = real_vector(grad)[trial.index].item()
+        slope = _slope(trial)
+        if slope is not None:
+            expected, error = slope
+            wrong = abs(result - expected) > 1e-3 * (1 + abs(expected)) + 10 * error
+            if not math.isfinite(result) or (wrong and not fn.surrogate):
+                raise LawFailure(
+                    f"in float64 at {trial.description} the gradient is {format_number(result)}, "
+                    f"finite difference {format_number(expected)}"
                 )
         for dtype in (torch.float32, torch.float16):
-            _finite_in(trial, dtype, k, found, where)
+            _check_finite_in(dtype, trial, grad)
 
 
-def _slope(subject: Subject, k: int, index: int) -> tuple[float, float] | None:
-    direction = torch.zeros_like(numbers(subject.points[k]))
-    direction[index] = 1
+def _slope(trial: _Trial) -> tuple[float, float] | None:
+    """The finite difference for the element and its error. None if it does not converge."""
+    fn = trial.fn
+    direction = torch.zeros_like(real_vector(fn.primals[trial.k]))
+    direction[trial.index] = 1
     with torch.no_grad():
-        outputs = subject(*subject.tensors())
-    u = torch.cat([numbers(upstream(outputs[i], 3 + i)).double() for i in subject.differentiable_places])
-    values, errors = subject.difference({k: direction})
-    true, error = (values * u).sum().item(), (errors * u.abs()).sum().item()
-    return (true, error) if error <= 1e-3 * (1 + abs(true)) else None
+        outputs = fn(*fn.make_inputs())
+    u = torch.cat([real_vector(random_grad_output(outputs[i], 3 + i)).double() for i in fn.output_indices])
+    values, errors = finite_difference(fn, {trial.k: direction})
+    slope, error = (values * u).sum().item(), (errors * u.abs()).sum().item()
+    return (slope, error) if error <= 1e-3 * (1 + abs(slope)) else None
 
 
-def _finite_in(subject: Subject, dtype: torch.dtype, k: int, exact: Tensor, where: str) -> None:
-    low = subject.cast(dtype)
-    if not bool(numbers(low.points[k]).isfinite().all()) or exact.abs().amax() > 1e-3 * torch.finfo(dtype).max:
+def _check_finite_in(dtype: torch.dtype, trial: _Trial, exact_grad: Tensor) -> None:
+    fn = trial.fn.to_dtype(dtype)
+    representable = exact_grad.abs().amax() <= 1e-3 * torch.finfo(dtype).max
+    if not bool(real_vector(fn.primals[trial.k]).isfinite().all()) or not representable:
         return
-    if not bool(exact.isfinite().all()) or not subject.runs(dtype) or not _finite_outputs(low):
+    if not bool(exact_grad.isfinite().all()) or not trial.fn.supports_dtype(dtype) or not _outputs_are_finite(fn):
         return
     try:
-        found = _gradient_there(low, k)
-        if found is None or bool(found.isfinite().all()):
+        grad = _gradient_of_input(fn, trial.k)
+        if grad is None or bool(grad.isfinite().all()):
             return
-        plain = low.plain
-        theirs = _gradient_there(plain, k) if plain is not None else None
-    except Fails as failure:
+        reference = fn.autograd_reference
+        reference_grad = _gradient_of_input(reference, trial.k) if reference is not None else None
+    except LawFailure as failure:
         if "not implemented for" in str(failure):
             return
         raise
-    if theirs is None and dtype == torch.float16:
-        return  # nothing to tell whether it can be done better
-    if theirs is not None and not bool(theirs.isfinite().all()):
+    if reference_grad is None and dtype == torch.float16:
+        return  # no evidence that a better formula exists
+    if reference_grad is not None and not bool(reference_grad.isfinite().all()):
         return
-    raise Fails(
-        f"in {str(dtype).removeprefix('torch.')} at {where} the gradient is not finite; in float64 its largest "
-        f"element is {shown(exact.abs().amax())}"
+    raise LawFailure(
+        f"in {dtype_name(dtype)} at {trial.description} the gradient is not finite; in float64 its largest "
+        f"element is {format_number(exact_grad.abs().amax())}"
     )

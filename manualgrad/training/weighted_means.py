@@ -1,17 +1,19 @@
-"""What a loss or a metric is the mean over.
+"""The count of a loss or metric: what its mean is a mean over.
 
-The mean over several batches is not the mean of their means where they differ in what is counted:
+Batches may have different counts. The mean over several batches weights each mean by its count:
 
-    mean over all = Σ countᵢ meanᵢ / Σ countᵢ
+    mean = Σ countᵢ meanᵢ / Σ countᵢ
 
-The counts of torch's losses differ. With ``ignore_index`` it is the number of targets that are not ignored, with
-class weights the sum of their weights, for MSELoss the number of elements. `mean_of` finds the count where a loss
-function of torch.nn.functional or manualgrad.nn.functional is called, by a module or by a function of the user.
+The count depends on the loss. With ``ignore_index`` it is the number of targets that are not ignored, with class
+weights the sum of their weights, for MSELoss the number of elements. `compute_mean` determines it by recording the
+call of a loss function of torch.nn.functional or manualgrad.nn.functional, inside of a module or of a user's
+function.
 """
 
 import inspect
+import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,42 +25,42 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 Count = float | Tensor
-Measure = Callable[[Any, Tensor], Any]
-"""A loss or a metric: from (prediction, target) to a scalar, the mean over the batch, or to a pair (mean, count).
+LossOrMetric = Callable[[Any, Tensor], Any]
+"""Maps (prediction, target) to a scalar, the mean over the batch, or to a pair (mean, count).
 
-The count says what the mean is over, such as the number of tokens that are not padding. It is a number or a scalar
-tensor, and 0 where the batch has nothing to count; the mean is not used then, and may be NaN. Without it,
+The count is what the mean is a mean over, such as the number of tokens that are not padding. It is a number or a
+scalar tensor. Where it is 0 the mean is not used and may be NaN. If the callable returns no count:
 
-- where the callable calls one loss function of torch.nn.functional or manualgrad.nn.functional with
-  ``reduction="mean"``, itself or by a module such as CrossEntropyLoss, the count is what that function divides by;
-- everywhere else it is the number of examples in the batch, the length of the target.
+- if it calls one loss function of torch.nn.functional or manualgrad.nn.functional with ``reduction="mean"``,
+  directly or through a module such as CrossEntropyLoss, the count is what that function divides by;
+- otherwise the count is the number of examples in the batch, the length of the target.
 """
 
 
 class Mean(NamedTuple):
-    """A mean, and what it is over."""
+    """A mean and its count."""
 
     value: Any
     count: Count
 
 
-def mean_of(measure: Measure, prediction: Any, target: Tensor, examples: int) -> Mean:
-    """What a loss or a metric gives of a batch, with its count.
+def compute_mean(function: LossOrMetric, prediction: Any, target: Tensor, examples: int) -> Mean:
+    """Evaluate a loss or metric on a batch, and determine its count.
 
     Args:
-        examples: of the batch; 0 where the batch is not to be counted.
+        examples: the examples of the batch. If 0, the count is 0 too.
 
     Raises:
-        ValueError: where it is a sum over the batch, or the count is not a number.
+        ValueError: if the result is a sum over the batch, or the count is not a number.
     """
-    with _LossFunctions() as mode:
-        value = measure(prediction, target)
-    if not mode.calls and (original := _before_compilation(measure)) is not None:
-        with torch.no_grad(), mode:  # a compiled call of manualgrad.nn.functional is not seen
+    with _RecordLossCalls() as mode:
+        value = function(prediction, target)
+    if not mode.calls and (original := _uncompiled(function)) is not None:
+        with torch.no_grad(), mode:  # the mode does not record compiled calls of manualgrad.nn.functional
             original(prediction, target)
     means, sums = [], []
-    for function, args, kwargs, result in mode.calls:
-        call = _arguments(function, args, kwargs)
+    for loss_function, args, kwargs, result in mode.calls:
+        call = _bind(loss_function, args, kwargs)
         if call.reduction in ("mean", "batchmean"):
             means.append(call)
         elif call.reduction == "sum":
@@ -67,31 +69,48 @@ def mean_of(measure: Measure, prediction: Any, target: Tensor, examples: int) ->
     if isinstance(value, tuple) and len(value) == 2:
         value, count = value
         if not isinstance(count, (int, float)) and not (isinstance(count, Tensor) and count.numel() == 1):
-            raise ValueError(f"the count of a loss or metric must be a number, not {_described(count)}")
+            raise ValueError(f"the count of a loss or metric must be a number, not {_describe(count)}")
     elif len(means) == 1:
         with torch.no_grad():
             count = _COUNTS[means[0].name](means[0])
     if any(value is total for total in sums):
         raise ValueError(
-            "a loss or metric must be a mean, and this is a sum (reduction='sum'): use reduction='mean', or "
+            "a loss or metric must be a mean, but this is a sum (reduction='sum'): use reduction='mean', or "
             "return the pair (sum / count, count)"
         )
     return Mean(value, count if examples else 0)
 
 
-def nothing(prediction: Any, loss: Tensor) -> Tensor:
-    """The loss of a batch in which nothing counts: 0, and so are its gradients.
+def zero_loss(prediction: Any, loss: Tensor) -> Tensor:
+    """Return a zero with zero gradients, in place of the loss of a batch with count 0.
 
-    The loss itself is NaN, and so may be its gradient by the prediction. So backward begins at the prediction.
+    That loss is NaN, and its gradient by the prediction may be NaN. So this zero depends on the prediction only.
     """
     outputs = [x for x in tree_leaves(prediction) if isinstance(x, Tensor) and x.is_floating_point()]
     zeros = [torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0).sum().to(loss) for x in outputs]
-    found = sum(zeros, torch.zeros_like(loss))
-    return found if found.requires_grad or not loss.requires_grad else found.requires_grad_()
+    zero = sum(zeros, torch.zeros_like(loss))
+    return zero if zero.requires_grad or not loss.requires_grad else zero.requires_grad_()
 
 
-class _LossFunctions(TorchFunctionMode):
-    """Sees the loss functions that are called: each, its arguments and its result. (Dynamo traces it, too.)"""
+def to_numbers(means: Mapping[str, Mean]) -> dict[str, tuple[float, float]]:
+    """Convert means and counts to numbers. This waits for the device.
+
+    Raises:
+        ValueError: for a count that is negative, infinite or NaN.
+    """
+
+    def number(value: Tensor | float) -> float:
+        return float(value.item() if isinstance(value, Tensor) else value)
+
+    numbers = {name: (number(mean.value), number(mean.count)) for name, mean in means.items()}
+    for name, (_, count) in numbers.items():
+        if not 0 <= count < math.inf:
+            raise ValueError(f"the count of {name!r} is {count}: it must not be negative, infinite or NaN")
+    return numbers
+
+
+class _RecordLossCalls(TorchFunctionMode):
+    """Records each call of a loss function: function, arguments, result. (Dynamo can trace this mode.)"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,43 +124,44 @@ class _LossFunctions(TorchFunctionMode):
         if name not in _COUNTS or not (func.__module__ or "").startswith(("torch.nn.", "manualgrad.")):
             return func(*args, **kwargs)
         if name == "l1_loss" and "weight" not in kwargs and not torch.compiler.is_compiling():
-            kwargs = {**kwargs, "weight": _weight_left_out(func)}
+            kwargs = {**kwargs, "weight": _missing_weight(func)}
         result = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, result))
         return result
 
 
-def _weight_left_out(function: Any) -> Any:
-    """The weight of l1_loss, which torch (to 2.14 at least) does not pass on to a mode: from the running call."""
+def _missing_weight(function: Any) -> Any:
+    """Return the weight of l1_loss from its stack frame: torch (up to 2.14 at least) does not pass it to a
+    mode."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get("weight")
 
 
-def _before_compilation(measure: Any) -> Any:
-    return getattr(measure, "_orig_mod", None) or getattr(measure, "_torchdynamo_orig_callable", None)
+def _uncompiled(function: Any) -> Any:
+    return getattr(function, "_orig_mod", None) or getattr(function, "_torchdynamo_orig_callable", None)
 
 
 _signature = cache(inspect.signature)
 
 
-def _arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:
-    """All arguments of a call by name, with the older ways to say the reduction translated."""
+def _bind(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:
+    """Return all arguments of a call by name. The deprecated size_average and reduce become a reduction."""
     bound = _signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     call = SimpleNamespace(name=function.__name__, **bound.arguments)
-    older = getattr(call, "size_average", None), getattr(call, "reduce", None)
-    if older != (None, None):
-        call.reduction = _reduction.legacy_get_string(*older, emit_warning=False)
+    deprecated = getattr(call, "size_average", None), getattr(call, "reduce", None)
+    if deprecated != (None, None):
+        call.reduction = _reduction.legacy_get_string(*deprecated, emit_warning=False)
     return call
 
 
-def _described(count: Any) -> str:
+def _describe(count: Any) -> str:
     return f"of shape {tuple(count.shape)}" if isinstance(count, Tensor) else f"a {type(count).__name__}"
 
 
-# What each of torch's loss functions divides its sum by, if the reduction is "mean".
+# What each loss function of torch divides its sum by if the reduction is "mean".
 
 
 def _shape(*tensors: Any) -> torch.Size:
@@ -162,12 +182,12 @@ def _weighted_pairs(call: Any) -> Count:
 
 
 def _rows(call: Any) -> Count:
-    """Of (rows, classes) or (classes)."""
+    """The rows of an input of shape (rows, classes) or (classes)."""
     return len(call.input) if call.input.dim() == 2 else 1
 
 
 def _targets(call: Any) -> Count:
-    """Class indices that are not ignored, by the weights of their classes. (With label smoothing too.)"""
+    """The targets that are not ignored, each weighted by its class weight. Label smoothing changes nothing."""
     ignored = -100 if call.ignore_index is None else call.ignore_index
     valid = call.target != ignored
     if call.weight is None:
@@ -179,7 +199,7 @@ def _targets_or_probabilities(call: Any) -> Count:
     if not call.target.is_floating_point():
         return _targets(call)
     classes = call.target.shape[min(call.target.dim() - 1, 1)]
-    return call.target.numel() // max(classes, 1)  # whatever the weights
+    return call.target.numel() // max(classes, 1)  # class weights do not matter
 
 
 def _gaussian(call: Any) -> Count:
@@ -201,13 +221,13 @@ _COUNTS: dict[str, Callable[[Any], Count]] = {
     "ctc_loss": lambda call: call.log_probs.shape[1] if call.log_probs.dim() == 3 else 1,
     "gaussian_nll_loss": _gaussian,
     "hinge_embedding_loss": _pairs,
-    "huber_loss": _pairs,  # whatever the weights
+    "huber_loss": _pairs,  # the weights do not matter
     "kl_div": lambda call: len(call.input) if call.reduction == "batchmean" else _pairs(call),
     "l1_loss": _weighted_pairs,
     "linear_cross_entropy": _targets_or_probabilities,
     "margin_ranking_loss": lambda call: _elements(call.input1, call.input2, call.target),
     "mse_loss": _weighted_pairs,
-    "multi_margin_loss": _rows,  # whatever the weights
+    "multi_margin_loss": _rows,  # class weights do not matter
     "multilabel_margin_loss": _rows,
     "multilabel_soft_margin_loss": lambda call: (
         _elements(call.input, call.target, call.weight) // max(call.input.shape[-1], 1)

@@ -1,4 +1,4 @@
-"""What the scripts share: settings from the command line, and how a program ends."""
+"""Command lines of scripts: settings from the arguments, one-line errors, exit statuses."""
 
 import json
 import os
@@ -20,18 +20,18 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from .checkpoint import CheckpointError
-from .interruption import Interrupted
 from .nonfinite import NonFiniteError
-from .progress import FitResult
+from .serialization import CheckpointError
+from .signals import Interrupted
+from .state import FitResult
 
 
 class DataError(ValueError):
-    """Data that cannot be learned from, said in one line."""
+    """The data cannot be used for training. The message is one line."""
 
 
-class CommandLine(BaseSettings):
-    """Settings that a command line gives: `parse_settings` reads them. Immutable, and checked as a whole.
+class CliSettings(BaseSettings):
+    """Settings that `parse_settings` reads from a command line. Immutable.
 
     Raises:
         pydantic.ValidationError: for a value out of range, of the wrong type, or an unknown name.
@@ -49,30 +49,29 @@ class CommandLine(BaseSettings):
     )
 
     settings: Path | None = None
-    """A file of settings, JSON or TOML, as a run's settings.json; what the command line says goes before."""
+    """A JSON or TOML file of settings, such as a run's settings.json. Arguments override it."""
 
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: object
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only arguments count: a stray environment variable `SEED` or `DEVICE` must not change a run."""
+        """Read no environment variables: a stray `SEED` or `DEVICE` must not change a run."""
         return (init_settings,)
 
 
-Settings = TypeVar("Settings", bound=CommandLine)
+Settings = TypeVar("Settings", bound=CliSettings)
 
 
 def parse_settings(settings_class: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
-    """The settings that a command line gives.
+    """Return the settings of a command line.
 
     Args:
-        settings_class: a subclass of CommandLine; each field becomes an option, `--clip-norm` for
-            `clip_norm`, its attribute docstring the help text, the class docstring the description.
+        settings_class: a subclass of CliSettings. Each field becomes an option, `--max-epochs` for `max_epochs`.
+            Its attribute docstring becomes the help text, the class docstring the description.
         arguments: the command line, by default that of this process.
 
     Raises:
-        SystemExit: with status 2 after one line on stderr, for wrong arguments; with status 0 after
-            `--help`.
+        SystemExit: with status 2 and one line on stderr for wrong arguments; with status 0 after `--help`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
@@ -87,27 +86,28 @@ def parse_settings(settings_class: type[Settings], arguments: Sequence[str] | No
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The settings in a file, but for those of one run alone."""
+    """Return the settings in a file, without those of a single run."""
     try:
         found = (tomllib if path.suffix == ".toml" else json).loads(path.read_text("utf-8"))
     except OSError as error:
         fail(f"--settings: {path} cannot be read: {error.strerror or error}")
     except ValueError as error:
-        fail(f"--settings: {path} is neither JSON nor TOML: {error}")
+        fail(f"--settings: {path} is not valid JSON or TOML: {error}")
     found = found.get("settings", found) if isinstance(found, dict) else None
     if not isinstance(found, dict):
-        fail(f"--settings: {path} holds no settings by name")
-    return {name: value for name, value in found.items() if name not in ("settings", "run_dir", "resume")}
+        fail(f"--settings: {path} does not map names to settings")
+    single_run = ("settings", "run_dir", "resume_from_checkpoint")
+    return {name: value for name, value in found.items() if name not in single_run}
 
 
 def fail(message: str) -> NoReturn:
-    """End the program as for any wrong input: one line on stderr, exit status 2, no traceback."""
+    """Exit with one line on stderr and status 2, without a traceback."""
     print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)
 
 
 def _one_line(error: dict[str, object]) -> str:
-    """One entry of `ValidationError.errors()` as `--epochs: Input should be greater than 0 (got -3)`."""
+    """Format an entry of `ValidationError.errors()` as `--seed: Input should be greater than 0 (got -3)`."""
     message = str(error["msg"]).removeprefix("Value error, ")
     location = error["loc"]
     if not isinstance(location, tuple) or not location:
@@ -116,10 +116,11 @@ def _one_line(error: dict[str, object]) -> str:
 
 
 def run(settings: Settings, train: Callable[[Settings], FitResult | None]) -> None:
-    """Train, and end the program as its user and a scheduler expect: with what `train` came to, if it says so.
+    """Call `train`, print its result if it is not None, and exit with the status that users and schedulers expect.
 
-    Wrong data or a wrong checkpoint ends it with one line and status 2, bad numbers with one line and status 1,
-    Ctrl-C and SIGTERM with the command that goes on, and status 130 and 143. A second Ctrl-C: 130, at once.
+    A DataError or CheckpointError gives one line and status 2, a NonFiniteError one line and status 1. Ctrl-C
+    gives the command that continues the run and status 130, SIGTERM the same with status 143. A second Ctrl-C
+    exits immediately with status 130.
     """
     start, folder = time.perf_counter(), getattr(settings, "run_dir", None)
     try:
@@ -130,11 +131,11 @@ def run(settings: Settings, train: Callable[[Settings], FitResult | None]) -> No
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         sys.exit(f"error: {error}; a lower --learning-rate may help{notes}")
     except KeyboardInterrupt as stop:
-        resume = [] if getattr(settings, "resume", True) else ["--resume"]
+        resume = [] if getattr(settings, "resume_from_checkpoint", True) else ["--resume-from-checkpoint"]
         if not any(argument.startswith("--run-dir") for argument in sys.argv):
             resume += ["--run-dir", str(folder)]
         if os.environ.get("RANK", "0") == "0":
-            print("interrupted; to go on:", shlex.join(["python", *sys.argv, *resume]), file=sys.stderr)
+            print("interrupted; to continue:", shlex.join(["python", *sys.argv, *resume]), file=sys.stderr)
         sys.exit(stop.status if isinstance(stop, Interrupted) else 130)
     if result is not None:
         seconds = time.perf_counter() - start
