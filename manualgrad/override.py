@@ -115,7 +115,6 @@ def _reason_for_torch(types: Iterable[type], values: Iterable[Any], plain_only: 
     return ""
 
 
-
 # --- the overrides, by every name that torch has for an operation ---
 
 _NAMESPACES = (torch, torch.special, torch._C._nn, Tensor)  # pyright: ignore[reportAttributeAccessIssue]

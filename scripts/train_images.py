@@ -23,7 +23,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-from manualgrad.meter import add_picture
+from manualgrad.meter import add_pil_image
 from manualgrad.training import DataError, FitResult, TaskSettings, TensorBoardLogger, Trainer, parse_settings, run
 from manualgrad.training.distributed import full_tensor
 from manualgrad.training.pictures import confusion_matrix, grid
@@ -286,14 +286,14 @@ def show_filters(log: TensorBoardLogger, step: int, weight: Tensor) -> None:
     filters = weight.detach().cpu()[:, 0]
     shades = 127.5 + 127.5 * filters / filters.abs().amax((1, 2), keepdim=True)
     picture = grid(shades.byte(), [str(number) for number in range(1, len(filters) + 1)])
-    log.add(step, lambda writer: add_picture(writer, "first_layer_filters", picture, step))
+    log.add(step, lambda writer: add_pil_image(writer, "first_layer_filters", picture, step))
 
 
 def show_mistakes(log: TensorBoardLogger, step: int, scores: Tensor, pictures: Pictures, split: str) -> None:
     """Which class is taken for which, the worst mistakes, and the precision over the recall of each class."""
     (images, labels), names = pictures.splits[split], pictures.names
     matrix = confusion_matrix(confusions(scores, labels), names)
-    log.add(step, lambda writer: add_picture(writer, f"confusion_matrix/{split}", matrix, step))
+    log.add(step, lambda writer: add_pil_image(writer, f"confusion_matrix/{split}", matrix, step))
 
     logs = scores.log_softmax(1)
     chances = logs.exp()
@@ -306,7 +306,7 @@ def show_mistakes(log: TensorBoardLogger, step: int, scores: Tensor, pictures: P
         for label, other, chance in zip(*(x[worst].tolist() for x in (labels, taken, best)), strict=True)
     ]
     mistakes = grid(images[worst], captions)
-    log.add(step, lambda writer: add_picture(writer, f"worst_mistakes/{split}", mistakes, step))
+    log.add(step, lambda writer: add_pil_image(writer, f"worst_mistakes/{split}", mistakes, step))
 
     for number, name in enumerate(names):
         curve = (f"precision_recall_{split}/{name}", labels == number, chances[:, number], step)

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from manualgrad.meter import add_picture
+from manualgrad.meter import add_pil_image
 from manualgrad.training import DataError, FitResult, TaskSettings, TensorBoardLogger, Trainer, parse_settings, run
 from manualgrad.training.pictures import confusion_matrix, grid
 
@@ -528,7 +528,7 @@ class Pages:
         rows = [utterances.rows[int((labels == label).int().argmax())] for label in labels.unique()]
         names = [self._spelled([int(self.recordings.labels[row])]) for row in rows]
         page = side_by_side([picture(self.recordings.frames[row]) for row in rows], names)
-        log.add(step, lambda writer: add_picture(writer, "words", page, step))
+        log.add(step, lambda writer: add_pil_image(writer, "words", page, step))
         for row, name in zip(rows, names, strict=True):
             self._sound(log, step, f"words/{name}", [row])
 
@@ -551,14 +551,14 @@ class Pages:
         for start in range(0, len(worst), size):
             page = side_by_side(pictures[start : start + size], captions[start : start + size], widest)
             tag = f"worst_heard/{name}" + f"_{start + 1}" * self.strings
-            log.add(step, partial(add_picture, tag=tag, picture=page, step=step))
+            log.add(step, partial(add_pil_image, tag=tag, image=page, step=step))
         if self.strings:
             rows = [f"| {' | '.join(self._told(each))} | {each.mistakes or ''} |" for each in every[:40]]
             card = "\n".join(["| said | heard | mistakes |", "|---|---|---:|", *rows])
             log.add(step, lambda writer: writer.add_text(f"transcripts/{name}", card, step))
         else:
             matrix = confusion_matrix(confusions(every, len(self.recordings.words)), self.recordings.words)
-            log.add(step, lambda writer: add_picture(writer, f"confusion_matrix/{name}", matrix, step))
+            log.add(step, lambda writer: add_pil_image(writer, f"confusion_matrix/{name}", matrix, step))
         for number, each in enumerate(worst[:8] if sounds else [], start=1):
             tag = "worst_heard_{}/{} said {}, heard {}".format(name, number, *self._told(each))
             self._sound(log, step, tag, utterances.numbers(each.index))

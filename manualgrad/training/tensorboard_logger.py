@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from manualgrad.meter import FEW, SHRUNK, add_picture, bars, saved_bytes
+from manualgrad.meter import TENSORBOARD_LENGTH, TENSORBOARD_MAX_BARS, add_pil_image, bar_chart, saved_bytes
 
 from .distributed import full_tensor
 from .serialization import CheckpointError
@@ -212,8 +212,8 @@ class TensorBoardLogger:
                             norms[name] = values.norm().item()
         if self.folder is not None and norms:
             flow = [(layer, [norm]) for layer, norm in reversed(_by_layer(norms).items())]
-            picture = bars(flow, ["gradient's norm, loss to input"], "{:.2g}".format, SHRUNK)
-            self.add(step, lambda writer: add_picture(writer, "gradient_flow", picture, step))
+            picture = bar_chart(flow, ["gradient's norm, loss to input"], "{:.2g}".format, TENSORBOARD_LENGTH)
+            self.add(step, lambda writer: add_pil_image(writer, "gradient_flow", picture, step))
 
     def log_summary(self, settings: TrainingSettings, metrics: Mapping[str, float], step: int) -> None:
         """Add the final metrics, and the row of this run in the hparams tab."""
@@ -242,7 +242,7 @@ def _by_layer(norms: Mapping[str, float]) -> dict[str, float]:
         for name, norm in norms.items():
             layer = ".".join(name.split(".")[:-1][:depth]) or "model"
             by_layer[layer] = math.hypot(by_layer.get(layer, 0), norm)
-        if len(by_layer) <= FEW:
+        if len(by_layer) <= TENSORBOARD_MAX_BARS:
             break
     return by_layer or dict(norms)
 
