@@ -59,8 +59,6 @@ def test_gradients_of_jagged_tensors(layer: str) -> None:
     assert {found.reason for found in fallbacks} == {"a torch.nested._internal.nested_tensor.NestedTensor"}
     converted = convert(build(LAYERS[layer], nn), functional=True)
     assert_close(output_and_gradients(converted), expected, rtol=0, atol=0)
-        output_and_gradients(convert(build(LAYERS[layer], nn), functional=True)), expected, rtol=0, atol=0
-    )
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
