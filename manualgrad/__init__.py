@@ -11,7 +11,8 @@ place. `Rule` makes such a Function from pure functions, `registry.ops` lists al
 the laws that they obey on any autograd.Function.
 """
 
-import manualgrad.rule.torch_internals  # noqa: F401  # isort: skip  (first: it checks the version of torch)
+import manualgrad.torch_internals  # isort: skip  (first: it checks the version of torch)
+import manualgrad.ops  # noqa: F401  # isort: skip  (nn uses the operations that it registers)
 from manualgrad import nn, registry
 from manualgrad.adapters import register_adapter
 from manualgrad.conversion import conversion_report, convert, revert

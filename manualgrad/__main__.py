@@ -8,88 +8,83 @@ import sys
 from typing import Any
 
 from manualgrad import coverage
-from manualgrad.registry import ops
-from manualgrad.show import catalog, show
+from manualgrad.show import list_operations, show
 from manualgrad.verification import LAWS, verify
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m manualgrad", description="Gradients by hand.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    text = commands.add_parser("show", help="the gradient of an operation: derivation, formulas, program")
-    text.add_argument("name", nargs="?", metavar="NAME", help="a function or a module of torch.nn; none: list all")
-    text.add_argument("--standalone", action="store_true", help="as a Python file that imports only torch")
-    page = commands.add_parser("coverage", help="every name of torch.nn with what is known of its gradient")
-    page.add_argument("names", nargs="*", metavar="NAME", help="only these functions")
-    check = commands.add_parser(
-        "verify",
-        help="try every law on a function",
-        description="Exit status: 0 sound, 1 a law fails, 2 it could not be tried.",
-    )
-    check.add_argument("function", metavar="PACKAGE.MODULE:NAME", help="a Function, function or module")
-    check.add_argument(
-        "--inputs", required=True, metavar="PACKAGE.MODULE:NAME", help="makes the inputs: one, or a tuple"
-    )
-    check.add_argument("--reference", metavar="PACKAGE.MODULE:NAME", help="a plain implementation")
-    check.add_argument(
-        "--require", nargs="*", default=[], metavar="LAW", help=f"that must hold: {', '.join(LAWS)}"
-    )
-    check.add_argument("--laws", nargs="*", metavar="LAW", help="only these")
-    check.add_argument("--surrogate", action="store_true", help="the gradient is by definition not the derivative")
-    check.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    given = parser.parse_args()
-    if given.command == "show":
-        return _show(given.name, given.standalone)
-    if given.command == "coverage":
-        return _coverage(given.names)
+    parser = _parser()
+    options = parser.parse_args()
+    if options.command == "show":
+        return _show(options.name, options.standalone)
+    if options.command == "coverage":
+        return coverage.main(options.names)
     try:
-        inputs = _named(given.inputs)()
-        report = verify(
-            _named(given.function),
-            *(inputs if isinstance(inputs, tuple) else (inputs,)),
-            reference=None if given.reference is None else _named(given.reference),
-            require=given.require,
-            laws=given.laws,
-            surrogate=given.surrogate,
-        )
+        return _verify(options)
     except Exception as error:
         print(f"{parser.prog} verify: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    print(report.to_json() if given.json else report)
-    return 0 if report.ok else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m manualgrad", description="Hand-derived gradients for torch.nn."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="print derivation, formulas and generated backward of an operation")
+    show.add_argument("name", nargs="?", metavar="NAME", help="function or module of torch.nn (default: list all)")
+    show.add_argument("--standalone", action="store_true", help="print a Python file that imports only torch")
+    coverage = commands.add_parser("coverage", help="print the coverage table of torch.nn")
+    coverage.add_argument("names", nargs="*", metavar="NAME", help="only these functions")
+    verify = commands.add_parser(
+        "verify",
+        help="check a Function, function or module against all laws",
+        description="Exit status: 0 all laws hold, 1 a law fails, 2 the function could not be checked.",
+    )
+    verify.add_argument("function", metavar="PACKAGE.MODULE:NAME", help="a Function, function or module")
+    verify.add_argument(
+        "--inputs",
+        required=True,
+        metavar="PACKAGE.MODULE:NAME",
+        help="a function that returns an input or a tuple",
+    )
+    verify.add_argument("--reference", metavar="PACKAGE.MODULE:NAME", help="a plain implementation")
+    verify.add_argument(
+        "--require", nargs="*", default=[], metavar="LAW", help=f"laws that must hold: {', '.join(LAWS)}"
+    )
+    verify.add_argument("--laws", nargs="*", metavar="LAW", help="check only these laws")
+    verify.add_argument("--surrogate", action="store_true", help="the gradient is not meant to be the derivative")
+    verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
 
 
 def _show(name: str | None, standalone: bool) -> int:
     try:
-        print(catalog() if name is None else show(name, standalone=standalone))
+        print(list_operations() if name is None else show(name, standalone=standalone))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def _coverage(names: list[str]) -> int:
-    for name in set(names) - ops().keys():
-        print(f"no function is called {name!r}", file=sys.stderr)
-        return 2
-    print(coverage.HEAD)
-    marks = []
-    for op in ops().values():
-        if not names or op.name in names:
-            row = coverage.row(op)
-            marks.append((row.orders, row.orders_of_torch))
-            print(row, flush=True)
-    if not names:
-        print(f"\n{coverage.summary(marks)}")
-    if absent := coverage.missing():
-        print(f"\nNot derived: {', '.join(absent)}")
-    return 1 if absent else 0
+def _verify(options: argparse.Namespace) -> int:
+    inputs = _import_object(options.inputs)()
+    report = verify(
+        _import_object(options.function),
+        *(inputs if isinstance(inputs, tuple) else (inputs,)),
+        reference=None if options.reference is None else _import_object(options.reference),
+        require=options.require,
+        laws=options.laws,
+        surrogate=options.surrogate,
+    )
+    print(report.to_json() if options.json else report)
+    return 0 if report.ok else 1
 
 
-def _named(path: str) -> Any:
+def _import_object(path: str) -> Any:
     module, _, name = path.partition(":")
     if not name:
-        raise ValueError(f"{path!r} does not name anything: write package.module:name")
+        raise ValueError(f"expected PACKAGE.MODULE:NAME, but got {path!r}")
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from manualgrad.fallback import UNRELATED_ERRORS
 from manualgrad.nn import functional
 from manualgrad.ops.activation import SwishFunction
-from manualgrad.ops.elementary import product
+from manualgrad.ops.arithmetic import multiply
 from manualgrad.ops.linear_cross_entropy import linear_cross_entropy_in_float32
 from manualgrad.rebinding import rebind
 
@@ -210,7 +210,7 @@ def rms_norm_in_float32(module: Any, input: Tensor) -> Tensor:
 @register_adapter(r"\w*MLP", features=lambda module: module.gate_proj.in_features)
 def gated_mlp(module: Any, input: Tensor) -> Tensor:
     """W₃ (f(W₁ x) · W₂ x), of Llama"""
-    return module.down_proj(product(module.act_fn(module.gate_proj(input)), module.up_proj(input)))
+    return module.down_proj(multiply(module.act_fn(module.gate_proj(input)), module.up_proj(input)))
 
 
 # --- the loss of a causal language model, without logits ---

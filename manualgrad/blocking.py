@@ -1,16 +1,16 @@
-"""One formula, evaluated at once or in blocks that stay in the cache.
+"""Compute a formula in blocks of rows that fit into the cache.
 
-A gradient is a formula of several torch operations, each of which reads and writes whole tensors. For large ones
-on the CPU that is nearly all it costs: pages of fresh temporaries, and numbers read anew that the operation
-before has just left. Where rows of a gradient do not know of each other, the formula can as well be evaluated
-for some of them at a time: its temporaries then stay in the cache, and are the same memory from block to block.
+A gradient is a formula of several torch operations. Each operation reads and writes whole tensors, so for large
+tensors on the CPU the time goes into page faults of new temporaries and into cache misses. If the rows of a
+gradient are independent, the formula can be computed for some rows at a time. The temporaries of a block stay in
+the cache, and the next block reuses their memory.
 
-torch shares an operation out among threads by 2¹⁵ numbers, and to call it costs a few µs, so that a block has
-2¹⁸ numbers for each thread: smaller ones leave threads idle. Whether there are blocks, and which, follows from
-the tensors, the number of threads and the setting `block` alone: a run can be repeated to the bit.
+torch splits an operation among threads in pieces of 2¹⁵ elements, and a call costs a few µs. So a block has 2¹⁸
+elements per thread; smaller blocks leave threads idle. The blocks depend only on the tensors, the number of
+threads and `block_size`, so a run can be repeated to the bit.
 
-Compiled by Inductor a formula takes a little less time still, but seconds to compile, once for each formula.
-Where that pays, compile the whole model, `torch.compile(model)`, and its backward is compiled with it.
+Inductor compiles a formula to slightly faster code, but takes seconds for each. To use it, compile the whole model
+with `torch.compile(model)`; that compiles the backward as well.
 """
 
 from __future__ import annotations
@@ -21,69 +21,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
-block: int | None = 2**18
-"""How many numbers each thread works on at a time; None: on all at once. One setting for all threads."""
+block_size: int | None = 2**18
+"""Elements per thread and block. None disables blocks. One setting for all threads."""
 
-_FEWEST, _FEWEST_OF_ROWS = 4, 16
-"""Blocks; fewer are not worth their making. Where rows are summed, blocks win only when fresh tensors are so large
-that the C library maps each anew (32 MiB)."""
+_MIN_BLOCKS, _MIN_BLOCKS_WITH_SUMS = 4, 16
+"""Fewer blocks are not faster. With sums over rows, blocks pay off only for tensors so large that the C library
+maps new memory for each (32 MiB)."""
 
 Results = tuple[Tensor | None, ...]
 
 
-def size() -> int | None:
-    """How many numbers are in a block."""
-    return block and block * torch.get_num_threads()
+def elements_per_block() -> int | None:
+    return block_size and block_size * torch.get_num_threads()
 
 
-def large(grad: Tensor, leading: int | None = None) -> bool:
-    """Blocks are worth while for this upstream gradient, whose rows have so many leading axes (None: as many as it
-    has itself, no row being longer than a number)."""
-    numbers = size()
-    fewest = _FEWEST if leading is None or leading == grad.dim() else _FEWEST_OF_ROWS
-    return numbers is not None and grad.is_cpu and grad.numel() >= fewest * numbers
+def is_worthwhile(grad: Tensor, batch_dims: int | None = None) -> bool:
+    """Blocks are faster for this upstream gradient.
+
+    Args:
+        batch_dims: how many leading axes count the rows. None if it is not known yet: then assume that each
+            element is a row.
+    """
+    size = elements_per_block()
+    min_blocks = _MIN_BLOCKS if batch_dims is None or batch_dims == grad.dim() else _MIN_BLOCKS_WITH_SUMS
+    return size is not None and grad.is_cpu and grad.numel() >= min_blocks * size
 
 
-def in_blocks(
+def compute_in_blocks(
     compute: Callable[..., Results],
-    known: Sequence[Any],
-    leading: int,
+    args: Sequence[Any],
+    batch_dims: int,
     statistics: Collection[int] = (),
     dtypes: Sequence[torch.dtype | None] | None = None,
 ) -> Results | None:
-    """compute(*known), some rows at a time; None if the tensors do not lie so that rows could be taken from them.
+    """compute(*args) in blocks of rows. None if the memory layout of the arguments does not allow it.
 
     Args:
-        compute: the formula. A result with as many axes as the upstream gradient is of the rows, any other is a
-            sum over them.
-        known: its arguments; the last is the upstream gradient. A tensor with all of its axes is of the rows, one
-            with no more axes than a row has is shared by them.
-        leading: how many leading axes of the upstream gradient number the rows.
-        statistics: the places of arguments whose first axis alone numbers the rows.
-        dtypes: what the results are rounded to at last, if not left as they are.
+        compute: the formula. A result with as many axes as the upstream gradient has its rows. Any other result is
+            a sum over rows.
+        args: the last is the upstream gradient. A tensor with as many axes has its rows. A tensor with no more
+            axes than one row is shared by all rows.
+        batch_dims: how many leading axes of the upstream gradient count the rows.
+        statistics: positions of arguments with one entry per row along their first axis.
+        dtypes: the results are rounded to these dtypes at the end.
     """
-    grad: Tensor = known[-1]
-    if leading == grad.dim() and grad.dim() in (4, 5) and not grad.is_contiguous():  # channels may lie innermost
-        turned = [x.movedim(1, -1) if isinstance(x, Tensor) and x.dim() == grad.dim() else x for x in known]
-        if turned[-1].is_contiguous():
-            found = in_blocks(compute, turned, leading, statistics, dtypes)
+    grad: Tensor = args[-1]
+    if batch_dims == grad.dim() and grad.dim() in (4, 5) and not grad.is_contiguous():  # maybe channels last
+        channels_last = [x.movedim(1, -1) if isinstance(x, Tensor) and x.dim() == grad.dim() else x for x in args]
+        if channels_last[-1].is_contiguous():
+            found = compute_in_blocks(compute, channels_last, batch_dims, statistics, dtypes)
             return found and tuple(x if x is None else x.movedim(-1, 1) for x in found)
-    taken = _rows(known, leading, statistics) if leading else None
-    if taken is None:
+    split = _split_axes(args, batch_dims, statistics) if batch_dims else None
+    if split is None:
         return None
-    rows = grad.shape[:leading].numel()
-    step = -(-rows // -(-grad.numel() // (size() or grad.numel())))
+    num_rows = grad.shape[:batch_dims].numel()
+    step = -(-num_rows // -(-grad.numel() // (elements_per_block() or grad.numel())))
     totals: list[Tensor | None] = []
-    for start in range(0, rows, step):
-        few = min(step, rows - start)
-        results = compute(*[x if axis is None else x.narrow(axis, start, few) for x, axis in taken])
+    for start in range(0, num_rows, step):
+        count = min(step, num_rows - start)
+        results = compute(*[x if axis is None else x.narrow(axis, start, count) for x, axis in split])
         if not totals:
-            to = dtypes or [x if x is None else x.dtype for x in results]
-            totals = [_room(x, grad, leading, dtype) for x, dtype in zip(results, to, strict=True)]
+            result_dtypes = dtypes or [x if x is None else x.dtype for x in results]
+            totals = [
+                _allocate(x, grad, batch_dims, dtype) for x, dtype in zip(results, result_dtypes, strict=True)
+            ]
         for total, x in zip(totals, results, strict=True):
             if total is not None and x is not None:
                 if x.dim() == grad.dim():
-                    _numbered(total, leading).narrow(leading - 1, start, few).copy_(x)
+                    _merge_batch_axes(total, batch_dims).narrow(batch_dims - 1, start, count).copy_(x)
                 else:
                     total.add_(x)
     if dtypes is not None:
@@ -91,34 +96,36 @@ def in_blocks(
     return tuple(totals)
 
 
-def _room(result: Tensor | None, grad: Tensor, leading: int, dtype: torch.dtype | None) -> Tensor | None:
-    """For all rows where the result is of some, already rounded; for a sum as exact as its terms."""
+def _allocate(result: Tensor | None, grad: Tensor, batch_dims: int, dtype: torch.dtype | None) -> Tensor | None:
+    """The memory for a result of all rows: in the final dtype, but a sum in the dtype of its terms."""
     if result is None or result.dim() < grad.dim():
         return None if result is None else torch.zeros_like(result)
-    shape = grad.shape[:leading] + result.shape[leading:]
+    shape = grad.shape[:batch_dims] + result.shape[batch_dims:]
     return torch.empty_like(grad, dtype=dtype) if shape == grad.shape else result.new_empty(shape, dtype=dtype)
 
 
-def _rows(known: Sequence[Any], leading: int, statistics: Collection[int]) -> list[tuple[Any, int | None]] | None:
-    """Each argument, its rows along one axis, and which that is, if it is of the rows."""
-    grad: Tensor = known[-1]
+def _split_axes(
+    args: Sequence[Any], batch_dims: int, statistics: Collection[int]
+) -> list[tuple[Any, int | None]] | None:
+    """Each argument and the axis along which it is split into blocks. The axis is None if all rows share it."""
+    grad: Tensor = args[-1]
     found: list[tuple[Any, int | None]] = []
-    for place, x in enumerate(known):
-        if place in statistics:
+    for i, x in enumerate(args):
+        if i in statistics:
             found.append((x, 0))
-        elif not isinstance(x, Tensor) or x.dim() <= grad.dim() - leading:
+        elif not isinstance(x, Tensor) or x.dim() <= grad.dim() - batch_dims:
             found.append((x, None))
         elif (
             x.dim() == grad.dim()
-            and x.shape[:leading] == grad.shape[:leading]
-            and (leading == 1 or x.is_contiguous())
+            and x.shape[:batch_dims] == grad.shape[:batch_dims]
+            and (batch_dims == 1 or x.is_contiguous())
         ):
-            found.append((_numbered(x, leading), leading - 1))
+            found.append((_merge_batch_axes(x, batch_dims), batch_dims - 1))
         else:
             return None
     return found
 
 
-def _numbered(x: Tensor, leading: int) -> Tensor:
-    """Its leading axes as one, and the others before it: as many as before, since a formula may count them."""
-    return x if leading == 1 else x.view(*[1] * (leading - 1), -1, *x.shape[leading:])
+def _merge_batch_axes(x: Tensor, batch_dims: int) -> Tensor:
+    """The batch axes merged into the last of them. The others become 1, since a formula may count the axes."""
+    return x if batch_dims == 1 else x.view(*[1] * (batch_dims - 1), -1, *x.shape[batch_dims:])

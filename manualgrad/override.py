@@ -22,12 +22,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from manualgrad import registry
-from manualgrad.fallback import PLAIN, TRACED, fallback, has_default_handler, tracing_state, unusual
+from manualgrad.fallback import (
+    PLAIN_TYPES,
+    TRACING_REASON,
+    get_tracing_state,
+    has_default_torch_function,
+    report_fallback,
+    unsupported_tensor_kind,
+)
 from manualgrad.nn import functional
-from manualgrad.ops.elementary import product, spares
+from manualgrad.ops.arithmetic import has_recomputable_factor, multiply
 from manualgrad.rebinding import refuse_late_registration
 from manualgrad.rule import every_rule
-from manualgrad.rule.torch_internals import beyond_reverse_mode
+from manualgrad.torch_internals import in_forward_mode_or_transform
 
 _PRODUCTS = frozenset((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__))
 
@@ -66,7 +73,7 @@ class _OverrideMode(TorchFunctionMode):
             result = override(*args, **kwargs)  # torch disables the mode during this call
             if result is not NotImplemented:
                 return result
-            fallback(func, "manualgrad has no overload with these arguments")
+            report_fallback(func, "manualgrad has no overload with these arguments")
         return func(*args, **kwargs)
 
 
@@ -75,12 +82,14 @@ def find_override(
 ) -> Callable[..., Any] | None:
     """manualgrad's function for this call of torch's `func`; None if torch computes it. The function may return
     NotImplemented, without a side effect."""
-    override = product if func in _PRODUCTS and not kwargs and spares(*args) else _overrides.get(func)
+    override = (
+        multiply if func in _PRODUCTS and not kwargs and has_recomputable_factor(*args) else _overrides.get(func)
+    )
     if override is None or not _may_need_gradient([*args, *kwargs.values()]):
         return None
-    reason = _reason_for_torch(types, [*args, *kwargs.values()], override is product)
+    reason = _reason_for_torch(types, [*args, *kwargs.values()], override is multiply)
     if reason:
-        fallback(func, reason)
+        report_fallback(func, reason)
         return None
     return override
 
@@ -95,7 +104,7 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 
 def _may_need_gradient(values: Iterable[Any]) -> bool:
-    if beyond_reverse_mode():
+    if in_forward_mode_or_transform():
         return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(values))
 
@@ -103,14 +112,14 @@ def _may_need_gradient(values: Iterable[Any]) -> bool:
 def _reason_for_torch(types: Iterable[type], values: Iterable[Any], plain_only: bool) -> str:
     """Why torch computes the call; empty if manualgrad does."""
     for cls in types:
-        if cls not in PLAIN and (plain_only or not has_default_handler(cls)):
+        if cls not in PLAIN_TYPES and (plain_only or not has_default_torch_function(cls)):
             return f"a {cls.__module__}.{cls.__qualname__}"
-    if tracing_state() is not None:
-        return TRACED
-    if beyond_reverse_mode():
+    if get_tracing_state() is not None:
+        return TRACING_REASON
+    if in_forward_mode_or_transform():
         return ""
     for x in _tensors(values):  # Dynamo of torch 2.11 does not trace next() of a generator
-        if reason := "a meta tensor" if x.is_meta else unusual(x):
+        if reason := "a meta tensor" if x.is_meta else unsupported_tensor_kind(x):
             return reason
     return ""
 
@@ -270,7 +279,7 @@ def _accepts(argument: _Argument, value: Any) -> bool:
 _overrides = _make_overrides()
 
 
-@registry.observers.append
+@registry.registration_hooks.append
 def _update_overrides(original: Any) -> None:
     """Called when an operation is registered after the import."""
     refuse_late_registration(original)

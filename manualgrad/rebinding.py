@@ -37,9 +37,9 @@ from torch.torch_version import TorchVersion
 from typing_extensions import deprecated
 
 from manualgrad import registry
-from manualgrad.fallback import fallback, reason_for_torch
+from manualgrad.fallback import fallback_reason, report_fallback
 from manualgrad.rebound_names import REBOUND_NAMES, SINCE
-from manualgrad.rule.torch_internals import INFER_SIZE_IS_NOT_TRACED, TRIED, beyond_reverse_mode
+from manualgrad.torch_internals import INFER_SIZE_IS_NOT_TRACED, TESTED_VERSIONS, in_forward_mode_or_transform
 
 _get_fastpath_enabled = torch.backends.mha.get_fastpath_enabled
 
@@ -47,7 +47,7 @@ _get_fastpath_enabled = torch.backends.mha.get_fastpath_enabled
 def _fastpath_enabled() -> bool:
     """The inference path of the transformer layers is one operation without a derivative in forward mode or under
     a transform. torch's own conditions do not test for these."""
-    return _get_fastpath_enabled() and not beyond_reverse_mode()
+    return _get_fastpath_enabled() and not in_forward_mode_or_transform()
 
 
 @functools.cache
@@ -208,8 +208,8 @@ def _is_nn_function(value: Any) -> TypeGuard[FunctionType]:
 def _handle_torch_function(function: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:
     """torch's `handle_torch_function` for rebound code. A type with a ``__torch_function__`` gets torch's
     function, which it knows. A mode, and Tensor's default handler, get manualgrad's."""
-    if reason := reason_for_torch(relevant_args):
-        fallback(function, reason)
+    if reason := fallback_reason(relevant_args):
+        report_fallback(function, reason)
         function = _original.get(function, function)
     return handle_torch_function(function, relevant_args, *args, **kwargs)
 
@@ -332,7 +332,7 @@ def check(expected: dict[str, set[str]] | None = None) -> None:
     if missing:
         raise ImportError(
             f"torch {torch.__version__} does not have {', '.join(missing)}, or their code calls nothing that "
-            f"manualgrad replaces. Install a version of torch that it was tried with ({', '.join(TRIED)}), or a "
+            f"manualgrad replaces. Install a tested version of torch ({', '.join(TESTED_VERSIONS)}), or a "
             "newer manualgrad."
         )
 

@@ -1,32 +1,33 @@
-r"""What is kept between forward and backward: less.
+r"""Recompute saved tensors instead of storing them.
 
-A network keeps most of its memory for tensors that are made in one pass from others that are kept anyway:
+Most tensors that a network saves can be computed in one pass from other saved tensors:
 
-    z = linear(x);   y = gelu(z);   linear(y)      gelu keeps z, and the second linear would keep y
+    z = linear(x);   y = gelu(z);   linear(y)      gelu saves z, and the second linear would save y = gelu(z)
 
-Each rule whose output is so cheap leaves a `Recipe` on its node of the graph: how the output is made, and from
-what, by weak references alone. A rule that is to keep such an output keeps what the recipe names instead, which is
-no more memory than is kept already, and makes the output again in its backward. Recipes go through one another: of
-dropout(gelu(z)) z is kept, and the mask.
+A rule with a cheap output (`Rule.recomputable`, or a method ``recompute``) attaches a `Recipe` to its autograd
+node: a function and weak references to the tensors that it takes. A rule that would save such an output saves the
+inputs of its recipe instead. They are saved by another rule already, so this costs no memory. The backward
+recomputes the output. A recipe may contain recipes: for dropout(gelu(z)), z and the dropout mask are saved.
 
-    it is found       on ``tensor.grad_fn``, which a write in place replaces, or else leaves with another version
-    it is used        if all that it names still lives, in the version that it was made from
-    what is kept      goes through ``save_for_backward``, as any tensor: hooks see it, and torch checks its version
-    in the backward   the tensor itself is taken if it still lives unchanged, so that whoever holds it can
-                      differentiate by it; else it is made again, by rules, so that this can be differentiated too
+    where a recipe is found    on ``tensor.grad_fn``. An in-place write replaces the node or changes the version
+    when it is used            if all tensors that it names are alive and unchanged (same version)
+    what is saved              goes through ``save_for_backward``, so saved-tensor hooks and version checks work
+    in the backward            the original tensor if it is still alive and unchanged, so that whoever holds it can
+                               differentiate with respect to it. Otherwise the recipe runs. It consists of rules,
+                               so it can be differentiated as well
 
-An activation in place writes over its input, and keeps no more than torch does there:
+An in-place activation overwrites its input. It saves no more than torch's does:
 
-    the input has a recipe      this is kept, and serves the activation's gradient and its output
-    the output is enough        for the gradient of ReLU, leaky ReLU and ELU: kept, as in the next layer
-    else                        a copy of the input is kept, as torch keeps one; the output is made again from that
+    the input has a recipe     the inputs of the recipe, for the gradient of the activation and for its output
+    the output is enough       the output, for ReLU, leaky ReLU and ELU. The next layer often saves it as well
+    otherwise                  a copy of the input, as torch does. The output is recomputed from it
 
-A mask of booleans is kept as bits, which is a recipe as well. (What is written through ``.data`` has no version:
-torch does not see it in what it keeps, nor does a recipe.)
+A boolean mask is saved as bits. That is a recipe too. (A write through ``.data`` does not change the version, so
+neither torch nor a recipe notices it.)
 
-Chen, Xu, Zhang and Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016, do the same with whole
-segments of a network, products of matrices included. Jain et al., "Gist: Efficient Data Encoding for Deep Neural
-Network Training", 2018, keep ReLU's mask in bits.
+Chen, Xu, Zhang and Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016, recompute whole segments of a
+network, including matrix products. Jain et al., "Gist: Efficient Data Encoding for Deep Neural Network Training",
+2018, save ReLU's mask as bits.
 """
 
 from __future__ import annotations
@@ -42,134 +43,146 @@ from torch import Tensor
 from torch._C import _autograd as autograd  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn import Parameter
 
-SMALL = 2**17
-"""With fewer elements a tensor is kept as it is: to make it again would take longer than the memory is worth. (A
-network of width 256 at batch 256 took 1.34 times torch's time with recipes for its 2¹⁶ numbers, 1.17 without.)"""
+MIN_ELEMENTS = 2**17
+"""Smaller tensors are saved as they are. Recomputing them takes longer than the memory is worth. (A network of
+width 256 with batch size 256 took 1.34 times torch's time with recipes for its tensors of 2¹⁶ elements, 1.17
+without.)"""
 
-_DEEPEST = 3
-"""Recipes through more recipes than these are not followed: the time to make a tensor again stays bounded."""
+_MAX_DEPTH = 3
+"""The number of nested recipes. It bounds the time to recompute a tensor."""
 
 
-class Kept(NamedTuple):
-    """A tensor that a node of the graph keeps, or whoever else, as long as they do."""
+class WeakTensor(NamedTuple):
+    """A weak reference to a tensor in one version."""
 
     reference: ReferenceType[Tensor]
     version: int
 
-    def tensor(self) -> Tensor | None:
-        """The tensor, unless it is gone or was written to since."""
+    @classmethod
+    def of(cls, tensor: Tensor, pending_writes: int = 0) -> WeakTensor:
+        return cls(ref(tensor), tensor._version + pending_writes)
+
+    def get(self) -> Tensor | None:
+        """The tensor. None if it was freed or has been written to."""
         tensor = self.reference()
         return None if tensor is None or tensor._version != self.version else tensor
 
 
-def kept(tensor: Tensor) -> Kept:
-    return Kept(ref(tensor), tensor._version)
+class SavedSlot(NamedTuple):
+    """A position among the saved tensors of a node."""
 
-
-class Slot(NamedTuple):
-    """A place among the tensors that a node keeps."""
-
-    place: int
+    index: int
 
 
 class Recipe(NamedTuple):
-    """made = make(*parts)"""
+    """output = function(*parts)
 
-    make: Callable[..., Tensor]
-    parts: tuple[Any, ...]  # each a Recipe, a setting, or a tensor: Kept by others, once it is in a node a Slot
-    made: Kept | None
+    A part is a Recipe, a setting or a tensor. A recipe on a node refers to tensors by `WeakTensor`, a recipe in
+    `Saved` by `SavedSlot`.
+    """
+
+    function: Callable[..., Tensor]
+    parts: tuple[Any, ...]
+    output: WeakTensor | None
     depth: int
 
 
-def large(value: Any) -> bool:
-    """A tensor that is worth the thought, and no subclass, which may hold anything."""
-    return isinstance(value, Tensor) and value.numel() >= SMALL and type(value) in (Tensor, Parameter)
+def is_large(value: Any) -> bool:
+    """A tensor with at least `MIN_ELEMENTS` elements that is not a subclass."""
+    return isinstance(value, Tensor) and value.numel() >= MIN_ELEMENTS and type(value) in (Tensor, Parameter)
 
 
-def recipe_of(tensor: Tensor) -> Recipe | None:
-    """How the tensor is made again, if the rule that made it says so and it was not written to since.
+def find_recipe(tensor: Tensor) -> Recipe | None:
+    """The recipe of a tensor. None if its rule has none, or if the tensor has been written to.
 
-    FSDP frees the weights of a module between its forward and its backward, which it sees begin by a hook on the
-    module's output. A layer behind has its backward earlier, and must not make this output again: with a hook, a
-    tensor has no recipe. Where a checkpoint runs a module once more FSDP may leave its hooks out, but what is kept
-    must be what was kept at first: there no tensor has one.
+    A tensor with a hook has no recipe. FSDP frees the weights of a module after its forward and gathers them in a
+    hook on the module's output. The backward of a later layer runs before that hook, so it must not recompute the
+    output. FSDP may omit its hooks while a checkpoint reruns a module, but the rerun must save the same tensors as
+    the first run: with FSDP, no tensor has a recipe while saved-tensor hooks are active.
     """
     recipe = getattr(tensor.grad_fn, "recipe", None)
-    if recipe is None or recipe.made.version != tensor._version or tensor._backward_hooks:
+    if recipe is None or recipe.output.version != tensor._version or tensor._backward_hooks:
         return None
-    if keeping_is_seen() and _fully_sharded():
+    if saved_tensor_hooks_active() and _fsdp_is_used():
         return None
     return recipe
 
 
-def usable_recipe_of(tensor: Tensor) -> Recipe | None:
-    """The same, if all that it names still lives unchanged. (It does then as long as the tensor's node.)"""
+def find_usable_recipe(tensor: Tensor) -> Recipe | None:
+    """The recipe of a tensor, if all tensors that it names are alive and unchanged."""
 
-    def lives(part: Any) -> bool:
+    def is_usable(part: Any) -> bool:
         if isinstance(part, Recipe):
-            return all(map(lives, part.parts))
-        return not isinstance(part, Kept) or part.tensor() is not None
+            return all(map(is_usable, part.parts))
+        return not isinstance(part, WeakTensor) or part.get() is not None
 
-    recipe = recipe_of(tensor)
-    return recipe if recipe is not None and lives(recipe) else None
+    recipe = find_recipe(tensor)
+    return recipe if recipe is not None and is_usable(recipe) else None
 
 
-def keeping_is_seen() -> bool:
-    """A hook of the user's is given what this forward keeps, and may hold on to it."""
+def saved_tensor_hooks_active() -> bool:
+    """`torch.autograd.graph.saved_tensors_hooks` receive what this forward saves."""
     return autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _fully_sharded() -> bool:
-    """`torch.distributed.fsdp.fully_shard` is in use: it makes a class for what it is given."""
+def _fsdp_is_used() -> bool:
+    """`torch.distributed.fsdp.fully_shard` has been called. It creates a class for each module class."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
 
 
-class Pantry:
-    """The tensors that a node is going to keep, and how to have from them what its backward names."""
+class SavedTensorPacker:
+    """Chooses the tensors that a node saves, and makes the function that recomputes the others.
+
+    Args:
+        tensors: what the backward needs. A Recipe stands for a tensor that has been overwritten.
+    """
 
     def __init__(self, tensors: Iterable[Tensor | Recipe | None]) -> None:
         self.tensors: list[Tensor | None] = []
-        self._thrifty = False
-        self.parts = [self._keep(tensor) for tensor in tensors]
+        """The tensors to save."""
+        self._memory_saving = False
+        self.parts = [self._pack(tensor) for tensor in tensors]
+        """For each needed tensor its slot, or its recipe on slots."""
 
-    def _put(self, tensor: Tensor | None) -> Slot:
+    def _save(self, tensor: Tensor | None) -> SavedSlot:
         self.tensors.append(tensor)
-        return Slot(len(self.tensors) - 1)
+        return SavedSlot(len(self.tensors) - 1)
 
-    def _keep(self, tensor: Tensor | Recipe | None) -> Slot | Recipe:
-        """Keep a tensor, or what it is made from (of one that has been written over, that alone is there)."""
+    def _pack(self, tensor: Tensor | Recipe | None) -> SavedSlot | Recipe:
+        """Save a tensor, or the inputs of its recipe."""
         if isinstance(tensor, Recipe):
-            found = self._followed(tensor)
+            found = self._pack_recipe(tensor)
             assert found is not None
-            self._thrifty = True
+            self._memory_saving = True
             return found
-        if tensor is None or tensor.numel() < SMALL:
-            return self._put(tensor)
+        if tensor is None or tensor.numel() < MIN_ELEMENTS:
+            return self._save(tensor)
         before = len(self.tensors)
         if tensor.dtype == torch.bool:
-            found = self._in_bits(tensor)
+            found = self._pack_mask(tensor)
         else:
-            recipe = recipe_of(tensor)
-            found = None if recipe is None else self._followed(recipe)
+            recipe = find_recipe(tensor)
+            found = None if recipe is None else self._pack_recipe(recipe)
         if found is None:
             del self.tensors[before:]
-            return self._put(tensor)
-        self._thrifty = True
+            return self._save(tensor)
+        self._memory_saving = True
         return found
 
-    def _in_bits(self, mask: Tensor) -> Recipe | None:
-        packed = in_bits(mask)
-        return None if packed is None else Recipe(from_bits, (self._put(packed[0]), *packed[1:]), None, 0)
+    def _pack_mask(self, mask: Tensor) -> Recipe | None:
+        packed = pack_bits(mask)
+        return None if packed is None else Recipe(unpack_bits, (self._save(packed[0]), *packed[1:]), None, 0)
 
-    def _followed(self, recipe: Recipe) -> Recipe | None:
+    def _pack_recipe(self, recipe: Recipe) -> Recipe | None:
+        """Save the tensors of a recipe. None if one of them was freed or written to."""
         parts: list[Any] = []
         for part in recipe.parts:
             if isinstance(part, Recipe):
-                part = self._followed(part)
-            elif isinstance(part, Kept):
-                tensor = part.tensor()
-                part = None if tensor is None else self._put(tensor)
+                part = self._pack_recipe(part)
+            elif isinstance(part, WeakTensor):
+                tensor = part.get()
+                part = None if tensor is None else self._save(tensor)
             else:
                 parts.append(part)
                 continue
@@ -178,80 +191,87 @@ class Pantry:
             parts.append(part)
         return recipe._replace(parts=tuple(parts))
 
-    def again(self) -> Callable[[Sequence[Tensor]], list[Any]] | None:
-        """What gives, of the kept tensors, those that were to be kept; None if they are the same."""
-        if not self._thrifty:
+    def unpack(self) -> Callable[[Sequence[Tensor]], list[Any]] | None:
+        """A function from the saved tensors to the needed ones. None if they are the same."""
+        if not self._memory_saving:
             return None
         parts = self.parts
-        return lambda tensors: [_taken(part, tensors) for part in parts]
+        return lambda tensors: [_unpack(part, tensors) for part in parts]
 
     def recipe(
         self,
-        make: Callable[..., Tensor],
-        asked: Iterable[tuple[Any, Slot | Recipe | None]],
-        made: Tensor,
-        writes: int,
+        function: Callable[..., Tensor],
+        args: Iterable[tuple[Any, SavedSlot | Recipe | None]],
+        output: Tensor,
+        pending_writes: int,
     ) -> Recipe | None:
-        """How `made` is made, of values that are either kept here (as the part), or by others; else None. It will
-        count so many writes more than it does now."""
+        """The recipe of an output. None if an argument is saved nowhere.
+
+        Args:
+            args: the arguments of the function. Each is a value, and its part in this packer if it is saved here.
+            pending_writes: in-place writes that autograd has not counted yet in the version of the output.
+        """
         parts: list[Any] = []
-        for value, part in asked:
+        for value, part in args:
             if part is not None:
-                part = self._left_behind(part)
+                part = self._to_weak(part)
             elif not isinstance(value, Tensor):
                 part = value
             elif value.is_leaf:
-                part = kept(value)
-            elif (part := recipe_of(value)) is None:
+                part = WeakTensor.of(value)
+            elif (part := find_recipe(value)) is None:
                 return None
             parts.append(part)
         depth = 1 + max((part.depth for part in parts if isinstance(part, Recipe)), default=0)
-        if depth > _DEEPEST:
+        if depth > _MAX_DEPTH:
             return None
-        return Recipe(make, tuple(parts), Kept(ref(made), made._version + writes), depth)
+        return Recipe(function, tuple(parts), WeakTensor.of(output, pending_writes), depth)
 
-    def _left_behind(self, part: Any) -> Any:
-        """A part for others to follow: with weak references for the places."""
-        if isinstance(part, Slot):
-            tensor = self.tensors[part.place]
-            return None if tensor is None else kept(tensor)
+    def _to_weak(self, part: Any) -> Any:
+        """The part with weak references in place of slots."""
+        if isinstance(part, SavedSlot):
+            tensor = self.tensors[part.index]
+            return None if tensor is None else WeakTensor.of(tensor)
         if isinstance(part, Recipe):
-            return part._replace(parts=tuple(map(self._left_behind, part.parts)))
+            return part._replace(parts=tuple(map(self._to_weak, part.parts)))
         return part
 
 
-def _taken(part: Any, tensors: Sequence[Tensor]) -> Any:
-    if isinstance(part, Slot):
-        return tensors[part.place]
+def _unpack(part: Any, tensors: Sequence[Tensor]) -> Any:
+    """The value of a part: a saved tensor, the original tensor if it is alive, or a recomputed one."""
+    if isinstance(part, SavedSlot):
+        return tensors[part.index]
     if isinstance(part, Recipe):
-        made = None if part.made is None else part.made.tensor()
-        return part.make(*[_taken(p, tensors) for p in part.parts]) if made is None else made
+        output = None if part.output is None else part.output.get()
+        return part.function(*[_unpack(p, tensors) for p in part.parts]) if output is None else output
     return part
 
 
-# b · 0x0101…01 is a byte b in each of a word's eight bytes; 0x8040…01 takes another bit of it from each.
-_SPREAD, _EACH, _ONES = 0x0101010101010101, 0x8040201008040201 - 2**64, 0x7F7F7F7F7F7F7F7F
-_GATHER = 0x0102040810204080
-"""The product of a word of eight booleans with this has them as the bits of its highest byte."""
+# --- masks as bits ---
+
+# b · 0x0101…01 has the byte b in each of its eight bytes, and 0x8040…01 selects another bit of each byte.
+_REPEAT_BYTE, _ONE_BIT_PER_BYTE, _CARRY = 0x0101010101010101, 0x8040201008040201 - 2**64, 0x7F7F7F7F7F7F7F7F
+_GATHER_BITS = 0x0102040810204080
+"""The product of a word of eight booleans and this number has them as the bits of its highest byte."""
 
 
-def in_bits(mask: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]] | None:
-    """Eight booleans a byte, in the order they lie in memory, and the mask's sizes and strides."""
+def pack_bits(mask: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]] | None:
+    """Eight booleans per byte in memory order, the shape and the strides. None if the mask has gaps in memory."""
     n = mask.numel()
     if mask.is_contiguous():
         flat = mask.view(-1)
-    elif torch.empty_like(mask, device="meta").stride() == mask.stride():  # without gaps
+    elif torch.empty_like(mask, device="meta").stride() == mask.stride():  # no gaps
         flat = mask.as_strided((n,), (1,))
     else:
         return None
     if n % 8 or flat.storage_offset() % 8:
         flat = torch.nn.functional.pad(flat, (0, -n % 8))
-    words = flat.view(torch.int64) * _GATHER
+    words = flat.view(torch.int64) * _GATHER_BITS
     return words.bitwise_right_shift_(56).to(torch.uint8), tuple(mask.shape), mask.stride()
 
 
-def from_bits(bits: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    words = bits.to(torch.int64).mul_(_SPREAD).bitwise_and_(_EACH)
-    flat = words.add_(_ONES).bitwise_right_shift_(7).bitwise_and_(_SPREAD).view(torch.bool)
+def unpack_bits(bits: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    words = bits.to(torch.int64).mul_(_REPEAT_BYTE).bitwise_and_(_ONE_BIT_PER_BYTE)
+    flat = words.add_(_CARRY).bitwise_right_shift_(7).bitwise_and_(_REPEAT_BYTE).view(torch.bool)
     n = math.prod(shape)
     return (flat if flat.numel() == n else flat[:n]).as_strided(shape, stride)

@@ -1,6 +1,6 @@
-"""The one table of operations. The laws in tests, the coverage page and the benchmarks all read it.
+"""The table of operations, which the tests, the coverage page and the benchmarks read.
 
-An operation registers itself where it is defined, with the inputs it is to be tried on:
+Each file in `manualgrad.ops` registers its operations, with the inputs to test them on:
 
     register(
         gelu,
@@ -8,24 +8,22 @@ An operation registers itself where it is defined, with the inputs it is to be t
         benchmark_input=lambda t: SampleInput(t(1024, 1024)),
     )
 
-torch's counterpart is found by name, so a table entry never repeats what torch already says.
+torch's function is found by its name. This file is data only: it imports nothing of manualgrad.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Place = int | str | tuple[int | str, int]
-"""Where an argument stands; of one in a list of tensors, where the list stands and where it stands in the list."""
+ArgumentPath = int | str | tuple[int | str, int]
+"""The position or keyword of an argument; for a tensor in a list, the list's and the index in it."""
 
 
 class SampleInput:
@@ -35,62 +33,62 @@ class SampleInput:
         self.args = args
         self.kwargs = kwargs
         self.gradient_is_derivative = True
-        self.after: Callable[[Tensor], Tensor] | None = None
+        self.derivative_after: Callable[[Tensor], Tensor] | None = None
 
-    def with_gradient_by_definition(self, after: Callable[[Tensor], Tensor] | None = None) -> SampleInput:
-        """The gradient is what torch defines it to be, not the derivative: no finite difference shows it.
+    def with_surrogate_gradient(self, derivative_after: Callable[[Tensor], Tensor] | None = None) -> SampleInput:
+        """Declare that torch defines the gradient differently from the derivative.
 
-        It may be the derivative of the whole, if the first argument has come through the function `after`.
+        Finite differences do not apply then. With `derivative_after` they apply to the composition: the gradient
+        is the derivative if the first argument is an output of that function.
         """
         self.gradient_is_derivative = False
-        self.after = after
+        self.derivative_after = derivative_after
         return self
 
-    def differentiable(self) -> list[Place]:
-        """Where the tensors stand that have a gradient."""
-        return [place for place in self._floating() if not hasattr(self[place], "fixed")]
+    def differentiable_paths(self) -> list[ArgumentPath]:
+        """The tensors that have a gradient."""
+        return [path for path in self._floating_paths() if not hasattr(self[path], "no_grad")]
 
-    def fixed(self) -> list[Place]:
-        """Where the tensors of numbers stand that have no gradient."""
-        return [place for place in self._floating() if hasattr(self[place], "fixed")]
+    def no_grad_paths(self) -> list[ArgumentPath]:
+        """The floating-point tensors that have no gradient."""
+        return [path for path in self._floating_paths() if hasattr(self[path], "no_grad")]
 
-    def marked(self) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments, those tensors requiring a gradient that have one."""
-        places = self.differentiable()
-        leaves = self.replace(places, [self[place].detach().clone().requires_grad_() for place in places])
+    def with_requires_grad(self) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments, in which differentiable tensors are new leaves that require grad."""
+        paths = self.differentiable_paths()
+        leaves = self.replace(paths, [self[path].detach().clone().requires_grad_() for path in paths])
         return list(leaves.args), leaves.kwargs
 
-    def tensors(self) -> list[Place]:
-        """Where tensors stand."""
-        found: list[Place] = []
-        for place, value in [*enumerate(self.args), *self.kwargs.items()]:
+    def tensor_paths(self) -> list[ArgumentPath]:
+        found: list[ArgumentPath] = []
+        for path, value in [*enumerate(self.args), *self.kwargs.items()]:
             if isinstance(value, Tensor):
-                found.append(place)
+                found.append(path)
             elif isinstance(value, list):
-                found += [(place, i) for i, x in enumerate(value) if isinstance(x, Tensor)]
+                found += [(path, i) for i, x in enumerate(value) if isinstance(x, Tensor)]
         return found
 
-    def _floating(self) -> list[Place]:
-        return [place for place in self.tensors() if self[place].is_floating_point() or self[place].is_complex()]
+    def _floating_paths(self) -> list[ArgumentPath]:
+        return [path for path in self.tensor_paths() if self[path].is_floating_point() or self[path].is_complex()]
 
-    def __getitem__(self, place: Place) -> Any:
-        if isinstance(place, tuple):
-            return self[place[0]][place[1]]
-        return self.args[place] if isinstance(place, int) else self.kwargs[place]
+    def __getitem__(self, path: ArgumentPath) -> Any:
+        if isinstance(path, tuple):
+            return self[path[0]][path[1]]
+        return self.args[path] if isinstance(path, int) else self.kwargs[path]
 
-    def replace(self, places: Iterable[Place], values: Iterable[Any]) -> SampleInput:
-        """The same call with other arguments at some places."""
-        args, kwargs = map(_copied, self.args), {name: _copied(value) for name, value in self.kwargs.items()}
+    def replace(self, paths: Iterable[ArgumentPath], values: Iterable[Any]) -> SampleInput:
+        """A copy with other values at these paths."""
+        args, kwargs = map(_copy_list, self.args), {name: _copy_list(value) for name, value in self.kwargs.items()}
         other = SampleInput(*args, **kwargs)
-        for place, value in zip(places, values, strict=True):
-            if hasattr(self[place], "fixed") and isinstance(value, Tensor):
-                value.fixed = True  # type: ignore[attr-defined]
-            if isinstance(place, tuple):
-                other[place[0]][place[1]] = value
-            elif isinstance(place, int):
-                other.args = (*other.args[:place], value, *other.args[place + 1 :])
+        for path, value in zip(paths, values, strict=True):
+            if hasattr(self[path], "no_grad") and isinstance(value, Tensor):
+                value.no_grad = True  # type: ignore[attr-defined]
+            if isinstance(path, tuple):
+                other[path[0]][path[1]] = value
+            elif isinstance(path, int):
+                other.args = (*other.args[:path], value, *other.args[path + 1 :])
             else:
-                other.kwargs[place] = value
+                other.kwargs[path] = value
         return other
 
     def __repr__(self) -> str:
@@ -105,13 +103,13 @@ class SampleInput:
         return ", ".join([*map(show, self.args), *named])
 
 
-def _copied(value: Any) -> Any:
+def _copy_list(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
 
 
 @dataclass
 class TensorFactory:
-    """Makes the tensors of a sample: random, of one dtype and device, the same for the same seed."""
+    """Makes random tensors of one dtype and device. The same seed gives the same tensors."""
 
     dtype: torch.dtype = torch.float64
     device: torch.device | str = "cpu"
@@ -120,15 +118,15 @@ class TensorFactory:
     def __call__(self, *shape: int, low: float | None = None, high: float | None = None) -> Tensor:
         """Standard normal, or uniform on [low, high)."""
         if low is None or high is None:
-            drawn = torch.randn(shape, dtype=torch.float64, generator=self.generator)
+            values = torch.randn(shape, dtype=torch.float64, generator=self.generator)
         else:
-            drawn = torch.rand(shape, dtype=torch.float64, generator=self.generator) * (high - low) + low
-        return drawn.to(self.dtype).to(self.device)
+            values = torch.rand(shape, dtype=torch.float64, generator=self.generator) * (high - low) + low
+        return values.to(self.dtype).to(self.device)
 
-    def fixed(self, *shape: int, low: float | None = None, high: float | None = None) -> Tensor:
-        """The same, for an argument that has no gradient (as in torch)."""
+    def no_grad(self, *shape: int, low: float | None = None, high: float | None = None) -> Tensor:
+        """The same, for an argument that has no gradient in torch."""
         tensor = self(*shape, low=low, high=high)
-        tensor.fixed = True  # type: ignore[attr-defined]
+        tensor.no_grad = True  # type: ignore[attr-defined]
         return tensor
 
     def index(self, below: int, *shape: int) -> Tensor:
@@ -138,17 +136,19 @@ class TensorFactory:
 
 @dataclass(frozen=True)
 class Op:
-    """One function of torch.nn.functional with what is needed to try it."""
+    """A function of torch.nn.functional or torch, with the inputs to test it on. See `register`."""
 
     implementation: FunctionType | str
     reference: Callable[..., Any]
-    """torch's own."""
-    area: str
+    """torch's function."""
+    file: str
+    """The file in manualgrad/ops, without ".py"."""
     sample_inputs: Callable[[TensorFactory], Iterable[SampleInput]]
     benchmark_input: Callable[[TensorFactory], SampleInput]
     random: bool
     supports_special_values: bool
     expected_failures: Mapping[str, str]
+    skips: Mapping[str, str]
 
     @property
     def name(self) -> str:
@@ -156,9 +156,9 @@ class Op:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """Ours."""
+        """manualgrad's function."""
         if isinstance(self.implementation, str):
-            return getattr(importlib.import_module("manualgrad.nn.functional"), self.name)
+            return functional_namespace[self.implementation]
         return self.implementation
 
     def __repr__(self) -> str:
@@ -167,31 +167,35 @@ class Op:
 
 _table: dict[str, Op] = {}
 kernel_replacements: dict[Any, Callable[..., Any]] = {}
-"""Ours for operations that torch's functions call, and call in ours once bound (see `elementary.implements`). What
-torch's function checks, warns of and broadcasts before it calls them needs no copy."""
-observers: list[Callable[[Any], None]] = []
-"""Called with torch's function whenever one has been entered after manualgrad was imported. One may refuse."""
+"""By a kernel of torch, which torch's functions call: the rule or function that replaces it (see
+`manualgrad.ops.registration.implements`). The rest of torch's function (checks, warnings, broadcasting) is used
+unchanged."""
+functional_namespace: dict[str, Any] = {}
+"""The namespace of `manualgrad.nn.functional`. That module sets it."""
+registration_hooks: list[Callable[[Any], None]] = []
+"""Called with torch's function after each registration that follows the import of manualgrad. A hook may raise an
+error, which undoes the registration."""
 
 
-def _enter(table: dict[Any, Any], key: Any, value: Any, torchs: Any) -> None:
+def _add(table: dict[Any, Any], key: Any, value: Any, reference: Any) -> None:
     if key in table:
         raise ValueError(f"{getattr(key, '__name__', key)} is registered already")
     table[key] = value
     try:
-        for observe in observers:
-            observe(torchs)
+        for hook in registration_hooks:
+            hook(reference)
     except BaseException:
         del table[key]
         raise
 
 
-def register_kernel(kernel: Any, ours: Callable[..., Any]) -> None:
-    """Enter ours for an operation that torch's functions call.
+def register_kernel_replacement(kernel: Any, replacement: Callable[..., Any]) -> None:
+    """Register a function that replaces a kernel of torch.
 
     Raises:
-        ValueError: it is registered already, or torch.nn calls it and has been bound to ours already.
+        ValueError: the kernel is registered already, or torch.nn calls it and manualgrad is imported already.
     """
-    _enter(kernel_replacements, kernel, ours, kernel)
+    _add(kernel_replacements, kernel, replacement, kernel)
 
 
 def register(
@@ -203,48 +207,42 @@ def register(
     random: bool = False,
     supports_special_values: bool = True,
     expected_failures: Mapping[str, str] | None = None,
+    skips: Mapping[str, str] | None = None,
 ) -> None:
-    """Enter an operation into the table.
+    """Register an operation.
 
     Args:
-        function: ours, named as in torch.nn.functional, or if it is not there, in torch; the name alone of one
-            that calls ours and is torch's own otherwise.
-        reference: torch's own, where it stands in neither.
-        sample_inputs: small inputs, away from kinks, on which every law is tried.
-        benchmark_input: an input of the size that real models have, for the benchmark.
+        function: manualgrad's function, named as in torch.nn.functional or torch. If torch's own function is used
+            and only the kernels that it calls are replaced: its name.
+        reference: torch's function, if it is in neither namespace.
+        sample_inputs: small inputs, away from kinks. Every law is checked on each of them.
+        benchmark_input: an input as large as in real models.
         random: the result depends on the random state.
-        supports_special_values: ±0, ±inf, nan and the kinks may stand in its floating inputs.
-        expected_failures: laws that do not hold for it ("law-2": on its third sample), each with the reason,
-            which users see. A law that holds after all fails a test.
+        supports_special_values: the floating-point inputs may hold ±0, ±inf, nan and the kinks.
+        expected_failures: the reason by the name of a law that does not hold, or "law-2" for the third sample
+            only. The coverage page prints the reasons. A law that holds nevertheless fails a test.
+        skips: the same for tests that are not run.
 
     Raises:
-        ValueError: one of this name is registered already; or torch.nn calls it, and the modules were bound to our
-            functions when manualgrad was imported.
+        ValueError: the name is registered already, or torch.nn calls the function and manualgrad is imported
+            already.
     """
     name = function if isinstance(function, str) else function.__name__
-    theirs = reference or getattr(torch.nn.functional, name, None) or getattr(torch, name)
-    area = sys._getframe(1).f_globals["__name__"].rpartition(".")[2]
+    torch_function = reference or getattr(torch.nn.functional, name, None) or getattr(torch, name)
     op = Op(
         implementation=function,
-        reference=theirs,
-        area=area,
+        reference=torch_function,
+        file=sys._getframe(1).f_globals["__name__"].rpartition(".")[2],
         sample_inputs=sample_inputs,
         benchmark_input=benchmark_input,
         random=random,
         supports_special_values=supports_special_values,
         expected_failures=expected_failures or {},
+        skips=skips or {},
     )
-    _enter(_table, op.name, op, theirs)
-
-
-def _areas() -> list[ModuleType]:
-    package = importlib.import_module("manualgrad.ops")
-    return [
-        importlib.import_module(area.name) for area in pkgutil.iter_modules(package.__path__, "manualgrad.ops.")
-    ]
+    _add(_table, op.name, op, torch_function)
 
 
 def ops() -> dict[str, Op]:
-    """Every operation by its name in torch.nn.functional, in alphabetical order."""
-    _areas()
+    """All operations by name, in alphabetical order."""
     return dict(sorted(_table.items()))

@@ -1,16 +1,17 @@
-"""Time and memory of manualgrad beside torch.nn, torch.compile, checkpointed blocks and, on CUDA, Liger-Kernel.
+"""Time and memory of manualgrad compared with torch.nn, torch.compile, checkpointing and (on CUDA) Liger-Kernel.
 
-    python scripts/benchmark.py                  whole models (scripts/models.py), then single operations
-    python scripts/benchmark.py --what models --only gpt --only llama --device cuda --dtype bfloat16
+    python scripts/benchmark.py                  whole models (scripts/lib/models.py), then single operations
+    python scripts/benchmark.py --suite models --only gpt --only llama --device cuda --dtype bfloat16
 
-Gradients are compared first, and a difference ends the report. Then forward and backward of all run in turn, in
-one process and without an optimizer: shown is each one's median, and that of its ratios to torch.nn, turn by turn.
+The script first compares the gradients. A difference ends the report. It then runs forward and backward of all
+variants in turn, in one process and without an optimizer. It prints the median time of each variant, and the
+median over turns of its ratio to torch.nn.
 
-Kept for backward is what `manualgrad.saved_bytes` counts: of a model without its parameters and its batch, of an
-operation with its inputs. The peak is the most memory during a step above that before it, measured in a fresh
-process for each: on the CPU what the process has of the machine's, on CUDA what tensors have of the device's.
-On the CPU the process is told to give back what it frees: glibc keeps blocks of up to 32 MiB for later, by a
-threshold that moves, which may double the figure from one run to the next.
+Saved for backward: bytes that `manualgrad.saved_bytes` counts, for a model without parameters and batch, for an
+operation with its inputs. Peak: the most memory during a step above that before it, measured in a fresh process.
+This is the process's resident memory on the CPU, and allocated tensors on CUDA. On the CPU, malloc is set to
+return freed memory to the system. By default glibc keeps blocks of up to 32 MiB, which can double the figure from
+one run to the next.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import models
 import torch
+from lib import models
+from lib.steps import VARIANTS, ModelStep, operation_step, synchronized_time
 from pydantic import PositiveFloat
-from steps import CONTESTANTS, Run, Step, operation, synchronized
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -44,67 +45,73 @@ from manualgrad.verification.derivatives import along_line, derivative
 
 
 class Settings(CliSettings):
-    """Time and memory of manualgrad beside torch.nn and others, as ratios: below 1 for the better."""
+    """Time and memory of manualgrad compared with torch.nn and others. A ratio below 1 means less."""
 
-    what: Literal["all", "models", "operations", "orders"] = "all"
-    """Whole models, single operations at the size that real models have, both of these, or the derivatives of
-    layer norm of orders 1 to 4."""
+    suite: Literal["all", "operations", "models", "orders"] = "all"
+    """Single operations at sizes of real models, whole models, or both (all); or the derivatives of layer norm of
+    orders 1 to 4 (orders)."""
     only: list[str] = []
-    """The models and operations to measure, by name; by default all."""
+    """Names of the models and operations to measure; by default all."""
     device: str = "cpu"
-    """Where to measure: cpu or cuda."""
+    """The device to measure on: cpu or cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The dtype of inputs and parameters."""
     seconds: PositiveFloat = 3.0
     """How long to measure each row."""
     json_file: Path | None = None
-    """Write the figures there as well."""
+    """Also write the figures to this file."""
 
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
 
-def compare(
+def compare_gradients(
     name: str,
-    found: Sequence[Tensor],
-    expected: Sequence[Tensor],
-    exact: Callable[[], Sequence[Tensor]],
+    manual_grads: Sequence[Tensor],
+    torch_grads: Sequence[Tensor],
+    exact_grads: Callable[[], Sequence[Tensor]],
     dtype: torch.dtype,
 ) -> None:
-    """End the report where a gradient differs from torch's by more than rounding: unless torch's is no nearer to
-    its own in float64, `exact`."""
+    """End the report if a gradient differs from torch's by more than rounding.
+
+    A larger difference is accepted if the error relative to `exact_grads` (torch's in float64) is at most twice
+    torch's.
+    """
     tolerance = 16 * torch.finfo(dtype).eps
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+    for i, (manual_grad, torch_grad) in enumerate(zip(manual_grads, torch_grads, strict=True)):
         try:
-            assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+            assert_close(manual_grad, torch_grad, rtol=tolerance, atol=tolerance * torch_grad.abs().max().item())
         except AssertionError as difference:
-            true = exact()
-            ours, torch_s = ((x.double() - true[i]).norm().item() for x in (a, b))
-            rounding = tolerance * max(x.abs().max().item() for x in true)  # a gradient of zero is nothing else
-            if not ours <= 2 * torch_s + rounding:
+            exact = exact_grads()
+            manual_error, torch_error = ((x.double() - exact[i]).norm().item() for x in (manual_grad, torch_grad))
+            rounding = tolerance * max(x.abs().max().item() for x in exact)  # for gradients that are exactly 0
+            if not manual_error <= 2 * torch_error + rounding:
                 fail(f"{name}: gradient {i} differs from torch's: {difference}")
 
 
 # Whole models
 
 
-def contestants(case: models.Case, settings: Settings) -> list[str]:
-    """Who can run here."""
+def available_variants(case: models.Case, settings: Settings) -> list[str]:
+    """The names of the variants of a case that this machine can run, torch.nn first."""
     missing = set()
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since torch 2.13
-        missing.add("chunked")
+        missing.add("torch_chunked")
     if settings.device == "cpu" or not importlib.util.find_spec("liger_kernel"):
         missing.add("liger")
-    return ["torch", *(name for name in case.contestants if name not in missing)]
+    return ["torch", *(name for name in case.variants if name not in missing)]
 
 
-def peak(case_name: str, contestant: str, settings: Settings) -> int | None:
-    """Bytes that a step needs at most above those that are there before it; to be called in a fresh process."""
-    run = Run(models.NAMED[case_name], contestant, settings.device, settings.torch_dtype())
-    for _ in range(2):  # libraries are loaded, kernels compiled
-        run.clear()
+def peak_memory(case_name: str, variant: str, settings: Settings) -> int | None:
+    """The most bytes in use during a step, above those before it. Call it in a fresh process.
+
+    None if the system cannot report it.
+    """
+    run = ModelStep(models.CASES_BY_NAME[case_name], variant, settings.device, settings.torch_dtype())
+    for _ in range(2):  # warm-up: load libraries, compile kernels
+        run.zero_grad()
         run.step()
-    run.clear()
+    run.zero_grad()
     gc.collect()
     if settings.device != "cpu":
         torch.cuda.synchronize()
@@ -112,95 +119,109 @@ def peak(case_name: str, contestant: str, settings: Settings) -> int | None:
         before = torch.cuda.memory_allocated()
         run.step()
         return torch.cuda.max_memory_allocated() - before
-    if not (reset := Path("/proc/self/clear_refs")).exists():
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
-    reset.write_text("5")  # the high-water mark (that of getrusage would also know the parent's)
-    before = _memory("VmRSS")
+    ctypes.CDLL(None).malloc_trim(0)  # return free memory to the system
+    reset.write_text("5")  # reset VmHWM; the peak of getrusage would include the parent process
+    before = _process_memory("VmRSS")
     run.step()
-    return _memory("VmHWM") - before
+    return _process_memory("VmHWM") - before
 
 
-def _memory(name: str) -> int:
-    """A line of Linux's account of this process, in bytes."""
+def _process_memory(name: str) -> int:
+    """A field of Linux's status of this process, in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
 
 class ModelRow(NamedTuple):
+    """The figures of one variant of a model."""
+
     model: str
-    contestant: str
-    first_s: float
-    """The first step, in which torch.compile compiles."""
+    variant: str
+    first_step_seconds: float
+    """Includes compilation."""
     ms: float
     time_ratio: float
-    kept: int
-    peak: int | None
+    saved_bytes: int
+    peak_bytes: int | None
+
+
+MIN_TURNS = 4
+"""The first turn is warm-up."""
 
 
 def measure_model(case: models.Case, settings: Settings) -> list[ModelRow]:
-    """The rows of one case, torch.nn's first."""
-    runs: dict[str, Run] = {}
-    first: dict[str, float] = {}
-    kept: dict[str, int] = {}
-    expected: list[Tensor] = []
+    """Return a row for each variant of a case, torch.nn first."""
+    runs: dict[str, ModelStep] = {}
+    first_step: dict[str, float] = {}
+    saved: dict[str, int] = {}
+    torch_grads: list[Tensor] = []
 
     @cache
-    def exact() -> list[Tensor]:
-        return Run(case, "torch", settings.device, torch.float64).gradients()
+    def exact_grads() -> list[Tensor]:
+        return ModelStep(case, "torch", settings.device, torch.float64).gradients()
 
-    for name in contestants(case, settings):
-        run = Run(case, name, settings.device, settings.torch_dtype())
+    for name in available_variants(case, settings):
+        run = ModelStep(case, name, settings.device, settings.torch_dtype())
         try:
-            first[name] = run.seconds()
+            first_step[name] = run.seconds()
         except Exception as error:
-            if not CONTESTANTS[name].foreign:
+            if not VARIANTS[name].optional:
                 raise
             print(f"{case.name}: {name} does not run here: {error!r:.200}", file=sys.stderr)
             continue
-        found = run.gradients()
+        gradients = run.gradients()
         if name == "torch":
-            expected = found
-        elif not CONTESTANTS[name].compiled:  # which draws other random numbers for dropout
-            compare(f"{case.title}, {name}", found, expected, exact, settings.torch_dtype())
-        kept[name] = saved_bytes(run.function, *run.batch).total
+            torch_grads = gradients
+        elif not VARIANTS[name].compile:  # compiled code draws other random numbers for dropout
+            compare_gradients(f"{case.title}, {name}", gradients, torch_grads, exact_grads, settings.torch_dtype())
+        saved[name] = saved_bytes(run.function, *run.batch).total
         runs[name] = run
-    times: list[dict[str, float]] = []
-    begin, names = time.perf_counter(), list(runs)
-    while len(times) < FEWEST or time.perf_counter() - begin < settings.seconds * len(runs):
-        names = [*names[1:], names[0]]  # each after another
-        times.append({name: runs[name].seconds() for name in names})
-    del times[: 1 + len(times) // 10]  # warm-up
+    turns = run_in_turn(runs, settings.seconds * len(runs))
     rows = []
     for name in runs:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            most = fresh.submit(peak, case.name, name, settings).result()
-        ratio = statistics.median(turn[name] / turn["torch"] for turn in times)
-        ms = 1e3 * statistics.median(turn[name] for turn in times)
-        rows.append(ModelRow(case.name, name, first[name], ms, ratio, kept[name], most))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh_process:
+            peak = fresh_process.submit(peak_memory, case.name, name, settings).result()
+        ratio = statistics.median(turn[name] / turn["torch"] for turn in turns)
+        ms = 1e3 * statistics.median(turn[name] for turn in turns)
+        rows.append(ModelRow(case.name, name, first_step[name], ms, ratio, saved[name], peak))
     return rows
 
 
-FEWEST = 4
-"""Turns, the first of which is warm-up."""
+def run_in_turn(runs: dict[str, ModelStep], seconds: float) -> list[dict[str, float]]:
+    """Return the duration of a step of each run in each turn, without warm-up."""
+    turns: list[dict[str, float]] = []
+    start, names = time.perf_counter(), list(runs)
+    while len(turns) < MIN_TURNS or time.perf_counter() - start < seconds:
+        names = [*names[1:], names[0]]  # a step can be faster or slower after a certain other one
+        turns.append({name: runs[name].seconds() for name in names})
+    return turns[1 + len(turns) // 10 :]
 
-MODEL_HEAD = """\
-| forward + backward | | ms | / torch.nn | kept, MiB | / torch.nn | peak, MiB | / torch.nn |
+
+MODEL_HEADER = """\
+| model | variant | ms | time / torch | saved, MiB | saved / torch | peak, MiB | peak / torch |
 |---|---|---|---|---|---|---|---|"""
 
 
 def model_lines(case: models.Case, rows: Sequence[ModelRow]) -> Iterator[str]:
     """The rows of one case as lines of the table."""
-    base = rows[0]
+    torch_row = rows[0]
     for row in rows:
-        contestant = CONTESTANTS[row.contestant]
-        title = f"{contestant.title}, ready in {row.first_s:.0f} s" if contestant.compiled else contestant.title
-        cells = [case.title if row is base else "", title, f"{row.ms:.1f}", f"{row.time_ratio:.2f}"]
-        for mine, torchs in ((row.kept, base.kept), (row.peak, base.peak)):
-            figures = (
-                ("", "") if mine is None else (f"{mine / 2**20:.1f}", f"{mine / torchs:.2f}" if torchs else "")
-            )
-            cells += figures
+        variant = VARIANTS[row.variant]
+        title = variant.title
+        if variant.compile:
+            title += f", first step {row.first_step_seconds:.0f} s"
+        cells = [case.title if row is torch_row else "", title, f"{row.ms:.1f}", f"{row.time_ratio:.2f}"]
+        for size, torch_size in (
+            (row.saved_bytes, torch_row.saved_bytes),
+            (row.peak_bytes, torch_row.peak_bytes),
+        ):
+            if size is None:
+                cells += ["", ""]
+            else:
+                cells += [f"{size / 2**20:.1f}", f"{size / torch_size:.2f}" if torch_size else ""]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -208,19 +229,21 @@ def model_lines(case: models.Case, rows: Sequence[ModelRow]) -> Iterator[str]:
 
 
 REPEATS = 5
-"""How often a row is made anew: how its memory happens to lie counts for a few percent."""
+"""How often the inputs of a row are allocated again: their place in memory changes times by a few percent."""
 
-OPERATION_HEAD = """\
-| forward + backward | ours, ms | torch, ms | time, ours / torch | kept for backward, ours / torch |
+OPERATION_HEADER = """\
+| operation | manualgrad, ms | torch, ms | time / torch | saved for backward / torch |
 |---|---|---|---|---|"""
 
 
 class OperationRow(NamedTuple):
+    """The figures of one operation."""
+
     name: str
-    ours_ms: float
+    manual_ms: float
     torch_ms: float
     time_ratio: float
-    kept_ratio: float
+    saved_ratio: float
 
     def __str__(self) -> str:
         figures = [f"{x:.3f}" for x in self[1:3]] + [f"{x:.2f}" for x in self[3:]]
@@ -228,44 +251,52 @@ class OperationRow(NamedTuple):
 
 
 def measure_operation(op: registry.Op, settings: Settings) -> OperationRow:
+    """Measure an operation on its benchmark input."""
     times: list[tuple[float, float]] = []
-    kept = 1.0
-    make = partial(operation, op, device=settings.device)
+    saved_ratio = 1.0
+    make = partial(operation_step, op, device=settings.device)
     dtype = settings.torch_dtype()
+
+    def exact_grads() -> list[Tensor]:
+        return make(op.reference, dtype=torch.float64).step()
+
     for _ in range(REPEATS):
-        (ours, our_forward), (torch_s, torch_forward) = (make(f, dtype=dtype) for f in (op.function, op.reference))
-        if "torchs_gradient_of_each_subset" not in op.expected_failures:  # where torch's is wrong
-            compare(op.name, ours(), torch_s(), lambda: make(op.reference, dtype=torch.float64)[0](), dtype)
-        our_kept, torchs_kept = (saved_bytes(forward).grand_total for forward in (our_forward, torch_forward))
-        kept = (1 + our_kept) / (1 + torchs_kept)  # 1: both may keep nothing
-        begin = time.perf_counter()
-        fresh: list[tuple[float, float]] = []
-        while len(fresh) < 5 or time.perf_counter() - begin < settings.seconds / REPEATS:
-            fresh.append((timed(ours, settings), timed(torch_s, settings)))
-        times += fresh[1 + len(fresh) // 10 :]  # the first are warm-up
+        manual, reference = make(op.function, dtype=dtype), make(op.reference, dtype=dtype)
+        if "gradients_match_torch" not in op.expected_failures:  # there torch's gradient is wrong
+            compare_gradients(op.name, manual.step(), reference.step(), exact_grads, dtype)
+        manual_bytes, torch_bytes = (saved_bytes(x.forward).grand_total for x in (manual, reference))
+        saved_ratio = (1 + manual_bytes) / (1 + torch_bytes)  # defined if both save nothing
+        start = time.perf_counter()
+        pairs: list[tuple[float, float]] = []
+        while len(pairs) < 5 or time.perf_counter() - start < settings.seconds / REPEATS:
+            pairs.append((duration(manual.step, settings.device), duration(reference.step, settings.device)))
+        times += pairs[1 + len(pairs) // 10 :]  # without warm-up
     return OperationRow(
         op.name,
         1e3 * statistics.median(a for a, _ in times),
         1e3 * statistics.median(b for _, b in times),
         statistics.median(a / b for a, b in times),
-        kept,
+        saved_ratio,
     )
 
 
-def timed(step: Step, settings: Settings) -> float:
-    begin = synchronized(settings.device)
+def duration(step: Callable[[], object], device: str) -> float:
+    start = synchronized_time(device)
     step()
-    return synchronized(settings.device) - begin
+    return synchronized_time(device) - start
 
 
-# Orders
+# Derivatives of higher order
 
 
 def layer_norm_derivatives() -> list[tuple[str, float, float, float]]:
-    """Derivatives along a line, by the modes they are taken in ("rf": forward over reverse): of the plain formula,
-    whose every step torch differentiates, of ours, and of torch's layer norm."""
+    """Directional derivatives of layer norm: modes, and the values of a plain formula, manualgrad and torch.
+
+    "rf" means reverse mode first, then forward mode over it. The plain formula is made of operations that torch
+    differentiates one by one.
+    """
     make = registry.TensorFactory()
-    points, directions, upstream = [make(4, 6)], [make(4, 6)], make(4, 6)
+    points, directions, grad_output = [make(4, 6)], [make(4, 6)], make(4, 6)
 
     def plain(x: Tensor) -> Tensor:
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
@@ -275,29 +306,29 @@ def layer_norm_derivatives() -> list[tuple[str, float, float, float]]:
         lambda x: nn.functional.layer_norm(x, (6,)),
         lambda x: torch.nn.functional.layer_norm(x, (6,)),
     ]
-    lines = [along_line(function, points, directions, lambda y: (upstream * y).sum()) for function in functions]
+    lines = [along_line(function, points, directions, lambda y: (grad_output * y).sum()) for function in functions]
     rows = []
     for modes in ("r", "f", "rr", "rf", "fr", "ff", "rrr", "rrf", "fff", "rrrr", "ffff"):
-        plain_s, ours, torch_s = (derivative(along, modes) for along in lines)
-        rows.append((modes, plain_s, ours, torch_s))
+        plain_value, manual_value, torch_value = (derivative(along, modes) for along in lines)
+        rows.append((modes, plain_value, manual_value, torch_value))
     return rows
 
 
 def layer_norm_table() -> str:
-    rows = ["| derivative of layer norm | plain formula | ours | torch |", "|---|---|---|---|"]
-    for modes, *figures in layer_norm_derivatives():
-        words = " over ".join({"r": "reverse", "f": "forward"}[mode] for mode in reversed(modes))
-        rows.append(f"| {len(modes)}: {words} | {' | '.join(f'{figure:.4f}' for figure in figures)} |")
+    rows = ["| derivative of layer norm | plain formula | manualgrad | torch |", "|---|---|---|---|"]
+    for modes, *values in layer_norm_derivatives():
+        names = " over ".join({"r": "reverse", "f": "forward"}[mode] for mode in reversed(modes))
+        rows.append(f"| {len(modes)}: {names} | {' | '.join(f'{value:.4f}' for value in values)} |")
     return "\n".join(rows)
 
 
 def main() -> None:
     settings = parse_settings(Settings)
-    if settings.what == "orders":
+    if settings.suite == "orders":
         print(layer_norm_table())
         return
-    ops = {} if settings.what == "models" else registry.ops()
-    cases = {} if settings.what == "operations" else models.NAMED
+    ops = {} if settings.suite == "models" else registry.ops()
+    cases = {} if settings.suite == "operations" else models.CASES_BY_NAME
     if unknown := set(settings.only) - {*cases, *ops}:
         fail(f"--only: {', '.join(sorted(unknown))} not found among {', '.join([*cases, *ops])}")
     if settings.only:
@@ -307,15 +338,16 @@ def main() -> None:
         cases = {name: case for name, case in cases.items() if case not in models.LAYERS}
     where = "CPU" if settings.device == "cpu" else torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, {settings.dtype}")
+    print("Each row is one forward and backward.")
     rows: list[Any] = []
     if cases:
-        print(f"\n{MODEL_HEAD}")
+        print(f"\n{MODEL_HEADER}")
     for case in cases.values():
-        found = measure_model(case, settings)
-        print(*model_lines(case, found), sep="\n", flush=True)
-        rows += found
+        model_rows = measure_model(case, settings)
+        print(*model_lines(case, model_rows), sep="\n", flush=True)
+        rows += model_rows
     if ops:
-        print(f"\n{OPERATION_HEAD}")
+        print(f"\n{OPERATION_HEADER}")
     for op in ops.values():
         rows.append(row := measure_operation(op, settings))
         print(row, flush=True)
@@ -324,7 +356,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as empty:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty  # what torch.compile has cached would not be compiled
+    with tempfile.TemporaryDirectory() as cache_folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_folder  # so that torch.compile compiles in each run
         os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # for the fresh processes
         main()

@@ -1,293 +1,180 @@
-"""Is manualgrad right on this GPU, and how fast is it there? One command; the most valuable answers come first.
+"""Check manualgrad on a GPU in one command: correctness first, then speed and memory.
 
     python scripts/check_gpu.py --device cuda --minutes 8 --out check-gpu
-    python scripts/check_gpu.py --device cuda --stages 1 --only gelu            one part of it again
+    python scripts/check_gpu.py --device cuda --stages 1 --only gelu            repeat one item
 
-It needs torch only. The stage that trains also needs what `pip install -e '.[examples]'` brings. The stages:
+The check needs torch only. Stage 3 also needs the packages of `pip install -e '.[training]'`. The stages:
 
-    1 operations   value and each gradient of every operation and sample in float32 (without TF32), bfloat16 and
+    1 operations   value and gradients of every operation and sample in float32 (without TF32), bfloat16 and
                    float16; then double backward, forward mode, autocast and vmap
-    2 modules      forward and backward of every module of torch.nn, in training and in evaluation
-    3 training     the main job: interrupted and resumed, in mixed precision; DDP and FSDP2 in one process
-    4 speed        time and peak memory of each operation, next to torch, torch.compile and Liger-Kernel
+    2 modules      forward and backward of every module of torch.nn, in training and evaluation mode
+    3 training     the main job, interrupted and resumed, and in mixed precision; DDP and FSDP2 in one process
+    4 speed        time and peak memory of each operation, compared with torch, torch.compile and Liger-Kernel
     5 models       time and peak memory of a training step of four models, small and large, eager and compiled
 
-The truth is float64 on the CPU, in stages 4 and 5 on the device. A result is wrong where its error, as a norm, is
-more than 2 times that of torch's own result on the device plus 4 units in the last place. Where random numbers are
-drawn, torch's result from the same seed is the truth, to 16 units. Speed is never wrong, only listed.
+The reference is float64, on the CPU in stages 1 to 3 and on the device in stages 4 and 5. A result fails if the
+norm of its error exceeds 2 times that of torch's result on the device plus 4 units in the last place. Functions
+that draw random numbers are compared with torch's result from the same seed, up to 16 units. Low speed is not a
+failure.
 
-A process of its own does the work and writes each result to `lines.jsonl` immediately. `report.md` and
-`results.json` are written every second. So a run that is killed leaves what it found. A part that raises, crashes
-or hangs is wrong, and another process continues with the next part. What the time did not suffice for is listed as
-not reached, never as passed. Exit status: 0; 1 if anything is wrong or nothing was tried; 2 for wrong arguments.
+A separate process does the work and writes each result to `lines.jsonl` immediately. `report.md` and
+`results.json` are updated every second, so a killed run keeps its results. An item that raises, crashes or hangs
+has failed, and a new process continues with the next one. Items for which there was no time are listed as not
+reached. Exit status: 0 without failures, 1 if anything failed or nothing ran, 2 for wrong arguments.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-# This process imports no torch: it starts the others.
+from lib.gpu_results import FAILED, NOT_REACHED, SKIPPED, STAGES, ResultsFile, deadline, write_report
 
-Row = dict[str, Any]
-"""A result: "status" is one of `STATUSES`, "item" the part, "case" what was tried of it, "detail" what to say."""
+# The supervisor, which starts the workers, does not import torch.
 
-PASSED, WRONG, MEASURED, NOT_RUN, NOT_REACHED = "passed", "wrong", "measured", "not run", "not reached"
-STATUSES = (PASSED, WRONG, MEASURED, NOT_RUN, NOT_REACHED)
+USAGE_ERROR, DEVICE_LOST = 2, 3
+"""Exit statuses of a worker."""
 
 
-class Stage(NamedTuple):
-    title: str
-    share: float
-    """Of the time."""
-    wrong_if_slow: bool
-    """A part that exceeds its time limit hangs. (A compiler may take that long.)"""
-
-
-STAGES = {
-    1: Stage("operations: value and gradients", 0.25, True),
-    2: Stage("modules: forward and backward", 0.1, True),
-    3: Stage("training", 0.15, True),
-    4: Stage("speed of operations", 0.3, False),
-    5: Stage("speed of models", 0.2, False),
-}
-
-
-class Lines:
-    """The file of results, one in a line. Processes write it in turn."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "lines.jsonl"
-
-    def put(self, **line: Any) -> None:
-        with self.path.open("a") as file:  # first ends a line that a killed process left unfinished
-            file.write(f"\n{json.dumps(line)}\n")
-
-    def all(self) -> list[Row]:
-        found = []
-        for text in self.path.read_text().splitlines():
-            try:
-                found.append(json.loads(text))
-            except ValueError:  # empty or unfinished
-                continue
-        return found
-
-    def of(self, stage: int, kind: str) -> list[Any]:
-        """What the lines of one kind say: "items", "begin", "end", "status"."""
-        return [line[kind] for line in self.all() if line.get("stage") == stage and kind in line]
-
-    def running(self) -> tuple[int, str, float]:
-        """The part that has begun and not ended: its stage, its name and when it began; else stage 0."""
-        steps = [line for line in self.all() if "begin" in line or "end" in line]
-        if not steps or "end" in steps[-1]:
-            return 0, "", time.time()
-        return steps[-1]["stage"], steps[-1]["begin"], steps[-1]["time"]
-
-
-def wanted(name: str, only: Sequence[str]) -> bool:
+def selected(name: str, only: Sequence[str]) -> bool:
+    """Whether --only includes an item."""
     return not only or any(name == x or name.startswith(f"{x},") for x in only)
 
 
-def deadline(stage: int, options: argparse.Namespace) -> float:
-    """When no other part of a stage is begun, but for its first."""
-    shares = [(n, STAGES[n].share) for n in options.stages]
-    part = sum(share for n, share in shares if n <= stage) / sum(share for _, share in shares)
-    return options.begin + 60 * options.minutes * part
-
-
-# The process that does the work
-
-UNUSABLE, AGAIN = 2, 3
-"""Its exit status for wrong arguments, and where it lost the device: another process continues."""
-
-
 def work(options: argparse.Namespace) -> int:
-    parent = os.getppid()
-
-    def end_with_the_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    """Run the items that no earlier worker has started."""
+    threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
     warnings.simplefilter("ignore")
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package of this checkout, installed or not
-    import gpu_stages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+    from lib import gpu_stages
 
-    lines = Lines(options.out)
-    if not gpu_stages.has(options.device):
-        print(f"--device: torch finds no {options.device} device here", file=sys.stderr)
-        return UNUSABLE
-    lines.put(environment=gpu_stages.environment(options.device))
-    stages = {n: gpu_stages.STAGES[n](options) for n in options.stages}
+    results = ResultsFile(options.out)
+    if not gpu_stages.has_device(options.device):
+        print(f"--device: torch finds no {options.device} device", file=sys.stderr)
+        return USAGE_ERROR
+    results.append(environment=gpu_stages.environment(options.device))
+    stages = {n: gpu_stages.STAGE_ITEMS[n](options) for n in options.stages}
     names = [name for items in stages.values() for name in items]
-    if unknown := [x for x in options.only if not any(wanted(name, [x]) for name in names)]:
+    if unknown := [x for x in options.only if not any(selected(name, [x]) for name in names)]:
         print("--only: there is no", ", ".join(unknown), file=sys.stderr)
-        return UNUSABLE
+        return USAGE_ERROR
     for n, items in stages.items():
-        lines.put(stage=n, items=[name for name in items if wanted(name, options.only)])
+        results.append(stage=n, items=[name for name in items if selected(name, options.only)])
     for n, items in stages.items():
-        begun = set(lines.of(n, "begin"))
+        begun = set(results.values(n, "begin"))
         for name, run in items.items():
-            if name in begun or not wanted(name, options.only):
+            if name in begun or not selected(name, options.only):
                 continue
             if begun and time.time() > deadline(n, options):
                 break
             begun.add(name)
-            lines.put(stage=n, begin=name, time=time.time())
-            lost = gpu_stages.tries(run, options.device, partial(lines.put, stage=n, item=name))
-            lines.put(stage=n, end=name)
-            if lost:
-                return AGAIN
+            results.append(stage=n, begin=name, time=time.time())
+            device_lost = gpu_stages.run_item(run, options.device, partial(results.append, stage=n, item=name))
+            results.append(stage=n, end=name)
+            if device_lost:
+                return DEVICE_LOST
     return 0
+
+
+def exit_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def supervise(options: argparse.Namespace) -> int:
-    """Start that process, and another one behind each part in which it crashes or hangs; its exit status."""
-    lines, log = Lines(options.out), options.out / "log.txt"
-    limit, grace = 60 if options.device == "cuda" else 300, 10 + 2 * options.minutes
-    end, shown = deadline(options.stages[-1], options) + grace, 0
-    command = [sys.executable, __file__, "--work", "--begin", options.begin, "--device", options.device]
-    command += ["--minutes", options.minutes, "--out", options.out]
-    command += ["--stages", *options.stages, "--only", *options.only]
+    """Start a worker, and a new one after each crash or timeout. Return the exit status."""
+    results, log = ResultsFile(options.out), options.out / "log.txt"
+    time_limit, grace = 60 if options.device == "cuda" else 300, 10 + 2 * options.minutes
+    end, stage_shown = deadline(options.stages[-1], options) + grace, 0
     while time.time() < end:
-        steps = len(lines.all())
+        lines_before = len(results.lines())
         with log.open("ab") as file:
-            process = subprocess.Popen([str(x) for x in command], stdout=file, stderr=file, start_new_session=True)
-        late = hangs = False
-        while process.poll() is None and not (late or hangs):
-            report(options, finished=False)
+            process = subprocess.Popen(worker_command(options), stdout=file, stderr=file, start_new_session=True)
+        out_of_time = hangs = False
+        while process.poll() is None and not (out_of_time or hangs):
+            write_report(options, finished=False)
             time.sleep(1)
-            (stage, part, since), now = lines.running(), time.time()
-            if stage > shown:
-                shown = stage
-                print(f"{now - options.begin:4.0f} s  stage {stage}, {STAGES[stage].title}", flush=True)
-            late = now > end or (bool(part) and now > max(deadline(stage, options), since) + grace)
-            hangs = bool(part) and now > since + limit
-        if late or hangs:
+            (stage, item, since), now = results.running(), time.time()
+            if stage > stage_shown:
+                stage_shown = stage
+                print(f"{now - options.start:4.0f} s  stage {stage}, {STAGES[stage].title}", flush=True)
+            out_of_time = now > end or (bool(item) and now > max(deadline(stage, options), since) + grace)
+            hangs = bool(item) and now > since + time_limit
+        if out_of_time or hangs:
             os.killpg(process.pid, signal.SIGKILL)
         status = process.wait()
-        if status in (0, UNUSABLE):
+        if status in (0, USAGE_ERROR):
             return status
-        stage, part, since = lines.running()
-        if part:
+        stage, item, since = results.running()
+        if item:
             if hangs:
-                detail, verdict = f"stopped after {limit} s", WRONG if STAGES[stage].wrong_if_slow else NOT_RUN
-            elif late:
-                detail = f"stopped after {time.time() - since:.0f} s, at the end of the time"
-                verdict = NOT_REACHED
+                detail = f"stopped after {time_limit} s"
+                row_status = FAILED if STAGES[stage].timeout_fails else SKIPPED
+            elif out_of_time:
+                detail, row_status = f"stopped after {time.time() - since:.0f} s: out of time", NOT_REACHED
             else:
-                detail, verdict = f"the process died: {ending(status, log)}", WRONG
-            lines.put(stage=stage, item=part, status=verdict, case="", detail=detail)
-            lines.put(stage=stage, end=part)
-        elif status != AGAIN and not late and not any("begin" in line for line in lines.all()[steps:]):
-            detail = f"the process does not start: {ending(status, log)}"
-            lines.put(stage=options.stages[0], item="start", status=WRONG, case="", detail=detail)
+                detail, row_status = f"the process died: {exit_reason(status, log)}", FAILED
+            results.append(stage=stage, item=item, status=row_status, case="", detail=detail)
+            results.append(stage=stage, end=item)
+        elif status != DEVICE_LOST and not (
+            out_of_time or any("begin" in x for x in results.lines()[lines_before:])
+        ):
+            detail = f"the process does not start: {exit_reason(status, log)}"
+            results.append(stage=options.stages[0], item="start", status=FAILED, case="", detail=detail)
             return status
     return 0
 
 
-def ending(status: int, log: Path) -> str:
-    last = log.read_text(errors="replace").strip().splitlines()[-1:]
-    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    return ", ".join([how, *last])[:300]
+def worker_command(options: argparse.Namespace) -> list[str]:
+    command = [sys.executable, __file__, "--work", "--start", options.start, "--device", options.device]
+    command += ["--minutes", options.minutes, "--out", options.out]
+    command += ["--stages", *options.stages, "--only", *options.only]
+    return [str(x) for x in command]
 
 
-# The report
-
-
-def report(options: argparse.Namespace, finished: bool) -> tuple[str, int]:
-    """Write what is known so far; the text, and the exit status."""
-    lines = Lines(options.out)
-    rows = [line for line in lines.all() if "status" in line]
-    for stage in options.stages:
-        begun, items = lines.of(stage, "begin"), lines.of(stage, "items")
-        left = [name for name in (items[0] if items else ["all of it"]) if name not in begun]
-        if not any(row["stage"] == stage and row["item"] == "start" for row in rows):
-            rows += [{"stage": stage, "item": name, "status": NOT_REACHED, "case": ""} for name in left]
-    counts = {n: Counter(row["status"] for row in rows if row["stage"] == n) for n in options.stages}
-    where = next(
-        (line["environment"] for line in lines.all() if "environment" in line), {"device": options.device}
-    )
-    wrong = [row for row in rows if row["status"] == WRONG]
-    nothing = not any(row["status"] in (PASSED, MEASURED) for row in rows)
-    heading = f"{len(wrong)} wrong" if wrong else "nothing was tried" if nothing else "nothing is wrong"
-    text = [f"# manualgrad on {where['device']}: {heading}{'' if finished else ' so far'}", ""]
-    text += [", ".join(f"{name} {value}" for name, value in where.items() if name != "device")]
-    text += ["", f"| stage | {' | '.join(STATUSES)} |", f"|---|{'---|' * len(STATUSES)}"]
-    text += [f"| {n} {STAGES[n].title} | {' | '.join(str(x[y]) for y in STATUSES)} |" for n, x in counts.items()]
-    if wrong:
-        text += ["", "## Wrong", ""]
-    for row in wrong:
-        again = f"--device {options.device} --stages {row['stage']}"
-        again += f" --only {shlex.quote(row['item'])}" if row["item"] != "start" else ""
-        named = ", ".join(filter(None, (row["item"], row["case"])))
-        text.append(f"- {named}: {row['detail']}: `python scripts/check_gpu.py {again}`")
-    for status in (NOT_RUN, NOT_REACHED):
-        text += by_reason(status, [row for row in rows if row["status"] == status])
-    if figures := [row for row in rows if row["status"] == MEASURED]:
-        text += ["", "## Time and peak memory of forward and backward", "", HEAD, *map(figures_line, figures)]
-    content = {"environment": where, "counts": counts, "finished": finished, "rows": rows}
-    written = "\n".join(text) + "\n"
-    for name, what in (("report.md", written), ("results.json", json.dumps(content, indent=1))):
-        (options.out / "new").write_text(what)
-        (options.out / "new").replace(options.out / name)
-    return written, 1 if wrong or nothing else 0
-
-
-def by_reason(status: str, rows: Sequence[Row]) -> list[str]:
-    """What was not run or not reached, a line for each reason."""
-    reasons: dict[str, dict[str, None]] = {}
-    for row in rows:
-        reason = f"stage {row['stage']}" + (f", {row['detail']}" if row.get("detail") else "")
-        reasons.setdefault(reason, {})[row["item"]] = None
-    lines = [f"- {reason}: {'; '.join(names)}" for reason, names in reasons.items()]
-    return ["", f"## {status.capitalize()}", "", *lines] if lines else []
-
-
-HEAD = """\
-| what | compared | ours, ms | other, ms | ratio | ours, peak MiB | other, peak MiB | ratio |
-|---|---|---|---|---|---|---|---|"""
-
-
-def figures_line(row: Row) -> str:
-    times, (ours, other) = [f"{x:.3f}" for x in row["ms"]], row["peak"]
-    if ours is None:
-        memory = ["not measured", "not measured", ""]
-    else:
-        memory = [f"{ours / 2**20:.1f}", f"{other / 2**20:.1f}", f"{ours / other:.2f}" if other else ""]
-    return f"| {' | '.join([row['item'], row['compared'], *times, format(row['ratio'], '.2f'), *memory])} |"
-
-
-# The command
+def exit_reason(status: int, log: Path) -> str:
+    """The signal or exit status of a process, and the last line of its log."""
+    last_line = log.read_text(errors="replace").strip().splitlines()[-1:]
+    reason = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    return ", ".join([reason, *last_line])[:300]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="what to check (default: cuda)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="how long it may take (default: 8)")
     parser.add_argument(
-        "--out", type=Path, default=Path("check-gpu"), help="folder of the report (default: check-gpu)"
+        "--device", choices=("cpu", "cuda"), default="cuda", help="the device to check (default: cuda)"
     )
-    parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
+    parser.add_argument("--minutes", type=float, default=8.0, help="how long the check may take (default: 8)")
     parser.add_argument(
-        "--only", nargs="*", default=[], metavar="NAME", help="operations, modules, models (default: all)"
+        "--out", type=Path, default=Path("check-gpu"), help="the folder of the report (default: check-gpu)"
+    )
+    parser.add_argument(
+        "--stages",
+        type=int,
+        nargs="+",
+        choices=STAGES,
+        default=list(STAGES),
+        help="the stages to run (default: all)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="names of operations, modules and models to check (default: all)",
     )
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--begin", type=float, default=time.time(), help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.stages = sorted(set(options.stages))
     if options.work:
@@ -295,10 +182,10 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("lines.jsonl", "log.txt"):
         (options.out / name).write_text("")
-    if supervise(options) == UNUSABLE:
+    if supervise(options) == USAGE_ERROR:
         print("error:", (options.out / "log.txt").read_text().splitlines()[-1], file=sys.stderr)
-        return UNUSABLE
-    text, status = report(options, finished=True)
+        return USAGE_ERROR
+    text, status = write_report(options, finished=True)
     print(f"\n{text}\nwritten to {options.out}: report.md, results.json, lines.jsonl, log.txt")
     return status
 

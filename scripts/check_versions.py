@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run the tests on every version of torch that manualgrad supports, each in a fresh virtual environment.
 
-    python scripts/check_versions.py                                   # all of manualgrad.torch_versions.TRIED
+    python scripts/check_versions.py                                   # all tested versions
     python scripts/check_versions.py 2.14.1 --pytest "tests/test_nn.py -n 2"
     python scripts/check_versions.py --pip "--extra-index-url https://download.pytorch.org/whl/cpu transformers"
 
@@ -21,7 +21,7 @@ import time
 import venv
 from pathlib import Path
 
-from manualgrad.rule.torch_internals import TRIED
+from manualgrad.torch_internals import TESTED_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = ("passed", "failed", "error", "xfailed", "skipped")
@@ -29,7 +29,7 @@ COUNTS = ("passed", "failed", "error", "xfailed", "skipped")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("versions", nargs="*", default=TRIED, help="versions of torch, e.g. 2.14.1")
+    parser.add_argument("versions", nargs="*", default=TESTED_VERSIONS, help="versions of torch, e.g. 2.14.1")
     parser.add_argument("--pip", default="", help="more options or packages for pip")
     parser.add_argument("--pytest", default="", help="more options or files for pytest")
     settings = parser.parse_args()

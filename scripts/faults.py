@@ -480,7 +480,12 @@ def expect_close(run: Run, one: Run) -> None:
 def long(row: Row, settings: Settings, folder: Path) -> None:
     """The memory of a long run does not grow. Curves and checkpoints at their default frequency take at most 2 %
     of the time of a step, if an epoch takes seconds."""
-    names = ("checkpoint_every_n_steps", "log_every_n_steps", "histograms_every_n_epochs", "accumulate")
+    names = (
+        "checkpoint_every_n_steps",
+        "log_every_n_steps",
+        "histograms_every_n_epochs",
+        "accumulate_grad_batches",
+    )
     defaults = {name: getattr(TrainingSettings(), name) for name in names}
     for layers in ("manualgrad",) if settings.short else ("manualgrad", "torch"):
         with row.trial("long runs"):

@@ -1,7 +1,7 @@
-"""`manualgrad.verify` on Functions that other people wrote and published.
+"""Run `manualgrad.verify` on autograd.Functions of published packages, and print a table of the laws they break.
 
-Nothing of theirs is kept here: each package is installed into a folder of its own, without what it depends on, and
-each Function is verified in a process of its own. One table at the end says which laws it breaks.
+Each package is installed into a separate folder, without its dependencies. Each Function is tested in a separate
+process.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from manualgrad.training import CliSettings, parse_settings
 
 
 class Settings(CliSettings):
-    """Verify the autograd.Functions of published packages, and show which laws they break."""
+    """Verify the autograd.Functions of published packages, and print a table of the laws they break."""
 
     only: str = ""
-    """Only the Functions whose `package module:Function` contains this."""
+    """Test only Functions with this text in `package module:Function`."""
     packages_dir: Path | None = None
-    """Where to install the packages, and to find those that were; by default a temporary folder."""
+    """Install packages here, and use those that exist. Default: a temporary folder."""
     seconds: PositiveFloat = 600.0
-    """How long one Function may take."""
+    """Time limit for each Function."""
     json_file: Path | None = None
-    """Write everything that was found there as well."""
+    """Also write all results to this file."""
     target: CliSuppress[str] = ""
-    """Of the processes that this script starts: the one Function to verify here."""
+    """Internal: the Function to verify in this process."""
 
 
 class Target(NamedTuple):
@@ -46,15 +46,14 @@ class Target(NamedTuple):
     """A key of PACKAGES."""
     function: str
     """The Function, as module:name."""
-    make: Callable[[Any], tuple[Any, ...]]
-    """What to verify, given the Function, and its arguments. Where some tensors require a gradient, only these are
-    differentiated."""
+    make_call: Callable[[Any], tuple[Any, ...]]
+    """From the Function to what is verified and its arguments."""
     surrogate: bool = False
-    """Its gradient is by design not the derivative: straight through, reversed, that of a smoothed step."""
-    whole: bool = False
-    """Import the packages around its module too, rather than the module alone."""
-    hollow: tuple[str, ...] = ()
-    """Further packages to leave empty."""
+    """The gradient is not the derivative by definition."""
+    import_parents: bool = False
+    """Import the parent packages of the module. Otherwise they are replaced by empty ones."""
+    empty_packages: tuple[str, ...] = ()
+    """Other packages to replace by empty ones."""
 
     @property
     def name(self) -> str:
@@ -105,7 +104,7 @@ PACKAGES: dict[str, list[str]] = {
         "narwhals==2.10.0",
     ],
 }
-"""What to install for each, the package itself first: no more than its Function needs."""
+"""The requirements to install for each package: the package, then what its Function imports."""
 
 
 # --- inputs ---
@@ -117,8 +116,8 @@ def normal(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(size, generator=_random, dtype=torch.float64).to(dtype)
 
 
-def wanted(x: Tensor) -> Tensor:
-    """One of the tensors to differentiate, where not all are."""
+def differentiable(x: Tensor) -> Tensor:
+    """For Functions of which not all tensor arguments are differentiable."""
     return x.requires_grad_()
 
 
@@ -142,43 +141,43 @@ def distance(x: Tensor, y: Tensor) -> Tensor:
     return squared_distance(x, y).sqrt()
 
 
-# --- what is verified, where it is not the Function itself ---
+# --- wrappers around a Function ---
 
 
-def affine_lines(function: Any) -> tuple[Any, ...]:
-    """An additive coupling of two linear maps; their weights are arguments, as its modules give them."""
-    residuals = [nn.Linear(2, 2).double(), nn.Linear(2, 2).double()]
+def additive_coupling(function: Any) -> tuple[Any, ...]:
+    """An additive coupling of two linear layers with tanh. Their weights are arguments."""
+    layers = [nn.Linear(2, 2).double(), nn.Linear(2, 2).double()]
 
     def coupling(x: Tensor, *weights: Tensor) -> Tensor:
         first, second = weights[:2], weights[2:]
-        return function.apply(x, Residual(*first), Residual(*second), *weights)
+        return function.apply(x, TanhLinear(*first), TanhLinear(*second), *weights)
 
-    return (coupling, normal(3, 4), *(p.detach() for module in residuals for p in module.parameters()))
+    return (coupling, normal(3, 4), *(p.detach() for layer in layers for p in layer.parameters()))
 
 
-class Residual(nn.Module):
-    """tanh(W x + b), whose parameters are the tensors it is given."""
+class TanhLinear(nn.Module):
+    """tanh(W x + b). Its parameters are the given tensors."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.given = [weight, bias]
+        self.tensors = [weight, bias]
 
     def parameters(self, recurse: bool = True) -> Any:
-        return iter(self.given)
+        return iter(self.tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(nn.functional.linear(x, *self.given))
+        return torch.tanh(nn.functional.linear(x, *self.tensors))
 
 
 def reversible(function: Any) -> tuple[Any, ...]:
-    """Two reversible blocks of tanh: all that is differentiated is the input."""
+    """Two reversible blocks of tanh. Only the input is differentiated."""
     block = sys.modules[function.__module__].ReversibleBlock
     blocks = [block(nn.Tanh(), nn.Softplus()) for _ in range(2)]
     return lambda x: function.apply(x, blocks, {"f_args": {}, "g_args": {}}), normal(2, 3, 4)
 
 
 def adjoint_ode(function: Any) -> tuple[Any, ...]:
-    """dy/dt = tanh(W y), solved with fixed steps of Runge and Kutta's method."""
+    """dy/dt = tanh(W y), solved by the Runge-Kutta method with fixed steps."""
     solve = sys.modules[function.__module__].odeint_adjoint
 
     def final(weight: Tensor, y: Tensor) -> Tensor:
@@ -190,7 +189,7 @@ def adjoint_ode(function: Any) -> tuple[Any, ...]:
 
 
 def quadratic_program(factory: Any) -> tuple[Any, ...]:
-    """min ½ zᵀQz + pᵀz with G z ≤ h: one Q, G and h for a batch of two p."""
+    """min ½ zᵀQz + pᵀz with G z ≤ h, for a batch of two p."""
     empty = torch.zeros(0, dtype=torch.float64)
 
     def solve(q: Tensor, p: Tensor, g: Tensor, h: Tensor) -> Tensor:
@@ -200,7 +199,7 @@ def quadratic_program(factory: Any) -> tuple[Any, ...]:
 
 
 def linear_solve(function: Any) -> tuple[Any, ...]:
-    """A⁻¹ b by a Function that takes A as a linear operator apart."""
+    """A⁻¹ b, with A as a linear operator."""
     operator = importlib.import_module("linear_operator").to_linear_operator
 
     def solve(matrix: Tensor, rhs: Tensor) -> Tensor:
@@ -221,12 +220,12 @@ def operator_matmul(function: Any) -> tuple[Any, ...]:
 
 
 def quadratic_form(function: Any) -> tuple[Any, ...]:
-    """Only symmetric matrices are meant."""
+    """The Function is for symmetric matrices only."""
     return lambda matrix, rhs: function.apply(matrix + matrix.mT, rhs), normal(3, 3), normal(3, 5)
 
 
 def soft_dtw(function: Any) -> tuple[Any, ...]:
-    """The lengths are those of the matrices: it writes out of bounds where they are larger."""
+    """The lengths must be those of the matrices: if they are larger, the Function writes out of bounds."""
 
     def value(costs: Tensor) -> Tensor:
         return function.apply(costs, torch.tensor([costs.shape[1:]] * len(costs)).view(-1, 2), 1.0, 0.0)
@@ -286,51 +285,51 @@ TARGETS = [
     Target(
         "gpytorch",
         "gpytorch.functions.rbf_covariance:RBFCovariance",
-        lambda f: (f, normal(4, 2), normal(5, 2), wanted(normal(1, 1).exp()), squared_distance),
+        lambda f: (f, normal(4, 2), normal(5, 2), differentiable(normal(1, 1).exp()), squared_distance),
     ),
     Target(
         "gpytorch",
         "gpytorch.functions.matern_covariance:MaternCovariance",
-        lambda f: (f, normal(4, 2), normal(5, 2), wanted(normal(1, 1).exp()), 2.5, distance),
+        lambda f: (f, normal(4, 2), normal(5, 2), differentiable(normal(1, 1).exp()), 2.5, distance),
     ),
     Target("gpytorch", "gpytorch.functions._log_normal_cdf:LogNormalCDF", lambda f: (f, 2 * normal(4, 6))),
     Target(
         "gpytorch",
         "gpytorch.variational.large_batch_variational_strategy:QuadFormDiagonal",
         quadratic_form,
-        whole=True,
+        import_parents=True,
     ),
-    Target("linear-operator", "linear_operator.functions._solve:Solve", linear_solve, whole=True),
-    Target("linear-operator", "linear_operator.functions._matmul:Matmul", operator_matmul, whole=True),
+    Target("linear-operator", "linear_operator.functions._solve:Solve", linear_solve, import_parents=True),
+    Target("linear-operator", "linear_operator.functions._matmul:Matmul", operator_matmul, import_parents=True),
     # sequences, attention, reversible blocks, solvers
     Target(
         "memory-efficient-attention-pytorch",
         "memory_efficient_attention_pytorch.flash_attention:FlashAttentionFunction",
-        lambda f: (f, *(normal(1, 2, 5, 3, dtype=torch.float32) for _ in "qkv"), None, True, 2, 2),  # as above
+        lambda f: (f, *(normal(1, 2, 5, 3, dtype=torch.float32) for _ in "qkv"), None, True, 2, 2),
     ),
     Target("mambapy", "mambapy.pscan:PScan", lambda f: (f, normal(1, 5, 2, 3), normal(1, 5, 2, 3))),
     Target(
         "torchlpc",
         "torchlpc.core:LPC",
         lambda f: (f, normal(2, 5), normal(2, 5, 2) / 2, normal(2, 2)),
-        whole=True,
+        import_parents=True,
     ),
     Target(
         "torchlpc",
         "torchlpc.recurrence:Recurrence",
         lambda f: (f, normal(2, 5) / 2, normal(2, 5), normal(2)),
-        whole=True,
+        import_parents=True,
     ),
     Target("reformer-pytorch", "reformer_pytorch.reversible:_ReversibleFunction", reversible),
-    Target("memcnn", "memcnn.models.additive:AdditiveBlockFunction", affine_lines),
+    Target("memcnn", "memcnn.models.additive:AdditiveBlockFunction", additive_coupling),
     Target("torchdiffeq", "torchdiffeq._impl.adjoint:OdeintAdjointMethod", adjoint_ode),
-    Target("qpth", "qpth.qp:QPFunction", quadratic_program, hollow=("qpth.solvers",)),
+    Target("qpth", "qpth.qp:QPFunction", quadratic_program, empty_packages=("qpth.solvers",)),
     Target("pysdtw", "pysdtw.sdtw_cpu:SoftDTWcpu", soft_dtw),
     Target(
         "tslearn",
         "tslearn.metrics.soft_dtw_loss_pytorch:_SoftDTWLossPyTorch",
         lambda f: (f, normal(2, 4, 3).exp(), 1.0),
-        whole=True,
+        import_parents=True,
     ),
     Target(
         "speechbrain",
@@ -338,16 +337,25 @@ TARGETS = [
         lambda f: (f, normal(3, 8), *(normal(2, 1) for _ in range(4)), normal(4)),
     ),
     # quantizers and gradient reversal
-    Target("brevitas", "brevitas.ops.autograd_ste_ops:RoundSteFn", lambda f: (f, normal(4, 6)), True, True),
+    Target(
+        "brevitas",
+        "brevitas.ops.autograd_ste_ops:RoundSteFn",
+        lambda f: (f, normal(4, 6)),
+        surrogate=True,
+        import_parents=True,
+    ),
     Target(
         "brevitas",
         "brevitas.ops.autograd_ste_ops:InplaceTensorClampSteFn",
-        lambda f: (f, wanted(2 * normal(4, 6)), torch.full((1,), -1.0), torch.full((1,), 1.0)),
-        True,
-        True,
+        lambda f: (f, differentiable(2 * normal(4, 6)), torch.full((1,), -1.0), torch.full((1,), 1.0)),
+        surrogate=True,
+        import_parents=True,
     ),
     Target(
-        "brevitas", "brevitas.ops.autograd_ste_ops:AbsBinarySignGradFn", lambda f: (f, normal(4, 6)), whole=True
+        "brevitas",
+        "brevitas.ops.autograd_ste_ops:AbsBinarySignGradFn",
+        lambda f: (f, normal(4, 6)),
+        import_parents=True,
     ),
     Target(
         "bitorch",
@@ -359,69 +367,79 @@ TARGETS = [
         "compressai",
         "compressai.ops.bound_ops:LowerBoundFunction",
         lambda f: (f, normal(4, 6), 0.1 + 0 * normal(1)),
-        True,
+        surrogate=True,
     ),
     Target(
         "magic-clamp",
         "magic_clamp.autograd:ClampWithConditionalSTEFunction",
         lambda f: (f, normal(4, 6), -1.0, 1.0, True),
-        True,
+        surrogate=True,
     ),
-    Target("sinabs", "sinabs.activation.quantize:StochasticRounding", lambda f: (f, normal(4, 6)), True),
+    Target("sinabs", "sinabs.activation.quantize:StochasticRounding", lambda f: (f, normal(4, 6)), surrogate=True),
     Target(
         "spikingjelly", "spikingjelly.activation_based.quantize:ClampATGF", lambda f: (f, normal(4, 6), -0.5, 0.5)
     ),
     Target(
         "pytorch-revgrad",
         "pytorch_revgrad.functional:RevGrad",
-        lambda f: (f, wanted(normal(4, 6)), torch.tensor(0.5, dtype=torch.float64)),
+        lambda f: (f, differentiable(normal(4, 6)), torch.tensor(0.5, dtype=torch.float64)),
         surrogate=True,
     ),
     # spikes
-    Target("snntorch", "snntorch.surrogate:ATan", lambda f: (f, normal(4, 6), 2.0), True),
-    Target("snntorch", "snntorch.functional.loss:SpikeTime.FirstSpike", lambda f: (f, spikes(5, 2, 3)), True),
-    Target("spikingjelly", "spikingjelly.activation_based.surrogate:atan", lambda f: (f, normal(4, 6), 2.0), True),
-    Target("norse", "norse.torch.functional.superspike:SuperSpike", lambda f: (f, normal(4, 6), 100.0), True),
-    Target("norse", "norse.torch.functional.threshold:HeaviTanh", lambda f: (f, normal(4, 6), 2.0), True),
+    Target("snntorch", "snntorch.surrogate:ATan", lambda f: (f, normal(4, 6), 2.0), surrogate=True),
+    Target(
+        "snntorch", "snntorch.functional.loss:SpikeTime.FirstSpike", lambda f: (f, spikes(5, 2, 3)), surrogate=True
+    ),
+    Target(
+        "spikingjelly",
+        "spikingjelly.activation_based.surrogate:atan",
+        lambda f: (f, normal(4, 6), 2.0),
+        surrogate=True,
+    ),
+    Target(
+        "norse", "norse.torch.functional.superspike:SuperSpike", lambda f: (f, normal(4, 6), 100.0), surrogate=True
+    ),
+    Target(
+        "norse", "norse.torch.functional.threshold:HeaviTanh", lambda f: (f, normal(4, 6), 2.0), surrogate=True
+    ),
     Target(
         "norse",
         "norse.torch.functional.spikes_to_times_decoder:ToSpikeTimes",
-        lambda f: (f, spikes(5, 2, 3, dtype=torch.float32), 1),  # it crashes in float64
+        lambda f: (f, spikes(5, 2, 3, dtype=torch.float32), 1),  # float64 crashes
         surrogate=True,
     ),
 ]
 
 
-# --- one Function, in a process of its own ---
+# --- in the process of one Function ---
 
 
 def load(target: Target) -> Any:
-    """The Function. The packages around its module stay empty, unless they are wanted: what they would import is
-    of no use here, and often not installed."""
+    """Import the Function. Its parent packages are empty: what they import is often not installed."""
     module, _, path = target.function.partition(":")
     parents = module.split(".")[:-1]
-    around = [] if target.whole else [".".join(parents[: i + 1]) for i in range(len(parents))]
-    for name in (*around, *target.hollow):
+    empty = [] if target.import_parents else [".".join(parents[: i + 1]) for i in range(len(parents))]
+    for name in (*empty, *target.empty_packages):
         sys.modules[name] = package = ModuleType(name)
         package.__path__ = [str(Path(folder, *name.split("."))) for folder in sys.path]
-    found: Any = importlib.import_module(module)
+    result: Any = importlib.import_module(module)
     for name in path.split("."):
-        found = getattr(found, name)
-    return found
+        result = getattr(result, name)
+    return result
 
 
-def verify_here(target: Target) -> None:
-    """Print the report as JSON, the last line of this process."""
+def run_in_this_process(target: Target) -> None:
+    """Verify the Function and print the report as JSON, in one line."""
     from manualgrad import verify
 
-    function, *args = target.make(load(target))
+    function, *args = target.make_call(load(target))
     report = verify(function, *args, surrogate=target.surrogate)
-    keys = ("law", "verdict", "evidence", "cause")
+    keys = ("law", "verdict", "evidence", "likely_cause")
     rows = [{key: getattr(row, key) for key in keys} for row in report.rows]
     print(json.dumps({"ok": report.ok, "failures": report.failures, "rows": rows}))
 
 
-# --- all of them ---
+# --- all Functions ---
 
 
 class Result(NamedTuple):
@@ -431,33 +449,33 @@ class Result(NamedTuple):
     failures: list[str]
     rows: list[dict[str, str]]
     error: str
-    """Why nothing could be told."""
+    """Why the Function could not be verified."""
 
     def cells(self) -> list[str]:
-        """Each broken law with the first line of its evidence."""
+        """Each failed law with the first line of its evidence."""
         if self.error:
             return [f"could not run: {self.error}"]
         evidence = {row["law"]: row["evidence"].strip().partition("\n")[0] for row in self.rows}
-        return [f"**{law}**: {evidence[law]}" for law in self.failures] or ["holds every law"]
+        return [f"**{law}**: {evidence[law]}" for law in self.failures] or ["no law fails"]
 
 
 def install(requirement: str, packages: Path) -> Path:
-    """The folder of this requirement, installed there unless it was."""
+    """Install the requirement unless its folder exists. Returns the folder."""
     folder = packages / requirement
     if not folder.exists():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        with tempfile.TemporaryDirectory(dir=packages) as fresh:
-            subprocess.run([*command, "--target", f"{fresh}/it", requirement], check=True)
-            Path(fresh, "it").rename(folder)
+        with tempfile.TemporaryDirectory(dir=packages) as temporary:
+            subprocess.run([*command, "--target", f"{temporary}/installed", requirement], check=True)
+            Path(temporary, "installed").rename(folder)
     return folder
 
 
 def last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it said nothing"])[-1]
+    return (text.strip().splitlines() or ["no output"])[-1]
 
 
-def verify_there(target: Target, packages: Path, seconds: float) -> Result:
-    """Install what it needs, and verify it in another process."""
+def run_in_new_process(target: Target, packages: Path, seconds: float) -> Result:
+    """Install the requirements and verify the Function in a new process."""
     requirements = PACKAGES[target.package]
     rows, failures, error = [], [], ""
     begin = time.perf_counter()
@@ -479,25 +497,25 @@ def verify_there(target: Target, packages: Path, seconds: float) -> Result:
             failures, rows = report["failures"], report["rows"]
     except subprocess.TimeoutExpired:
         error = f"took more than {seconds:.0f} s"
-    except (subprocess.CalledProcessError, ValueError) as wrong:
-        error = str(wrong)
-    took = time.perf_counter() - begin
-    return Result(target.function, requirements[0], took, failures, rows, error)
+    except (subprocess.CalledProcessError, ValueError) as exception:
+        error = str(exception)
+    elapsed = time.perf_counter() - begin
+    return Result(target.function, requirements[0], elapsed, failures, rows, error)
 
 
 def main() -> None:
     settings = parse_settings(Settings)
     if settings.target:
-        verify_here(next(target for target in TARGETS if target.name == settings.target))
+        run_in_this_process(next(target for target in TARGETS if target.name == settings.target))
         return
     results = []
-    print("| Function | package | laws it breaks | s |", "|---|---|---|---|", sep="\n", flush=True)
+    print("| Function | package | failed laws | seconds |", "|---|---|---|---|", sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         packages = (settings.packages_dir or Path(temporary)).resolve()
         packages.mkdir(parents=True, exist_ok=True)
         for target in TARGETS:
             if settings.only in target.name:
-                results.append(result := verify_there(target, packages, settings.seconds))
+                results.append(result := run_in_new_process(target, packages, settings.seconds))
                 cells = "<br>".join(result.cells()).replace("|", "\\|")
                 print(f"| `{result.function}` | {result.package} | {cells} | {result.seconds:.0f} |", flush=True)
     if settings.json_file:

@@ -1,4 +1,4 @@
-"""One law a function, one table: a test that asks for `op` (and `number`) runs on every operation (and sample)."""
+"""A test with the argument `op` runs for every operation, a test with `op` and `number` for every sample input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from manualgrad.registry import Op, TensorFactory, ops
 
-os.environ.setdefault("PYTHONWARNINGS", "ignore:manualgrad was not tried with torch")  # in processes of tests
+os.environ.setdefault("PYTHONWARNINGS", "ignore:manualgrad was not tested with torch")  # for subprocesses
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -26,7 +26,7 @@ SAMPLES = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where the laws are tried: cpu or cuda")
+    parser.addoption("--device", default="cpu", help="the device of the tests that take one: cpu or cuda")
 
 
 @pytest.fixture(scope="session")
@@ -41,36 +41,45 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("op", [pytest.param(op, id=op.name) for op in ops().values()])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Set the markers that follow from the fixtures of a test."""
+    for item in items:
+        if "call_script" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.scripts)
+
+
 @pytest.fixture(autouse=True)
-def declared(request: pytest.FixtureRequest) -> None:
-    """A law that an operation declares to lack must fail: xfail_strict finds a stale declaration."""
+def apply_declarations(request: pytest.FixtureRequest) -> None:
+    """Apply the expected failures and skips of the operation. xfail_strict finds stale declarations."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     op = parameters.get("op")
     if isinstance(op, Op):
         name = parameters.get("law", request.function.__name__.removeprefix("test_"))
-        reason = op.expected_failures.get(name) or op.expected_failures.get(f"{name}-{parameters.get('number')}")
-        if reason:
-            request.node.add_marker(pytest.mark.xfail(reason=reason, run="kills the process" not in reason))
+        keys = (name, f"{name}-{parameters.get('number')}")
+        if reason := next((op.skips[key] for key in keys if key in op.skips), ""):
+            pytest.skip(reason)
+        if reason := next((op.expected_failures[key] for key in keys if key in op.expected_failures), ""):
+            request.node.add_marker(pytest.mark.xfail(reason=reason))
 
 
 @pytest.fixture
 def call_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run a script within this process, which saves the start of one: to its exit status, output and errors."""
+    """Run a script in this process, which is faster than a new one. Returns exit status, stdout and stderr."""
 
-    def run_here(script: Path, *arguments: object) -> tuple[int, str, str]:
+    def run(script: Path, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         status: object = 0
         try:
             runpy.run_path(str(script), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
+        except SystemExit as stop:
+            status = stop.code
         output, error = capsys.readouterr()
-        if isinstance(status, str):  # as the interpreter does with it
+        if isinstance(status, str):  # the interpreter prints it and exits with 1
             status, error = 1, f"{error}{status}\n"
         assert isinstance(status, int)
         return status, output, error
 
-    return run_here
+    return run

@@ -1,4 +1,4 @@
-"""What stands in an autograd graph."""
+"""The nodes of an autograd graph, by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-MOVES_OR_ADDS = {
+STRUCTURAL_NODES = {
     f"{name}Backward{n}"
     for n in (0, 1)
     for name in (
@@ -17,21 +17,21 @@ MOVES_OR_ADDS = {
         *("Add", "Div", "Mean", "Mul", "Neg", "Rsub", "Sub", "Sum"),
     )
 } | {"AccumulateGrad", "CopyBackwards", "CopySlices"}
-"""Nodes of torch's that only move data or do arithmetic."""
+"""Nodes of torch that move data or do arithmetic."""
 
 
 def nodes(outputs: Any) -> set[str]:
-    """Names of all nodes behind the outputs."""
+    """The names of all nodes in the graph of the outputs."""
     found: dict[Any, str] = {}
-    waiting = [x.grad_fn for x in tree_leaves(outputs) if isinstance(x, Tensor)]
-    while waiting:
-        node = waiting.pop()
+    pending = [x.grad_fn for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+    while pending:
+        node = pending.pop()
         if node is not None and node not in found:
             found[node] = node.name().removeprefix("torch::autograd::")
-            waiting += [before for before, _ in node.next_functions]
+            pending += [previous for previous, _ in node.next_functions]
     return set(found.values())
 
 
-def foreign(outputs: Any) -> set[str]:
-    """Nodes that are neither our rules nor plain movement or arithmetic: derivatives that torch takes."""
-    return {name for name in nodes(outputs) if not name.endswith("FunctionBackward")} - MOVES_OR_ADDS
+def torch_derivatives(outputs: Any) -> set[str]:
+    """The nodes that use a derivative of torch: they are neither manualgrad's rules nor structural."""
+    return {name for name in nodes(outputs) if not name.endswith("FunctionBackward")} - STRUCTURAL_NODES

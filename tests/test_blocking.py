@@ -1,4 +1,4 @@
-"""A formula in blocks: the same gradients as at once."""
+"""Blocks of rows give the same gradients as whole tensors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from manualgrad.rule import function as rule_function
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocking, "block", 6)
-    monkeypatch.setattr(rule_function, "LARGE", 0)
+    monkeypatch.setattr(blocking, "block_size", 6)
+    monkeypatch.setattr(rule_function, "MIN_ELEMENTS_FOR_REUSE", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
@@ -28,28 +28,28 @@ def pointwise(input: Tensor, slope: float, grad: Tensor) -> tuple[Tensor | None,
 
 
 def normalized(input: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Of rows along the last axis, with a statistic for each."""
+    """A normalization along the last axis, with one statistic per row."""
     z = input.reshape(-1, input.shape[-1]) * rstd
-    sent = grad.reshape(-1, grad.shape[-1])
-    along = (sent * z * weight).mean(-1, keepdim=True)
-    return ((sent * weight - z * along) * rstd).reshape(grad.shape), (sent * z).sum(0), None
+    h = grad.reshape(-1, grad.shape[-1])
+    along = (h * z * weight).mean(-1, keepdim=True)
+    return ((h * weight - z * along) * rstd).reshape(grad.shape), (h * z).sum(0), None
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(100,), (1, 50), (7, 9), (3, 2, 5, 4)])
-def test_of_numbers(shape: tuple[int, ...], form: torch.memory_format) -> None:
+def test_elementwise_formula(shape: tuple[int, ...], form: torch.memory_format) -> None:
     if len(shape) != 4 and form is torch.channels_last:
-        pytest.skip("of images")
+        pytest.skip("channels_last needs 4 axes")
     input, grad = (torch.randn(shape).to(memory_format=form) for _ in range(2))
     sizes: list[int] = []
 
-    def compute(*known: Any) -> tuple[Tensor | None, ...]:
-        sizes.append(known[-1].numel())
-        return pointwise(*known)
+    def compute(*args: Any) -> tuple[Tensor | None, ...]:
+        sizes.append(args[-1].numel())
+        return pointwise(*args)
 
-    assert blocking.large(grad)
-    found = blocking.in_blocks(compute, (input, 0.5, grad), grad.dim())
+    assert blocking.is_worthwhile(grad)
+    found = blocking.compute_in_blocks(compute, (input, 0.5, grad), grad.dim())
     expected = pointwise(input, 0.5, grad)
     assert found is not None
     assert found[0] is not None
@@ -62,53 +62,55 @@ def test_of_numbers(shape: tuple[int, ...], form: torch.memory_format) -> None:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("shape", [(30, 4), (2, 5, 4), (1, 2, 9, 4), (5, 1, 40)])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_of_rows_with_sums_over_them(shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+def test_formula_of_rows_with_sums(shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
     input, grad, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
     rstd = torch.rand(input.numel() // shape[-1], 1)
     dtypes = None if dtype is None else (dtype, dtype, None)
-    found = blocking.in_blocks(normalized, (input, weight, rstd, grad), grad.dim() - 1, {2}, dtypes)
+    found = blocking.compute_in_blocks(normalized, (input, weight, rstd, grad), grad.dim() - 1, {2}, dtypes)
     expected = normalized(input, weight, rstd, grad)
     assert found is not None
     assert_close(found, tuple(x if x is None or dtype is None else x.to(dtype) for x in expected))
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_sum_is_rounded_once() -> None:
+def test_sum_is_rounded_once() -> None:
     grad = torch.full((4000,), 1.0)
-    found = blocking.in_blocks(lambda grad: (None, grad.sum(0)), (grad[:, None],), 1, (), (None, torch.bfloat16))
+    found = blocking.compute_in_blocks(
+        lambda grad: (None, grad.sum(0)), (grad[:, None],), 1, (), (None, torch.bfloat16)
+    )
     assert found is not None
     assert found[1] is not None
-    assert found[1].tolist() == [4000.0]  # a sum of bfloat16 comes to stand at 256
+    assert found[1].tolist() == [4000.0]  # a sum in bfloat16 stops at 256
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_weight_as_long_as_there_are_rows_is_shared_by_them() -> None:
+def test_weight_with_as_many_elements_as_rows_is_shared() -> None:
     input, grad, weight, rstd = torch.randn(9, 9), torch.randn(9, 9), torch.randn(9), torch.rand(9, 1)
-    found = blocking.in_blocks(normalized, (input, weight, rstd, grad), 1, {2})
+    found = blocking.compute_in_blocks(normalized, (input, weight, rstd, grad), 1, {2})
     assert found is not None
     assert_close(found, normalized(input, weight, rstd, grad))
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_what_does_not_lie_in_rows_is_left_alone() -> None:
+def test_unsuitable_layouts_are_not_split() -> None:
     grad = torch.randn(8, 6)
-    for known, leading in [
-        ((torch.randn(6, 8).mT, 1.0, grad), 2),  # its rows are no piece of memory
+    for args, batch_dims in [
+        ((torch.randn(6, 8).mT, 1.0, grad), 2),  # not contiguous
         ((grad, 1.0, torch.randn(()).expand(8, 6)), 2),
         ((torch.randn(8, 1), 1.0, grad), 2),
         ((torch.randn(6), 1.0, grad), 2),
-        ((grad, 1.0, grad), 0),  # there are no rows
+        ((grad, 1.0, grad), 0),  # no rows
     ]:
-        assert blocking.in_blocks(pointwise, known, leading) is None
+        assert blocking.compute_in_blocks(pointwise, args, batch_dims) is None
 
 
-def test_small_gradients_and_those_of_a_gpu_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not blocking.large(torch.zeros(1000))
-    assert not blocking.large(torch.empty(2**30, device="meta"))
-    monkeypatch.setattr(blocking, "block", 6)
-    assert blocking.large(torch.zeros(1000))
-    monkeypatch.setattr(blocking, "block", None)
-    assert not blocking.large(torch.zeros(1000))
+def test_small_tensors_and_gpu_tensors_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not blocking.is_worthwhile(torch.zeros(1000))
+    assert not blocking.is_worthwhile(torch.empty(2**30, device="meta"))
+    monkeypatch.setattr(blocking, "block_size", 6)
+    assert blocking.is_worthwhile(torch.zeros(1000))
+    monkeypatch.setattr(blocking, "block_size", None)
+    assert not blocking.is_worthwhile(torch.zeros(1000))
 
 
 ATTENTIONS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
@@ -141,22 +143,22 @@ def test_attention_in_blocks(case: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
     expected = gradients()
     blocks: list[int] = []
-    weights = attention._weights_in
-    monkeypatch.setattr(blocking, "block", 10)
-    monkeypatch.setattr(rule_function, "LARGE", 0)
-    monkeypatch.setattr(attention, "_ROWS", 2)
-    monkeypatch.setattr(attention, "_weights_in", lambda *args: blocks.append(1) or weights(*args))
+    weights = attention._scores_backward_into
+    monkeypatch.setattr(blocking, "block_size", 10)
+    monkeypatch.setattr(rule_function, "MIN_ELEMENTS_FOR_REUSE", 0)
+    monkeypatch.setattr(attention, "_CAUSAL_BLOCK_ROWS", 2)
+    monkeypatch.setattr(attention, "_scores_backward_into", lambda *args: blocks.append(1) or weights(*args))
     assert_close(gradients(), expected)
     assert len(blocks) > 1
 
 
-def test_attention_that_broadcasts_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_with_broadcasting_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = (
         torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 5, 4), (1, 3, 7, 4))
     )
     expected = torch.autograd.grad(F.scaled_dot_product_attention(query, key, key).sum(), (query, key))
-    monkeypatch.setattr(blocking, "block", 10)
-    monkeypatch.setattr(rule_function, "LARGE", 0)
+    monkeypatch.setattr(blocking, "block_size", 10)
+    monkeypatch.setattr(rule_function, "MIN_ELEMENTS_FOR_REUSE", 0)
     found = torch.autograd.grad(F.scaled_dot_product_attention(query, key, key).sum(), (query, key))
     assert_close(found, expected)
 
@@ -175,17 +177,17 @@ def test_rules_in_blocks(name: str, dtype: torch.dtype, monkeypatch: pytest.Monk
         output = function(input, weight=weight) if "norm" in name else function(input)
         return torch.autograd.grad(output, leaves, upstream)
 
-    taken: list[bool] = []
-    in_blocks = blocking.in_blocks
+    was_split: list[bool] = []
+    compute_in_blocks = blocking.compute_in_blocks
 
-    def noted(*args: Any) -> Any:
-        found = in_blocks(*args)
-        taken.append(found is not None)
+    def recorded(*args: Any) -> Any:
+        found = compute_in_blocks(*args)
+        was_split.append(found is not None)
         return found
 
-    monkeypatch.setattr(blocking, "in_blocks", noted)
+    monkeypatch.setattr(blocking, "compute_in_blocks", recorded)
     found = gradients()
-    assert taken == [True]
-    monkeypatch.setattr(blocking, "block", None)
+    assert was_split == [True]
+    monkeypatch.setattr(blocking, "block_size", None)
     assert_close(found, gradients())
-    assert taken == [True]
+    assert was_split == [True]

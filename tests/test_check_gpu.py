@@ -1,4 +1,4 @@
-"""scripts/check_gpu.py on the CPU: it names what is wrong and leaves what it found. Its figures are not tested."""
+"""scripts/check_gpu.py on the CPU: it reports failures and keeps its results. The figures are not tested."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import gpu_stages
 import pytest
 import torch
-from check_gpu import MEASURED, NOT_REACHED, NOT_RUN, PASSED, WRONG
-from gpu_stages import Tried, judged
-from module_inputs import INPUTS, WITHOUT_INPUTS
+from lib import gpu_stages, gpu_training
+from lib.gpu_correctness import DeviceLost, Results, compare_results
+from lib.gpu_results import FAILED, MEASURED, NOT_REACHED, PASSED, SKIPPED
+from lib.gpu_speed import measure
+from lib.module_inputs import INPUTS, WITHOUT_INPUTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,38 +33,38 @@ def environment(*paths: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*paths, ROOT])), "OMP_NUM_THREADS": "1"}
 
 
-def rows(out: Path, **chosen: Any) -> list[dict[str, Any]]:
-    found = json.loads((out / "results.json").read_text())["rows"]
-    return [row for row in found if all(row[name] == value for name, value in chosen.items())]
+def rows(out: Path, **conditions: Any) -> list[dict[str, Any]]:
+    all_rows = json.loads((out / "results.json").read_text())["rows"]
+    return [row for row in all_rows if all(row[name] == value for name, value in conditions.items())]
 
 
 def test_one_minute(tmp_path: Path) -> None:
-    """Nothing is wrong, and what there was no time for is listed."""
+    """No failures, and items for which there was no time are listed."""
     done = subprocess.run(
         command(tmp_path, "--minutes", 1), env=environment(), capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    assert "# manualgrad on the CPU: nothing is wrong" in done.stdout
+    assert "# manualgrad on the CPU: no failures" in done.stdout
     assert (tmp_path / "report.md").read_text() in done.stdout
     assert rows(tmp_path, stage=1, status=PASSED)
     options = Namespace(device="cpu", minutes=1)
-    for stage, items in gpu_stages.STAGES.items():
+    for stage, items in gpu_stages.STAGE_ITEMS.items():
         assert {row["item"] for row in rows(tmp_path, stage=stage)} == items(options).keys()
 
 
 def test_every_stage(tmp_path: Path) -> None:
-    """Something of each, with time enough."""
-    parts = {2: "GELU", 3: "one_process", 4: "mish, float32", 5: "vit_small, eager"}
-    arguments = command(tmp_path, "--stages", *parts, "--only", *parts.values(), "train, bfloat16", "liger_swiglu")
+    """An item of each stage, without time pressure."""
+    items = {2: "GELU", 3: "one_process", 4: "mish, float32", 5: "vit_small, eager"}
+    arguments = command(tmp_path, "--stages", *items, "--only", *items.values(), "train, bfloat16", "liger_swiglu")
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    for stage, name in parts.items():
+    for stage, name in items.items():
         assert rows(tmp_path, stage=stage, item=name, status=PASSED)
     for stage, name in ((4, "mish, float32"), (5, "vit_small, eager")):
-        assert rows(tmp_path, stage=stage, item=name, status=MEASURED, compared="ours / torch")
-        assert f"| {name} | ours / torch |" in done.stdout
+        assert rows(tmp_path, stage=stage, item=name, status=MEASURED, compared="manualgrad / torch")
+        assert f"| {name} | manualgrad / torch |" in done.stdout
     assert rows(tmp_path, stage=3, item="train, bfloat16", status=PASSED)
-    assert rows(tmp_path, stage=4, item="liger_swiglu, float32", status=NOT_RUN)
+    assert rows(tmp_path, stage=4, item="liger_swiglu, float32", status=SKIPPED)
 
 
 FAULTS = """
@@ -73,11 +74,11 @@ if "--work" in sys.orig_argv:
     from manualgrad import registry
 
     ops = registry.ops()
-    true_gelu = ops["gelu"].function
+    original_gelu = ops["gelu"].function
 
     def gelu(x, approximate="none"):
         small = 0.01 * x
-        return true_gelu(x, approximate=approximate) + (small - small.detach())
+        return original_gelu(x, approximate=approximate) + (small - small.detach())
 
     def relu(x):
         raise RuntimeError("no such relu")
@@ -90,8 +91,8 @@ if "--work" in sys.orig_argv:
 """
 
 
-def test_what_is_wrong_is_named(tmp_path: Path) -> None:
-    """A wrong gradient, an operation that raises, one that kills the process; the others are tried as well."""
+def test_failures_are_reported(tmp_path: Path) -> None:
+    """A wrong gradient, an exception, and a killed process. The other items still run."""
     (tmp_path / "sitecustomize.py").write_text(FAULTS)
     done = subprocess.run(
         command(tmp_path, "--stages", 1, "--only", "gelu", "relu", "silu", "tanh"),
@@ -102,17 +103,17 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     lines = [line for line in done.stdout.splitlines() if line.startswith("- ")]
-    again = "`python scripts/check_gpu.py --device cpu --stages 1 --only"
+    rerun = "`python scripts/check_gpu.py --device cpu --stages 1 --only"
     (gelu,) = [line for line in lines if line.startswith("- gelu, sample 0 (float32[2,3]): gradient 0 [2, 3]")]
-    assert gelu.endswith(f"{again} gelu`")
+    assert gelu.endswith(f"{rerun} gelu`")
     assert "- gelu, laws, forward_mode: " in done.stdout
-    raised = "it stops with RuntimeError: no such relu"
-    assert f"- relu, sample 0 (bfloat16[2,3]): {raised}: {again} relu`" in lines
-    assert f"- silu: the process died: SIGKILL: {again} silu`" in lines
+    raised = "it raises RuntimeError: no such relu"
+    assert f"- relu, sample 0 (bfloat16[2,3]): {raised}: {rerun} relu`" in lines
+    assert f"- silu: the process died: SIGKILL: {rerun} silu`" in lines
     assert {row["item"] for row in rows(tmp_path, status=PASSED)} >= {"tanh", "tanh, laws"}
 
 
-def test_a_run_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
+def test_killed_run_keeps_its_results(tmp_path: Path) -> None:
     process = subprocess.Popen(command(tmp_path, "--stages", 1), env=environment(), stdout=subprocess.DEVNULL)
     report = tmp_path / "report.md"
     while not report.exists() or not rows(tmp_path, status=PASSED):
@@ -120,9 +121,9 @@ def test_a_run_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
         time.sleep(0.2)
     process.kill()
     process.wait()
-    assert "nothing is wrong so far" in report.read_text()
+    assert "no failures so far" in report.read_text()
     assert rows(tmp_path, status=NOT_REACHED)
-    time.sleep(2)  # the process that does the work has ended as well
+    time.sleep(2)  # until the worker has ended as well
     size = (tmp_path / "lines.jsonl").stat().st_size
     time.sleep(2)
     assert (tmp_path / "lines.jsonl").stat().st_size == size
@@ -134,30 +135,30 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "error: --only: there is no GELLU\n")
 
 
-TRUE = torch.linspace(1, 2, 50, dtype=torch.float64)
+EXACT = torch.linspace(1, 2, 50, dtype=torch.float64)
 
 
-def verdict(ours: torch.Tensor, torch_s: torch.Tensor, true: torch.Tensor = TRUE) -> str:
-    found, expected, exact = (Tried([("output 0", x)], False) for x in (ours, torch_s, true))
-    return judged(found, expected, exact, torch.float32)["status"]
+def status(manual: torch.Tensor, reference: torch.Tensor) -> str:
+    first, second, exact = (Results([("output 0", x)], False) for x in (manual, reference, EXACT))
+    return compare_results(first, second, exact, torch.float32)["status"]
 
 
-def test_no_worse_than_torch() -> None:
-    right, off = TRUE.float(), (1.0001 * TRUE).float()
-    assert verdict(right, right) == verdict(off, off) == verdict(right, off) == PASSED
-    assert verdict((1.00019 * TRUE).float(), off) == PASSED
-    assert verdict((1.00021 * TRUE).float(), off) == WRONG
-    assert verdict(off, right) == verdict(right * torch.nan, right) == verdict(right * torch.inf, right) == WRONG
-    assert verdict(right.double(), right) == verdict(right[None], right) == WRONG  # dtype, shape
-    assert verdict(torch.tensor([1]), torch.tensor([2])) == WRONG  # indices are torch's
+def test_errors_up_to_twice_torchs_are_accepted() -> None:
+    right, off = EXACT.float(), (1.0001 * EXACT).float()
+    assert status(right, right) == status(off, off) == status(right, off) == PASSED
+    assert status((1.00019 * EXACT).float(), off) == PASSED
+    assert status((1.00021 * EXACT).float(), off) == FAILED
+    assert status(off, right) == status(right * torch.nan, right) == status(right * torch.inf, right) == FAILED
+    assert status(right.double(), right) == status(right[None], right) == FAILED  # dtype, shape
+    assert status(torch.tensor([1]), torch.tensor([2])) == FAILED  # indices must equal torch's
 
 
-def test_what_is_missing_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_stages, "PACKAGES", {"json": "json", "no_such_module": "such-package"})
-    items = gpu_stages.stage_training(Namespace(device="cpu"))
+def test_training_is_skipped_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_training, "PACKAGES", {"json": "json", "no_such_module": "such-package"})
+    items = gpu_training.training_items(Namespace(device="cpu"))
     for name in ("train", "train, bfloat16", "train, float16"):
         (row,) = items[name]()
-        assert row["status"] == NOT_RUN
+        assert row["status"] == SKIPPED
         assert "needs such-package: pip install" in row["detail"]
 
 
@@ -166,33 +167,40 @@ def test_every_module_has_inputs() -> None:
     assert kinds - INPUTS.keys() == WITHOUT_INPUTS.keys()
 
 
-def test_measured_in_turn() -> None:
-    """Of ours and another's that is slower; one that raises is wrong only if it is ours."""
+def test_measure() -> None:
+    """Only manualgrad's steps must not raise."""
 
     def failing() -> None:
         raise RuntimeError("no compiler")
 
-    makers = {"ours": lambda: lambda: None, "torch": lambda: lambda: time.sleep(0.001), "other": lambda: failing}
-    not_run, row = gpu_stages.measured(makers, "cpu", 0.01, "case")
-    assert (row["status"], row["compared"]) == (MEASURED, "ours / torch")
+    makers = {
+        "manualgrad": lambda: lambda: None,
+        "torch": lambda: lambda: time.sleep(0.001),
+        "other": lambda: failing,
+    }
+    skipped, row = measure(makers, "cpu", 0.01, "case")
+    assert (row["status"], row["compared"]) == (MEASURED, "manualgrad / torch")
     assert row["ratio"] < 0.5
-    assert (not_run["status"], not_run["detail"]) == (NOT_RUN, "other stops with RuntimeError: no compiler")
-    (wrong,) = gpu_stages.measured({"ours": lambda: failing}, "cpu", 0.01, "case")
-    assert wrong["status"] == WRONG
+    assert (skipped["status"], skipped["detail"]) == (SKIPPED, "other raises RuntimeError: no compiler")
+    (failed,) = measure({"manualgrad": lambda: failing}, "cpu", 0.01, "case")
+    assert failed["status"] == FAILED
 
 
-def test_a_lost_device_needs_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after an illegal memory access; an error that leaves the device usable does not."""
-    found: list[dict[str, Any]] = []
+def test_run_item_reports_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An illegal memory access makes the device unusable; most errors do not."""
+    results: list[dict[str, Any]] = []
 
-    def part() -> list[dict[str, Any]]:
+    def item() -> list[dict[str, Any]]:
         raise RuntimeError("too small")
 
-    assert not gpu_stages.tries(part, "cpu", lambda **row: found.append(row))
+    assert not gpu_stages.run_item(item, "cpu", lambda **row: results.append(row))
 
     def check(device: str) -> None:
-        raise gpu_stages.DeviceLost("an illegal memory access")
+        raise DeviceLost("an illegal memory access")
 
     monkeypatch.setattr(gpu_stages, "check_device", check)
-    assert gpu_stages.tries(list, "cpu", lambda **row: found.append(row))
-    assert [row["detail"] for row in found] == ["RuntimeError: too small", "DeviceLost: an illegal memory access"]
+    assert gpu_stages.run_item(list, "cpu", lambda **row: results.append(row))
+    assert [row["detail"] for row in results] == [
+        "RuntimeError: too small",
+        "DeviceLost: an illegal memory access",
+    ]

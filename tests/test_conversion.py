@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph import foreign, nodes
+from graph import nodes, torch_derivatives
 from test_pytorchs_inputs import DTYPE
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -119,8 +119,8 @@ def test_convert_and_revert(functional: bool) -> None:
 def test_derivatives_that_stay_torchs() -> None:
     of_norms = {"MvBackward0", "DotBackward0", "VdotBackward0", "WeightNormInterfaceBackward0"}
     x = torch.randn(2, 3, 4, dtype=DTYPE)
-    assert {"AddmmBackward0", "ReluBackward0", "GeluBackward0"} <= foreign(convert(network())(x))
-    assert foreign(convert(network(), functional=True)(x)) <= {"MmBackward0", "BmmBackward0"} | of_norms
+    assert {"AddmmBackward0", "ReluBackward0", "GeluBackward0"} <= torch_derivatives(convert(network())(x))
+    assert torch_derivatives(convert(network(), functional=True)(x)) <= {"MmBackward0", "BmmBackward0"} | of_norms
 
 
 def test_report() -> None:

@@ -248,7 +248,7 @@ def test_another_order_of_a_stream_is_refused_or_gives_a_warning(
     capfd.readouterr()
     assert len(run(tmp_path / "between", DataLoader(Stream(Wrapper(HiddenStateSampler())), 4))) == 6
     assert capfd.readouterr().err.startswith(
-        "warning: train_loader gives other batches than before for epoch 2, be"
+        "warning: train_loader gives other batches than before for epoch 2, which"
     )
 
 

@@ -1,6 +1,6 @@
-"""Two processes together have the gradients that one has of the whole batch: DDP, FSDP2 and tensor parallelism.
+"""DDP, FSDP2 and tensor parallelism: two processes have the gradients of one process with the whole batch.
 
-One process with torch's own layers is the judge, in float64. Everything cheap is made again, however small.
+The reference is one process with torch's layers, in float64. Recomputation is enabled for outputs of any size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn import Module, Sequential
-from torch.nn import functional as torchs_functional
+from torch.nn import functional as torch_functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 import manualgrad
 from manualgrad import recomputation
 from manualgrad.nn import LinearCrossEntropyOptions
-from manualgrad.nn import functional as our_functional
+from manualgrad.nn import functional as manual_functional
 from manualgrad.ops.normalization import sync_batch_norm
 from manualgrad.registry import Op, SampleInput, TensorFactory
 
@@ -49,11 +49,11 @@ Make = Callable[[Any], Module]
 
 ROWS, LENGTH, WIDTH, WORDS, PIECES = 12, 4, 8, 10, 3
 
-# --- models, of torch's layers or of ours ---
+# --- models, with the layers of torch.nn or manualgrad.nn ---
 
 
 class Block(Module):
-    """Each cheap output is made again in the backward of the layer behind it: a norm's takes the norm's weight."""
+    """The linear layers recompute their inputs, from a norm with weights too."""
 
     def __init__(self, nn: Any) -> None:
         super().__init__()
@@ -96,26 +96,26 @@ class Twice(Module):
 
 
 class Language(Module):
-    """From words to the loss of the words that come next; with ours never all scores are in memory."""
+    """Predicts the next word. With manualgrad the linear layer and the loss are computed in chunks."""
 
     def __init__(self, nn: Any) -> None:
         super().__init__()
         self.words, self.block, self.norm = nn.Embedding(WORDS, WIDTH), Block(nn), nn.LayerNorm(WIDTH)
         self.head = nn.Parameter(torch.randn(WORDS, WIDTH))
-        self.is_ours = nn is manualgrad.nn
+        self.is_manual = nn is manualgrad.nn
 
     def forward(self, x: Tensor) -> Tensor:
         words = (x[..., 0].abs() * 100).long() % WORDS
         hidden = self.norm(self.block(self.words(words)))[:, :-1].flatten(0, 1)
         target = words[:, 1:].flatten()
-        if self.is_ours:
+        if self.is_manual:
             options = LinearCrossEntropyOptions(batch_chunk_size=5)
-            return our_functional.linear_cross_entropy(hidden, self.head, target, options=options)
-        return torchs_functional.cross_entropy(torchs_functional.linear(hidden, self.head), target)
+            return manual_functional.linear_cross_entropy(hidden, self.head, target, options=options)
+        return torch_functional.cross_entropy(torch_functional.linear(hidden, self.head), target)
 
 
 class Unused(Module):
-    """A part of it has no part in its result."""
+    """Has parameters without a gradient."""
 
     def __init__(self, nn: Any) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def blocks(nn: Any) -> Module:
 
 
 def transformer(nn: Any) -> Module:
-    """Its layers end with a norm, of whose output the next one makes queries, keys and values."""
+    """Each layer ends with a norm. The next one computes queries, keys and values from its output."""
     return Sequential(
         *[nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, 0.0, "gelu", batch_first=True) for _ in range(2)]
     )
@@ -159,7 +159,7 @@ MODELS: dict[str, Make] = {
 
 
 def seeded(make: Make, nn: Any, dtype: torch.dtype = torch.float64) -> Module:
-    """A model of weights drawn at random, those of norms too: the same for torch's layers as for ours."""
+    """Return a model with random weights, also in norms. They are the same for torch.nn and manualgrad.nn."""
     torch.manual_seed(0)
     model = make(nn).to(dtype)
     with torch.no_grad():
@@ -168,7 +168,7 @@ def seeded(make: Make, nn: Any, dtype: torch.dtype = torch.float64) -> Module:
     return model
 
 
-def each_of_ours(make: Make) -> Iterator[tuple[str, Module]]:
+def manual_models(make: Make) -> Iterator[tuple[str, Module]]:
     yield "manualgrad.nn", seeded(make, manualgrad.nn)
     yield "convert", manualgrad.convert(seeded(make, torch.nn), functional=True)
 
@@ -178,18 +178,18 @@ def examples() -> Tensor:
 
 
 def backward(model: Module, x: Tensor) -> None:
-    """The gradients of a mean over the examples."""
+    """Run the backward of a mean over the examples."""
     y = model(x)
     (y if y.dim() == 0 else y.square().mean()).backward()
 
 
 def gradients(model: Module) -> list[Tensor]:
-    """Whole, of every parameter; of one that took no part zero."""
+    """Return the full gradient of every parameter, or zero if it has none."""
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return [g.full_tensor() if isinstance(g, DTensor) else g for g in found]
 
 
-def of_one_process(make: Make, x: Tensor) -> list[Tensor]:
+def reference_gradients(make: Make, x: Tensor) -> list[Tensor]:
     model = seeded(make, torch.nn)
     backward(model, x)
     return gradients(model)
@@ -197,7 +197,7 @@ def of_one_process(make: Make, x: Tensor) -> list[Tensor]:
 
 @contextlib.contextmanager
 def case(*names: object) -> Iterator[None]:
-    """A failure inside says which case it was."""
+    """Add the names of the case to an exception."""
     try:
         yield
     except Exception as error:
@@ -209,7 +209,7 @@ def same(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
     assert_close(list(found), list(expected), rtol=1e-10, atol=1e-12)
 
 
-# --- what two processes do ---
+# --- data parallelism ---
 
 
 def data_parallel(rank: int) -> None:
@@ -219,40 +219,40 @@ def data_parallel(rank: int) -> None:
     options: tuple[dict[str, bool], ...] = ({}, {"static_graph": True, "gradient_as_bucket_view": True})
     ways = [(name, make, option) for name, make in MODELS.items() for option in options]
     for name, make, option in [*ways, ("unused", Unused, {"find_unused_parameters": True})]:
-        for origin, model in each_of_ours(make):
+        for origin, model in manual_models(make):
             with case("DDP", name, option, origin):
                 backward(DistributedDataParallel(model, **option), here)
-                same(gradients(model), of_one_process(make, x))
-    for origin, model in each_of_ours(blocks):
+                same(gradients(model), reference_gradients(make, x))
+    for origin, model in manual_models(blocks):
         with case("DDP", "accumulation", origin):
             replica = DistributedDataParallel(model)
             for i, piece in enumerate(here.chunk(PIECES)):
                 with contextlib.nullcontext() if i == PIECES - 1 else replica.no_sync():
                     backward(replica, piece)
-            same(gradients(model), [PIECES * g for g in of_one_process(blocks, x)])
+            same(gradients(model), [PIECES * g for g in reference_gradients(blocks, x)])
     halves = [seeded(batch_normed, torch.nn) for _ in range(2)]
     for half, part in zip(halves, x.chunk(2), strict=True):
         backward(half, part)
-    for origin, model in each_of_ours(batch_normed):
+    for origin, model in manual_models(batch_normed):
         with case("DDP", "batch norm of each half", origin):
             backward(DistributedDataParallel(model), here)
             same(gradients(model), [(a + b) / 2 for a, b in zip(*map(gradients, halves), strict=True)])
             assert_close(dict(model.named_buffers()), dict(halves[rank].named_buffers()))
-    for origin, model in each_of_ours(batch_normed):
+    for origin, model in manual_models(batch_normed):
         with case("DDP", "batch norm of both", origin):
-            model.get_submodule("2").forward = partial(of_both, model.get_submodule("2"))
+            model.get_submodule("2").forward = partial(sync_forward, model.get_submodule("2"))
             backward(DistributedDataParallel(model), here)
-            same(gradients(model), of_one_process(batch_normed, x))
+            same(gradients(model), reference_gradients(batch_normed, x))
 
 
-def of_both(norm: Any, x: Tensor) -> Tensor:
-    """What SyncBatchNorm calls; the module itself refuses the CPU."""
+def sync_forward(norm: Any, x: Tensor) -> Tensor:
+    """Do what SyncBatchNorm does: the module itself refuses the CPU."""
     synced: Any = sync_batch_norm
     statistics = norm.running_mean, norm.running_var
     return synced(x, norm.weight, norm.bias, *statistics, norm.eps, norm.momentum, dist.group.WORLD, 2)
 
 
-WRAPPED: dict[str, Callable[[Module], bool]] = {
+WRAPPING: dict[str, Callable[[Module], bool]] = {
     "whole": lambda layer: False,
     "by block": lambda layer: isinstance(layer, (Block, torch.nn.TransformerEncoderLayer)),
     "by checkpoint": lambda layer: isinstance(layer, Checkpointed),
@@ -260,21 +260,21 @@ WRAPPED: dict[str, Callable[[Module], bool]] = {
         any(True for _ in layer.parameters(recurse=False))
         and not isinstance(layer, NonDynamicallyQuantizableLinear)  # the attention around it reads its weight
     ),
-    "norms apart": lambda layer: isinstance(layer, (torch.nn.LayerNorm, torch.nn.RMSNorm)),
+    "norms only": lambda layer: isinstance(layer, (torch.nn.LayerNorm, torch.nn.RMSNorm)),
 }
 
 
-def sharded(model: Module, apart: Callable[[Module], bool], **options: Any) -> Any:
+def sharded(model: Module, select: Callable[[Module], bool], **options: Any) -> Any:
     for layer in list(model.modules()):
-        if layer is not model and apart(layer):
+        if layer is not model and select(layer):
             fully_shard(layer, **options)
     return fully_shard(model, **options)
 
 
-def wrapped(model: Module) -> dict[str, Callable[[Module], bool]]:
-    """Those that make a difference to this model."""
+def wrappings(model: Module) -> dict[str, Callable[[Module], bool]]:
+    """Return the ways that differ for this model."""
     layers = list(model.modules())[1:]
-    return {way: apart for way, apart in WRAPPED.items() if way == "whole" or any(map(apart, layers))}
+    return {way: select for way, select in WRAPPING.items() if way == "whole" or any(map(select, layers))}
 
 
 def fully_sharded(rank: int) -> None:
@@ -282,19 +282,19 @@ def fully_sharded(rank: int) -> None:
     mesh, x = init_device_mesh("cpu", (2,)), examples()
     here = x.chunk(2)[rank]
     for name, make in MODELS.items():
-        expected = of_one_process(make, x)
-        for way, apart in wrapped(make(torch.nn)).items():
-            for reshard, (origin, model) in zip((True, False), each_of_ours(make), strict=True):
+        expected = reference_gradients(make, x)
+        for way, select in wrappings(make(torch.nn)).items():
+            for reshard, (origin, model) in zip((True, False), manual_models(make), strict=True):
                 with case("FSDP2", name, way, f"{reshard=}", origin):
-                    backward(sharded(model, apart, mesh=mesh, reshard_after_forward=reshard), here)
+                    backward(sharded(model, select, mesh=mesh, reshard_after_forward=reshard), here)
                     same(gradients(model), expected)
-    expected = of_one_process(blocks, x)
-    for way, apart in wrapped(blocks(torch.nn)).items():
+    expected = reference_gradients(blocks, x)
+    for way, select in wrappings(blocks(torch.nn)).items():
         for reshard in (True, False):
             with case("FSDP2", way, f"{reshard=}"):
                 model = seeded(blocks, manualgrad.nn)
-                shards: FSDPModule = sharded(model, apart, mesh=mesh, reshard_after_forward=reshard)
-                for i, piece in enumerate(here.chunk(PIECES)):  # accumulated, then sent
+                shards: FSDPModule = sharded(model, select, mesh=mesh, reshard_after_forward=reshard)
+                for i, piece in enumerate(here.chunk(PIECES)):  # accumulated, then reduced
                     shards.set_requires_gradient_sync(i == PIECES - 1)
                     backward(model, piece)
                 loss = model(here).square().mean()
@@ -305,15 +305,15 @@ def fully_sharded(rank: int) -> None:
 
 
 def mixed_precision(mesh: DeviceMesh, x: Tensor, here: Tensor) -> None:
-    """In bfloat16, sums over processes in float32: as near to the truth as torch's layers come."""
+    """bfloat16, with sums over processes in float32: the error is at most 1.1 times that of torch's layers."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for name in ("blocks", "transformer", "language model"):
         make = MODELS[name]
-        exact = torch.cat([g.flatten() for g in of_one_process(make, x)])
-        for way, apart in wrapped(make(torch.nn)).items():
+        exact = torch.cat([g.flatten() for g in reference_gradients(make, x)])
+        for way, select in wrappings(make(torch.nn)).items():
 
-            def error(nn: Any, make: Make = make, apart: Any = apart, exact: Tensor = exact) -> float:
-                model = sharded(seeded(make, nn, torch.float32), apart, mesh=mesh, mp_policy=policy)
+            def error(nn: Any, make: Make = make, select: Any = select, exact: Tensor = exact) -> float:
+                model = sharded(seeded(make, nn, torch.float32), select, mesh=mesh, mp_policy=policy)
                 backward(model, here.float())
                 found = gradients(model)
                 assert {g.dtype for g in found} == {torch.float32}
@@ -323,7 +323,7 @@ def mixed_precision(mesh: DeviceMesh, x: Tensor, here: Tensor) -> None:
                 assert error(manualgrad.nn) <= 1.1 * error(torch.nn)
 
 
-# --- tensor parallelism: weights lie in parts, and rules are given DTensors ---
+# --- tensor parallelism: weights are sharded, and rules get DTensors ---
 
 
 class Gated(Module):
@@ -364,7 +364,7 @@ class Layer(Module):
 
 
 class Words(Module):
-    """From words to the loss of the words that come next, by way of their scores."""
+    """Predicts the next word."""
 
     def __init__(self, nn: Any, causal: bool) -> None:
         super().__init__()
@@ -383,11 +383,11 @@ def mlp(nn: Any) -> Module:
 
 
 def plans(local: bool) -> dict[str, tuple[Make, dict[str, Any]]]:
-    """Models, and how their weights are dealt out; what lies between the layers are DTensors, unless `local`."""
+    """Return models and their sharding plans. Activations between layers are DTensors unless `local`."""
     columns = partial(ColwiseParallel, use_local_output=local)
     gated = {"gate": columns(), "up": columns(), "down": RowwiseParallel()}
     attention = {"query": columns(), "key": columns(), "value": columns(), "out": RowwiseParallel()}
-    # between attention and MLP the places of a text are dealt out
+    # between attention and MLP the positions of a text are sharded
     places, everywhere = (Shard(1),), (Replicate(),)
     gathered = PrepareModuleInput(input_layouts=places, desired_input_layouts=everywhere)
     layer = {
@@ -409,28 +409,28 @@ def plans(local: bool) -> dict[str, tuple[Make, dict[str, Any]]]:
     return {
         "MLP": (mlp, {"0": columns(), "2": RowwiseParallel()}),
         "gated MLP": (Gated, gated),
-        "attention": (partial(Attention, causal=local), attention),  # torch's own makes its mask no DTensor
+        "attention": (partial(Attention, causal=local), attention),  # torch makes a causal mask that is no DTensor
         "words": (partial(Words, causal=local), words),
     }
 
 
 def tensor_parallel(rank: int) -> None:
-    """`parallelize_module`: the gradients of weights in parts, and of what goes in."""
+    """`parallelize_module`: the gradients of sharded weights and of the input."""
     mesh, x = init_device_mesh("cpu", (2,)), examples()
-    kernel = partial(sdpa_kernel, SDPBackend.MATH)  # torch can share out no other on the CPU
+    kernel = partial(sdpa_kernel, SDPBackend.MATH)  # the only backend that torch can shard on the CPU
     for local in (True, False):
         for name, (make, plan) in plans(local).items():
             if name in ("attention", "words") and torch.__version__ < TorchVersion("2.13"):
-                continue  # that torch does not flatten a sharded axis
+                continue  # these versions cannot flatten a sharded axis
             expected = seeded(make, torch.nn)
             backward(expected, there := x.clone().requires_grad_())
-            for origin, model in each_of_ours(make):
+            for origin, model in manual_models(make):
                 with case("tensor parallel", name, f"{local=}", origin), loss_parallel(), kernel():
                     backward(parallelize_module(model, mesh, dict(plan)), here := x.clone().requires_grad_())
                     same(gradients(model), gradients(expected))
                     assert_close(here.grad, there.grad)
     make, plan = plans(local=True)["gated MLP"]
-    expected = of_one_process(make, x)
+    expected = reference_gradients(make, x)
     for shape in ((2, 1), (1, 2)):
         with case("FSDP2 and tensor parallel", shape):
             grid = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
@@ -445,9 +445,9 @@ GROUPS = (data_parallel, fully_sharded, tensor_parallel)
 
 def process(rank: int, group: Callable[[int], None], rendezvous: str) -> None:
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # so a linear layer does
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # a linear layer does
     torch.set_num_threads(1)
-    recomputation.SMALL = 0
+    recomputation.MIN_ELEMENTS = 0
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
@@ -461,13 +461,13 @@ def test_two_processes_have_the_gradients_of_one(group: Callable[[int], None], t
     mp.spawn(process, args=arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
 
 
-# --- every operation, given DTensors ---
+# --- every operation with DTensors ---
 
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
-    """Of one process: how operations are shared out is settled as it is for many."""
-    rendezvous = tmp_path_factory.mktemp("alone") / "rendezvous"
+    """A mesh of one process. The sharding of operations is decided like for many."""
+    rendezvous = tmp_path_factory.mktemp("mesh") / "rendezvous"
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -479,9 +479,9 @@ Placed = Callable[[Tensor], Tensor]
 def derived(
     function: Callable[..., Any], call: SampleInput, first: Placed, differentiable: Placed, others: Placed
 ) -> list[Tensor]:
-    """The value and its gradients, where the arguments are placed so."""
-    leaves = call.differentiable()
-    values = {place: (differentiable if place in leaves else others)(call[place]) for place in call.tensors()}
+    """Return the value and the gradients for these placements of the arguments."""
+    leaves = call.differentiable_paths()
+    values = {place: (differentiable if place in leaves else others)(call[place]) for place in call.tensor_paths()}
     values[leaves[0]] = first(call[leaves[0]])
     for place in leaves:
         values[place] = values[place].detach().clone().requires_grad_()
@@ -494,22 +494,26 @@ def derived(
     return [x.full_tensor() if isinstance(x, DTensor) else x for x in (y.detach(), *found)]
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, of what it costs to share an operation out
+@pytest.mark.filterwarnings("ignore")  # torch warns about the cost of redistribution
 def test_rules_take_dtensors_wherever_torch_does(op: Op, mesh: DeviceMesh) -> None:
-    def whole(tensor: Tensor) -> Tensor:
+    def replicated(tensor: Tensor) -> Tensor:
         return distribute_tensor(tensor, mesh, [Replicate()])
 
-    def in_parts(tensor: Tensor) -> Tensor:
+    def sharded_first(tensor: Tensor) -> Tensor:
         return distribute_tensor(tensor, mesh, [Shard(0) if tensor.dim() else Replicate()])
 
     def plain(tensor: Tensor) -> Tensor:
         return tensor
 
     call = next(iter(op.sample_inputs(TensorFactory())))
-    if op.random or not call.differentiable():
+    if op.random or not call.differentiable_paths():
         pytest.skip("nothing to compare")
     compared = 0
-    for way in ((whole, whole, whole), (in_parts, whole, whole), (whole, whole, plain)):
+    for way in (
+        (replicated, replicated, replicated),
+        (sharded_first, replicated, replicated),
+        (replicated, replicated, plain),
+    ):
         try:
             derived(op.reference, call, *way)
         except Exception:
@@ -517,4 +521,4 @@ def test_rules_take_dtensors_wherever_torch_does(op: Op, mesh: DeviceMesh) -> No
         same(derived(op.function, call, *way), derived(op.function, call, plain, plain, plain))
         compared += 1
     if not compared:
-        pytest.skip("torch takes none")
+        pytest.skip("torch supports no DTensors here")

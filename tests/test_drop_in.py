@@ -1,7 +1,7 @@
-"""As torch.nn.functional: what every operation shares with torch's own, tried on every sample of the table.
+"""Every operation is a drop-in replacement of torch's, on every sample input.
 
-The oracle for values and first derivatives is torch's own operation; above first order it is not (torch is wrong
-there in places), so there the oracle is the finite difference of the derivative one order below.
+Values, first derivatives, dtypes, special values and errors are compared with torch's function. Higher derivatives
+are compared with finite differences, because torch's are wrong for some operations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph import foreign, nodes
+from graph import nodes, torch_derivatives
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
@@ -26,17 +26,17 @@ SEED = 7
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
-def sample(op: Op, number: int, device: str, dtype: torch.dtype = torch.float64) -> SampleInput:
+def make_sample(op: Op, number: int, device: str, dtype: torch.dtype = torch.float64) -> SampleInput:
     return list(op.sample_inputs(TensorFactory(dtype, device)))[number]
 
 
 @pytest.fixture
-def call(op: Op, number: int, device: str) -> SampleInput:
-    return sample(op, number, device)
+def sample(op: Op, number: int, device: str) -> SampleInput:
+    return make_sample(op, number, device)
 
 
 def seeded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, drawing the same random numbers in every call."""
+    """The function, which gets the same random numbers in every sample."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         set_seed(SEED)
@@ -45,13 +45,15 @@ def seeded(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def of_tensors(op: Op, call: SampleInput, function: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
-    """The operation as a function of the tensors that have a gradient; several results as one vector."""
-    places, chosen = call.differentiable(), seeded(function or op.function)
+def of_tensors(
+    op: Op, sample: SampleInput, function: Callable[..., Tensor] | None = None
+) -> Callable[..., Tensor]:
+    """The operation as a function of its differentiable tensors, with one output."""
+    paths, seeded_function = sample.differentiable_paths(), seeded(function or op.function)
 
     def run(*tensors: Tensor) -> Tensor:
-        full = call.replace(places, tensors)
-        return joined(chosen(*full.args, **full.kwargs))
+        full = sample.replace(paths, tensors)
+        return concatenated(seeded_function(*full.args, **full.kwargs))
 
     return run
 
@@ -60,8 +62,8 @@ def tensors_in(result: Any) -> list[Tensor]:
     return [x for x in tree_leaves(result) if isinstance(x, Tensor)]
 
 
-def joined(result: Any) -> Tensor:
-    """A result of several tensors as one."""
+def concatenated(result: Any) -> Tensor:
+    """The result as one tensor."""
     if isinstance(result, Tensor):
         return result
     parts = [part.flatten() for part in tensors_in(result)]
@@ -69,74 +71,74 @@ def joined(result: Any) -> Tensor:
         return torch.cat(parts)
 
 
-def tensors_of(call: SampleInput, needed: Sequence[bool] | None = None) -> list[Tensor]:
-    found = [call[place].detach().clone() for place in call.differentiable()]
+def tensors_of(sample: SampleInput, needed: Sequence[bool] | None = None) -> list[Tensor]:
+    found = [sample[path].detach().clone() for path in sample.differentiable_paths()]
     return [x.requires_grad_(needed is None or needed[i]) for i, x in enumerate(found)]
 
 
-def like(output: Tensor, seed: int = 3) -> Tensor:
-    """An upstream gradient: different for each element."""
+def random_like(output: Tensor, seed: int = 3) -> Tensor:
+    """Different for each element, as a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(output.shape, dtype=torch.float64, generator=generator).to(output)
 
 
 def gradients(
-    function: Callable[..., Tensor], tensors: Sequence[Tensor], upstream: Tensor | None = None
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], grad_output: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     output = function(*tensors)
     needed = [x for x in tensors if x.requires_grad]
     if not output.requires_grad:
         return output.detach(), []
-    upstream = like(output) if upstream is None else upstream
-    return output.detach(), list(torch.autograd.grad(output, needed, upstream))
+    grad_output = random_like(output) if grad_output is None else grad_output
+    return output.detach(), list(torch.autograd.grad(output, needed, grad_output))
 
 
-# --- value and first order: as torch's own ---
+# --- values and first derivatives ---
 
 
-def test_value(op: Op, number: int, device: str) -> None:
+def test_value_matches_torch(op: Op, number: int, device: str) -> None:
     for dtype in (torch.float64, torch.float32):
-        call = sample(op, number, device, dtype)
-        ours = seeded(op.function)(*call.args, **call.kwargs)
+        sample = make_sample(op, number, device, dtype)
+        result = seeded(op.function)(*sample.args, **sample.kwargs)
         state = torch.get_rng_state()
-        torch_s = seeded(op.reference)(*call.args, **call.kwargs)
-        for our, their in zip(tensors_in(ours), tensors_in(torch_s), strict=True):
-            assert torch.equal(our, their), "value"
-            assert (our.dtype, our.shape, our.stride()) == (their.dtype, their.shape, their.stride())
-        assert torch.equal(state, torch.get_rng_state()), "random stream"
+        torch_result = seeded(op.reference)(*sample.args, **sample.kwargs)
+        for x, y in zip(tensors_in(result), tensors_in(torch_result), strict=True):
+            assert torch.equal(x, y), "value"
+            assert (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride())
+        assert torch.equal(state, torch.get_rng_state()), "random state"
 
 
-def test_torchs_gradient_of_each_subset(op: Op, call: SampleInput) -> None:
-    for needed in itertools.product((False, True), repeat=len(call.differentiable())):
-        ours, found = gradients(of_tensors(op, call), tensors_of(call, needed))
-        torch_s, expected = gradients(of_tensors(op, call, op.reference), tensors_of(call, needed))
-        assert_close(ours, torch_s, rtol=0, atol=0)
-        assert_close(found, expected)
+def test_gradients_match_torch(op: Op, sample: SampleInput) -> None:
+    for needed in itertools.product((False, True), repeat=len(sample.differentiable_paths())):
+        output, grads = gradients(of_tensors(op, sample), tensors_of(sample, needed))
+        torch_output, torch_grads = gradients(of_tensors(op, sample, op.reference), tensors_of(sample, needed))
+        assert_close(output, torch_output, rtol=0, atol=0)
+        assert_close(grads, torch_grads)
 
 
-def test_gradcheck(op: Op, call: SampleInput) -> None:
-    if not call.gradient_is_derivative:
+def test_gradcheck(op: Op, sample: SampleInput) -> None:
+    if not sample.gradient_is_derivative:
         return
     torch.autograd.gradcheck(
-        of_tensors(op, call),
-        tensors_of(call),
+        of_tensors(op, sample),
+        tensors_of(sample),
         check_forward_ad=True,
-        check_batched_grad=not op.random,  # legacy vmap refuses random numbers
+        check_batched_grad=not op.random,  # legacy vmap does not support random numbers
         check_batched_forward_grad=not op.random,
     )
 
 
-def test_gradgradcheck(op: Op, call: SampleInput) -> None:
+def test_gradgradcheck(op: Op, sample: SampleInput) -> None:
     torch.autograd.gradgradcheck(
-        of_tensors(op, call), tensors_of(call), check_fwd_over_rev=True, check_batched_grad=not op.random
+        of_tensors(op, sample), tensors_of(sample), check_fwd_over_rev=True, check_batched_grad=not op.random
     )
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")
-def test_complex(op: Op, call: SampleInput) -> None:
-    """Differentiated wherever torch does, as torch does; never silently wrong."""
-    places = call.differentiable()
-    changed = call.replace(places, [torch.complex(call[place], like(call[place])) for place in places])
+def test_complex(op: Op, sample: SampleInput) -> None:
+    """Complex inputs have torch's gradients, or both functions raise an error."""
+    paths = sample.differentiable_paths()
+    changed = sample.replace(paths, [torch.complex(sample[path], random_like(sample[path])) for path in paths])
 
     def outcome(function: Callable[..., Tensor]) -> Any:
         try:
@@ -144,70 +146,67 @@ def test_complex(op: Op, call: SampleInput) -> None:
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             return type(error)
 
-    ours, torch_s = outcome(op.function), outcome(op.reference)
-    if isinstance(ours, type):
-        assert isinstance(torch_s, type), "torch differentiates it"
+    result, torch_result = outcome(op.function), outcome(op.reference)
+    if isinstance(result, type):
+        assert isinstance(torch_result, type), "torch supports it"
     else:
         torch.autograd.gradcheck(of_tensors(op, changed), tensors_of(changed), check_forward_ad=True)
-        if not isinstance(torch_s, type):
-            assert_close(ours, torch_s)
+        if not isinstance(torch_result, type):
+            assert_close(result, torch_result)
 
 
-# --- higher orders: along a line, where a derivative is one number ---
-
-# --- torch.func, compile, autocast ---
+# --- autocast and low precision ---
 
 
-def test_torchs_autocast(op: Op, number: int, device: str) -> None:
-    """Forward and backward in the dtypes that torch's own operation takes there."""
+def test_autocast_matches_torch(op: Op, number: int, device: str) -> None:
     for dtype, lower in itertools.product((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
-        call = sample(op, number, device, dtype)
+        sample = make_sample(op, number, device, dtype)
         with torch.autocast(device, lower):
             try:
-                torch_s, expected = gradients(of_tensors(op, call, op.reference), tensors_of(call))
+                expected = gradients(of_tensors(op, sample, op.reference), tensors_of(sample))
             except RuntimeError:  # torch has no kernel for this dtype
                 continue
-            ours, found = gradients(of_tensors(op, call), tensors_of(call))
-        assert (ours.dtype, [x.dtype for x in found]) == (torch_s.dtype, [x.dtype for x in expected])
+            found = gradients(of_tensors(op, sample), tensors_of(sample))
         rounding = 16 * torch.finfo(lower).eps
-        assert_close((ours, found), (torch_s, expected), rtol=rounding, atol=rounding)
+        assert_close(found, expected, rtol=rounding, atol=rounding)  # dtypes too
 
 
-def low_precision_errors(op: Op, call: SampleInput, dtype: torch.dtype) -> list[tuple[float, float, float]]:
-    """For each gradient the error against float64 of ours and of torch's, and the size of its last place."""
-    places = [*call.differentiable(), *call.fixed()]
-    exact = call.replace(places, [call[place].double() for place in places])
-    output = of_tensors(op, exact)(*tensors_of(exact, [False] * len(exact.differentiable())))
-    upstream = like(output).to(dtype)
-    truth = gradients(of_tensors(op, exact), tensors_of(exact), upstream.double().to(output.dtype))[1]
+def low_precision_errors(op: Op, sample: SampleInput, dtype: torch.dtype) -> list[tuple[float, float, float]]:
+    """Per gradient: manualgrad's and torch's error compared with float64, and one unit in the last place."""
+    paths = [*sample.differentiable_paths(), *sample.no_grad_paths()]
+    exact = sample.replace(paths, [sample[path].double() for path in paths])
+    output = of_tensors(op, exact)(*tensors_of(exact, [False] * len(exact.differentiable_paths())))
+    grad_output = random_like(output).to(dtype)
+    truth = gradients(of_tensors(op, exact), tensors_of(exact), grad_output.double().to(output.dtype))[1]
     try:
-        torch_s = gradients(of_tensors(op, call, op.reference), tensors_of(call), upstream)[1]
-    except NotImplementedError:  # torch has no kernel for the dtype
+        torch_grads = gradients(of_tensors(op, sample, op.reference), tensors_of(sample), grad_output)[1]
+    except NotImplementedError:  # torch has no kernel for this dtype
         return []
-    ours = gradients(of_tensors(op, call), tensors_of(call), upstream)[1]
-    assert [x.dtype for x in ours] == [x.dtype for x in torch_s]
+    grads = gradients(of_tensors(op, sample), tensors_of(sample), grad_output)[1]
+    assert [x.dtype for x in grads] == [x.dtype for x in torch_grads]
     return [
         (
-            (our.double() - true).norm().item(),
-            (their.double() - true).norm().item(),
+            (x.double() - true).norm().item(),
+            (y.double() - true).norm().item(),
             torch.finfo(dtype).eps * true.norm().item(),
         )
-        for true, our, their in zip(truth, ours, torch_s, strict=True)
+        for true, x, y in zip(truth, grads, torch_grads, strict=True)
     ]
 
 
-def test_torchs_low_precision(op: Op, number: int, device: str) -> None:
+def test_low_precision_matches_torch(op: Op, number: int, device: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        call = sample(op, number, device, dtype)
-        for ours, allowed, last_place in low_precision_errors(op, call, dtype):
-            assert ours <= 1.1 * allowed + last_place, dtype
+        sample = make_sample(op, number, device, dtype)
+        for error, torch_error, last_place in low_precision_errors(op, sample, dtype):
+            assert error <= 1.1 * torch_error + last_place, dtype
 
 
 def test_low_precision_at_full_size(op: Op, device: str) -> None:
-    """Over many elements chance averages out: the error is no worse than torch's, with nothing added."""
+    """With many elements the errors average out, so the tolerance is smaller."""
     for dtype in (torch.bfloat16, torch.float16):
-        for ours, allowed, _ in low_precision_errors(op, op.benchmark_input(TensorFactory(dtype, device)), dtype):
-            assert ours <= 1.01 * allowed, dtype
+        sample = op.benchmark_input(TensorFactory(dtype, device))
+        for error, torch_error, _ in low_precision_errors(op, sample, dtype):
+            assert error <= 1.01 * torch_error, dtype
 
 
 # --- strides, sizes, special values ---
@@ -221,41 +220,41 @@ def layouts(tensor: Tensor) -> list[Tensor]:
     return found
 
 
-def test_strides(op: Op, call: SampleInput) -> None:
-    function, reference = of_tensors(op, call), of_tensors(op, call, op.reference)
-    tensors = tensors_of(call)
+def test_strides(op: Op, sample: SampleInput) -> None:
+    function, reference = of_tensors(op, sample), of_tensors(op, sample, op.reference)
+    tensors = tensors_of(sample)
     output, expected = gradients(function, tensors)
     for i, tensor in enumerate(tensors):
         for other in layouts(tensor.detach()):
             changed = [*tensors[:i], other.requires_grad_(), *tensors[i + 1 :]]
-            if op.random:  # which draws in the order of memory
+            if op.random:  # random numbers are drawn in memory order
                 assert_close(gradients(function, changed), gradients(reference, changed))
-            else:  # torch's batch norm reads a strided weight as if contiguous: its oracle is itself, contiguous
+            else:  # not torch's result: its batch norm reads a strided weight as if it were contiguous
                 assert_close(gradients(function, changed), (output, expected))
-    for upstream in layouts(like(output)):
-        assert_close(gradients(function, tensors, upstream)[1], expected)
+    for grad_output in layouts(random_like(output)):
+        assert_close(gradients(function, tensors, grad_output)[1], expected)
 
 
-def refused(function: Callable[..., Any], call: SampleInput) -> bool:
+def raises(function: Callable[..., Any], sample: SampleInput) -> bool:
     try:
-        function(*call.args, **call.kwargs)
+        function(*sample.args, **sample.kwargs)
     except (IndexError, RuntimeError):
         return True
     return False
 
 
-def test_torchs_zero_size(op: Op, call: SampleInput) -> None:
-    first = call.args[0]
+def test_zero_size_matches_torch(op: Op, sample: SampleInput) -> None:
+    first = sample.args[0]
     if first.dim() < 2:
         return
-    batched = [place for place in call.tensors() if call[place].shape[:1] == first.shape[:1]]
-    empty = call.replace(batched, [call[place][:0] for place in batched])
+    batched = [path for path in sample.tensor_paths() if sample[path].shape[:1] == first.shape[:1]]
+    empty = sample.replace(batched, [sample[path][:0] for path in batched])
     try:
         expected = gradients(of_tensors(op, empty, op.reference), tensors_of(empty))
     except (IndexError, RuntimeError):
-        if refused(op.reference, empty):  # the size of the batch stands elsewhere too
-            assert refused(op.function, empty)
-        else:  # a gradient where torch has none
+        if raises(op.reference, empty):  # another argument depends on the batch size
+            assert raises(op.function, empty)
+        else:  # manualgrad supports more than torch
             gradients(of_tensors(op, empty), tensors_of(empty))
         return
     assert_close(gradients(of_tensors(op, empty), tensors_of(empty)), expected, equal_nan=True)
@@ -279,58 +278,65 @@ SPECIAL = (
 )
 
 
-def test_torchs_special_values(op: Op, number: int, device: str) -> None:
-    """±0, ±inf, nan and the kinks, in each input and upstream: torch's value, or better where torch has nan."""
+def test_special_values_match_torch(op: Op, number: int, device: str) -> None:
+    """±0, ±inf, nan and the kinks, in each input and in grad_output. Any number may replace torch's nan."""
     for dtype in (torch.float64, torch.float32):
-        call = sample(op, number, device, dtype)
+        sample = make_sample(op, number, device, dtype)
         if not op.supports_special_values:
             return
-        function, reference = of_tensors(op, call), of_tensors(op, call, op.reference)
-        tensors = tensors_of(call)
+        function, reference = of_tensors(op, sample), of_tensors(op, sample, op.reference)
+        tensors = tensors_of(sample)
         output = function(*tensors).detach()
-        trials: list[tuple[list[Tensor], Tensor]] = [(tensors, special(output))]
+        cases: list[tuple[list[Tensor], Tensor]] = [(tensors, with_special_values(output))]
         for i, tensor in enumerate(tensors):
             for shift in range(0, len(SPECIAL), max(1, tensor.numel())):
-                changed = [*tensors[:i], special(tensor.detach(), shift).requires_grad_(), *tensors[i + 1 :]]
-                trials += [(changed, like(output)), (changed, special(output, 4))]
-        for inputs, upstream in trials:
-            ours, found = gradients(function, inputs, upstream)
-            torch_s, expected = gradients(reference, inputs, upstream)
-            assert_close(ours, torch_s, equal_nan=True)
-            for x, a, b in zip(inputs, found, expected, strict=True):
-                # At a nan torch gives another gradient where its kernel is vectorized and where it is not.
+                changed = [
+                    *tensors[:i],
+                    with_special_values(tensor.detach(), shift).requires_grad_(),
+                    *tensors[i + 1 :],
+                ]
+                cases += [(changed, random_like(output)), (changed, with_special_values(output, 4))]
+        for inputs, grad_output in cases:
+            output, grads = gradients(function, inputs, grad_output)
+            torch_output, torch_grads = gradients(reference, inputs, grad_output)
+            assert_close(output, torch_output, equal_nan=True)
+            for x, a, b in zip(inputs, grads, torch_grads, strict=True):
+                # for a nan, torch's gradient depends on whether its kernel is vectorized
                 known = ~b.isnan() & ~(x.isnan() & a.isnan())
-                size = b[b.isfinite()].abs().amax().item() if b.isfinite().any() else 0  # what may cancel
+                largest = b[b.isfinite()].abs().amax().item() if b.isfinite().any() else 0
                 tolerance = 64 * torch.finfo(dtype).eps
-                explain = f"\ninputs {inputs}\nupstream {upstream}\nours {a}\ntorch {b}"
+                details = f"\ninputs {inputs}\ngrad_output {grad_output}\nmanualgrad {a}\ntorch {b}"
                 assert_close(
-                    a[known], b[known], rtol=tolerance, atol=tolerance * size, msg=lambda m, more=explain: m + more
+                    *(a[known], b[known]),
+                    rtol=tolerance,
+                    atol=tolerance * largest,
+                    msg=lambda m, details=details: m + details,
                 )
 
 
-def test_special_values_are_declared_where_they_fail(op: Op, device: str) -> None:
+def test_supports_special_values_is_not_stale(op: Op, device: str) -> None:
     if op.supports_special_values:
         return
-    trial = dataclasses.replace(op, supports_special_values=True)
+    enabled = dataclasses.replace(op, supports_special_values=True)
     failures: list[Exception | AssertionError] = []
     for number, _ in enumerate(op.sample_inputs(TensorFactory())):
         try:
-            test_torchs_special_values(trial, number, device)
+            test_special_values_match_torch(enabled, number, device)
         except (AssertionError, RuntimeError, ValueError) as failure:
             failures.append(failure)
     assert failures, "the declaration is stale"
 
 
-def special(tensor: Tensor, shift: int = 0) -> Tensor:
+def with_special_values(tensor: Tensor, shift: int = 0) -> Tensor:
     values = [SPECIAL[(i + shift) % len(SPECIAL)] for i in range(tensor.numel())]
     return torch.tensor(values, dtype=tensor.dtype, device=tensor.device).reshape(tensor.shape)
 
 
-def broken(call: SampleInput) -> list[SampleInput]:
-    """The call with one argument of a wrong shape, dtype or kind."""
+def invalid_samples(sample: SampleInput) -> list[SampleInput]:
+    """The sample with one argument of a wrong shape, dtype or type."""
     found = []
-    for place in [*range(len(call.args)), *call.kwargs]:
-        value = call[place]
+    for path in [*range(len(sample.args)), *sample.kwargs]:
+        value = sample[path]
         if isinstance(value, Tensor):
             changes: list[Any] = [
                 value.to(torch.int64),
@@ -346,41 +352,41 @@ def broken(call: SampleInput) -> list[SampleInput]:
             changes = ["unknown", 3]
         else:
             changes = ["text", -7, (2, 2)]
-        found += [call.replace([place], [change]) for change in changes]
+        found += [sample.replace([path], [change]) for change in changes]
     return found
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size", "ignore:.*out of bounds")
-def test_errors(op: Op, call: SampleInput) -> None:
-    """Where torch refuses, so do we, with the same type of error; where it does not, we agree."""
-    for bad in broken(call):
+def test_errors_match_torch(op: Op, sample: SampleInput) -> None:
+    """Invalid arguments raise the same type of error as in torch, or have the same result."""
+    for bad in invalid_samples(sample):
         outcomes: list[Any] = []
         for function in (op.function, op.reference):
             try:
-                outcomes.append(joined(seeded(function)(*bad.args, **bad.kwargs)))
+                outcomes.append(concatenated(seeded(function)(*bad.args, **bad.kwargs)))
             except Exception as error:
                 outcomes.append(error)
-        ours, torch_s = outcomes
-        if isinstance(torch_s, Exception):
-            assert type(ours) is type(torch_s), f"{bad}: {ours!r} where torch has {torch_s!r}"
-            assert str(ours)
+        outcome, torch_outcome = outcomes
+        if isinstance(torch_outcome, Exception):
+            assert type(outcome) is type(torch_outcome), f"{bad}: {outcome!r}, but torch: {torch_outcome!r}"
+            assert str(outcome)
         else:
-            assert not isinstance(ours, Exception), f"{bad}: {ours!r} where torch has a value"
-            assert_close(ours, torch_s, equal_nan=True)
+            assert not isinstance(outcome, Exception), f"{bad}: {outcome!r}, but torch returns a value"
+            assert_close(outcome, torch_outcome, equal_nan=True)
 
 
 # --- side effects ---
 
 
-def test_kept_for_backward(op: Op, device: str) -> None:
-    """No more bytes than torch keeps, for each subset of inputs."""
-    call = op.benchmark_input(TensorFactory(torch.float32, device))
-    for needed in itertools.product((False, True), repeat=len(call.differentiable())):
-        ours, torch_s = (
-            saved_bytes(of_tensors(op, call, function), *tensors_of(call, needed)).grand_total
+def test_saves_no_more_than_torch(op: Op, device: str) -> None:
+    """The bytes saved for backward, for each subset of inputs that require grad."""
+    sample = op.benchmark_input(TensorFactory(torch.float32, device))
+    for needed in itertools.product((False, True), repeat=len(sample.differentiable_paths())):
+        saved, torch_saved = (
+            saved_bytes(of_tensors(op, sample, function), *tensors_of(sample, needed)).grand_total
             for function in (op.function, op.reference)
         )
-        assert ours <= torch_s, needed
+        assert saved <= torch_saved, needed
 
 
 def _without_grad(output: Tensor) -> None:
@@ -397,45 +403,50 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def written_into(call: SampleInput, function: Callable[..., Any], write: Callable[[Tensor], Any]) -> Any:
-    """Outputs and inputs after a write into each output, and the gradients; or where it raises."""
-    leaves = tensors_of(call)
-    inputs, raises = [x * 1 for x in leaves], "write"
-    full = call.replace(call.differentiable(), inputs)
+def write_to_outputs(sample: SampleInput, function: Callable[..., Any], write: Callable[[Tensor], Any]) -> Any:
+    """Outputs, inputs and gradients after a write to each output, or the step that raises an error."""
+    leaves = tensors_of(sample)
+    inputs, step = [x * 1 for x in leaves], "write"
+    full = sample.replace(sample.differentiable_paths(), inputs)
     outputs = tensors_in(seeded(function)(*full.args, **full.kwargs))
     try:
         for output in outputs:
             write(output)
-        raises = "backward"
-        total = joined([(x * like(x, seed)).sum() for seed, x in enumerate([*outputs, *inputs])]).sum()
+        step = "backward"
+        total = concatenated(
+            [(x * random_like(x, seed)).sum() for seed, x in enumerate([*outputs, *inputs])]
+        ).sum()
         gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     except RuntimeError:
-        return raises
+        return step
     return outputs, inputs, gradients
 
 
-def test_writes_into_outputs(op: Op, call: SampleInput) -> None:
-    """What torch lets one write into, ours does, with torch's values and gradients. Where torch has kept what was
-    written over, and raises in backward, ours raises, or has the gradients of a write into a copy."""
+def test_inplace_writes_to_outputs(op: Op, sample: SampleInput) -> None:
+    """A write to an output has torch's values and gradients.
+
+    If torch has saved the output, its backward raises an error. Then manualgrad's raises one too, or has the
+    gradients of a write to a copy.
+    """
 
     def copied(*args: Any, **kwargs: Any) -> list[Tensor]:
         return [x.clone() for x in tensors_in(op.function(*args, **kwargs))]
 
     for name, write in WRITES.items():
-        ours, expected = (written_into(call, function, write) for function in (op.function, op.reference))
-        if expected == "backward" and ours != expected:
-            expected = written_into(call, copied, write)
-        if isinstance(ours, str) or isinstance(expected, str):
-            assert ours == expected, f"{name}: ours {ours}, torch {expected}"
+        found, expected = (write_to_outputs(sample, function, write) for function in (op.function, op.reference))
+        if expected == "backward" and found != expected:
+            expected = write_to_outputs(sample, copied, write)
+        if isinstance(found, str) or isinstance(expected, str):
+            assert found == expected, f"{name}: manualgrad {found}, torch {expected}"
             continue
-        for our, their in zip(tree_leaves(ours), tree_leaves(expected), strict=True):
-            assert (our is None) == (their is None), name
-            if our is not None:
-                assert_close(our, their, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+        for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+            assert (x is None) == (y is None), name
+            if x is not None:
+                assert_close(x, y, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_only_our_rules_in_the_graph(op: Op, call: SampleInput) -> None:
-    output = of_tensors(op, call)(*tensors_of(call))
-    assert not foreign(output)
-    ours = {name for name in nodes(output) if name.endswith("FunctionBackward")}
-    assert ours or output is call.args[0] or not call.kwargs.get("training", True)
+def test_graph_has_no_torch_derivatives(op: Op, sample: SampleInput) -> None:
+    output = of_tensors(op, sample)(*tensors_of(sample))
+    assert not torch_derivatives(output)
+    rules = {name for name in nodes(output) if name.endswith("FunctionBackward")}
+    assert rules or output is sample.args[0] or not sample.kwargs.get("training", True)

@@ -1,4 +1,4 @@
-"""scripts/explain.py, run as a user runs it, and its numbers computed again without it."""
+"""scripts/explain.py: its output, and its numbers compared with an independent computation."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from manualgrad.ops.linear import LinearFunction
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "explain.py"
-SampleInput = Callable[..., tuple[int, str, str]]
+ScriptCall = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(call_script: SampleInput) -> SampleInput:
+def call(call_script: ScriptCall) -> ScriptCall:
     return partial(call_script, SCRIPT)
 
 
 def step(output: str, heading: str) -> str:
-    """The text under the heading that begins so, after its number."""
-    found = re.search(
+    """The text of the step with this heading (without its number, possibly shortened)."""
+    match = re.search(
         rf"^\d+\. {re.escape(heading)}.*\n-+\n((?:.*\n)*?)(?=\d+\. .*\n---|[A-Z, ]+\n====|\Z)", output, re.M
     )
-    assert found, heading
-    return found[1]
+    assert match, heading
+    return match[1]
 
 
 def block(text: str, title: str) -> Tensor:
-    """The matrix below a title, by the columns of the page where it stands."""
+    """The matrix below a title, from its columns of the text."""
     lines = text.splitlines()
     (row,) = [i for i, line in enumerate(lines) if re.search(rf"(^|  ){re.escape(title)}(  |$)", line)]
     start = re.search(rf"(?:^|  )({re.escape(title)})(?:  |$)", lines[row]).start(1)  # type: ignore[union-attr]
@@ -57,8 +57,8 @@ def block(text: str, title: str) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def test_every_number_of_the_story_computed_again(call: SampleInput) -> None:
-    """By the chain rule written out for this one network, from the numbers that the page begins with."""
+def test_all_numbers(call: ScriptCall) -> None:
+    """Compare them with the chain rule written out for this network, starting from the printed inputs."""
     status, output, error = call("--digits", 6)
     assert (status, error) == (0, "")
     first, second = step(output, "linear1: Linear("), step(output, "linear2: Linear(")
@@ -83,9 +83,9 @@ def test_every_number_of_the_story_computed_again(call: SampleInput) -> None:
         "linear2.bias": to_y.sum(0, keepdim=True),
     }
 
-    def shown(heading: str, title: str, value: Tensor) -> None:
-        there = block(step(output, heading), title)
-        torch.testing.assert_close(there, value.reshape(there.shape), rtol=0, atol=5e-6)  # from rounded numbers
+    def assert_printed(heading: str, title: str, value: Tensor) -> None:
+        printed = block(step(output, heading), title)
+        torch.testing.assert_close(printed, value.reshape(printed.shape), rtol=0, atol=5e-6)  # rounded inputs
 
     for heading, title, value in [
         ("linear1: Linear(", "output", z),
@@ -108,35 +108,35 @@ def test_every_number_of_the_story_computed_again(call: SampleInput) -> None:
         ("linear1: LinearFunction", "∂L/∂weight → linear1.weight", gradients["linear1.weight"]),
         ("linear1: LinearFunction", "∂L/∂bias → linear1.bias", gradients["linear1.bias"]),
     ]:
-        shown(heading, title, value)
-    assert "∂L/∂input" not in step(output, "linear1: LinearFunction")  # nobody needs it
+        assert_printed(heading, title, value)
+    assert "∂L/∂input" not in step(output, "linear1: LinearFunction")  # not needed
 
     new = {}
     for (name, gradient), w in zip(gradients.items(), (w1, b1, w2, b2), strict=True):
         heading, new[name] = f"{name}: w - 0.5 ∂L/∂w", w - 0.5 * gradient
         for title, value in (("w", w), ("∂L/∂w", gradient), ("new w", new[name])):
-            shown(heading, title, value)
+            assert_printed(heading, title, value)
     after = torch.sigmoid(x @ new["linear1.weight"].T + new["linear1.bias"])
     after = ((after @ new["linear2.weight"].T + new["linear2.bias"] - t) ** 2).mean()
-    before_and_after = re.findall(r"\d\.\d+", step(output, "the loss on the same batch"))
-    assert list(map(float, before_and_after)) == pytest.approx([loss.item(), after.item()], abs=1e-5)
+    losses = re.findall(r"\d\.\d+", step(output, "loss of the same batch"))
+    assert list(map(float, losses)) == pytest.approx([loss.item(), after.item()], abs=1e-5)
 
     rows = re.findall(r"^(\S+)\[(.*)\] +(\S+) +(\S+) +(\S+)$", step(output, "each gradient"), re.M)
     assert len(rows) == 13
-    for name, place, *numbers in rows:
+    for name, index, *numbers in rows:
         value = gradients[name].reshape(w1.shape if name == "linear1.weight" else (1, -1))
-        value = value[tuple(map(int, f"0, {place}".split(", ")[-2:]))]
+        value = value[tuple(map(int, f"0, {index}".split(", ")[-2:]))]
         assert list(map(float, numbers)) == pytest.approx([value.item()] * 3, abs=1e-5)
 
-    descent = [line.split() for line in step(output, "the loss after each step").splitlines() if line]
+    descent = [line.split() for line in step(output, "loss after each step").splitlines() if line]
     assert [int(number) for number, _ in descent] == list(range(11))
     values = [float(value) for _, value in descent]
     assert values[:2] == pytest.approx([loss.item(), after.item()], abs=1e-5)
     assert values == sorted(values, reverse=True)
 
 
-def test_the_derivations_are_those_of_the_rules(call: SampleInput) -> None:
-    """Read off their docstrings, word for word, the inherited ones that they use too."""
+def test_derivations_are_the_docstrings_of_the_rules(call: ScriptCall) -> None:
+    """Including those of base classes that a rule uses."""
     _, output, _ = call()
     for heading, *rules in [
         ("linear2: LinearFunction", LinearFunction),
@@ -151,47 +151,49 @@ def test_the_derivations_are_those_of_the_rules(call: SampleInput) -> None:
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_the_excerpt_in_the_readme(call: SampleInput) -> None:
-    section = (ROOT / "README.md").read_text().partition("## Backpropagation step by step\n")[2]
+def test_excerpt_in_the_readme(call: ScriptCall) -> None:
+    """After a change: paste the lines of step 7. A line "..." stands for omitted ones."""
+    section = (ROOT / "scripts" / "README.md").read_text().partition("## Backpropagation step by step\n")[2]
     output = call()[1]
-    assert f"{section.split('```')[1]}\n" in output
-    assert "one of its fifteen steps" in section
+    for part in section.split("```")[1].removeprefix("text").split("\n...\n"):
+        assert part.strip("\n") in output
+    assert "one of fifteen steps" in section
     assert "\n15. " in output
     assert "\n16. " not in output
 
 
-def as_torchs(module: nn.Module) -> nn.Module:
-    """The same module with the classes of torch.nn."""
-    twin = deepcopy(module)
-    for part in twin.modules():
-        part.__class__ = getattr(nn, type(part).__name__)
-    return twin
+def to_torch(module: nn.Module) -> nn.Module:
+    """A copy with the classes of torch.nn."""
+    copy = deepcopy(module)
+    for child in copy.modules():
+        if hasattr(nn, type(child).__name__):
+            child.__class__ = getattr(nn, type(child).__name__)
+    return copy
 
 
-def sent_to_parameters(lesson: explain.Lesson, model: nn.Module) -> dict[str, Tensor]:
-    """What the arrows that end in parameters add up to."""
+def parameter_gradients(explanation: explain.Explanation, model: nn.Module) -> dict[str, Tensor]:
+    """The sums of the input gradients that go to each parameter."""
     sums = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    for passage in lesson.passages:
-        for arrow in passage.sent:
-            if arrow.to in sums:
-                sums[arrow.to] += arrow.grad
+    for backward in explanation.backwards:
+        for gradient in backward.input_grads:
+            if gradient.destination in sums:
+                sums[gradient.destination] += gradient.grad
     return sums
 
 
-def assert_right(model: nn.Module, loss: nn.Module, x: Tensor, t: Tensor) -> explain.Lesson:
-    """The gradients in the lesson are those that torch.nn takes, and the update is w - rate · gradient."""
-    before, theirs = deepcopy(model), as_torchs(model)
-    explain.run(theirs, as_torchs(loss), x, t).backward()
-    lesson = explain.explain(model, loss, x, t, rate=0.25)
-    assert not lesson.wrong
-    for (name, gradient), judge in zip(
-        sent_to_parameters(lesson, model).items(), theirs.parameters(), strict=True
-    ):
-        assert judge.grad is not None
-        torch.testing.assert_close(gradient, judge.grad, rtol=1e-7, atol=1e-12)
-        moved = before.get_parameter(name) - 0.25 * judge.grad
-        torch.testing.assert_close(model.get_parameter(name), moved, rtol=1e-7, atol=1e-12)
-    return lesson
+def assert_explanation_is_right(model: nn.Module, loss: nn.Module, x: Tensor, t: Tensor) -> explain.Explanation:
+    """The gradients are torch.nn's, and the update is w - rate · gradient."""
+    before, torch_model = deepcopy(model), to_torch(model)
+    explain.compute_loss(torch_model, to_torch(loss), x, t).backward()
+    explanation = explain.explain(model, loss, x, t, rate=0.25)
+    assert not explanation.wrong
+    gradients = parameter_gradients(explanation, model)
+    for (name, gradient), torch_parameter in zip(gradients.items(), torch_model.parameters(), strict=True):
+        assert torch_parameter.grad is not None
+        torch.testing.assert_close(gradient, torch_parameter.grad, rtol=1e-7, atol=1e-12)
+        updated = before.get_parameter(name) - 0.25 * torch_parameter.grad
+        torch.testing.assert_close(model.get_parameter(name), updated, rtol=1e-7, atol=1e-12)
+    return explanation
 
 
 @pytest.mark.parametrize(
@@ -202,19 +204,19 @@ def test_every_activation_and_loss(name: str, loss: str) -> None:
     settings = explain.Settings(activation=name, loss=loss, widths=(2, 3, 2))
     torch.manual_seed(1)
     x, t = torch.randn(4, 2, dtype=torch.float64), explain.LOSSES[loss](4, 2)
-    model = explain.network(settings)
-    lesson = assert_right(model, getattr(manualgrad.nn, loss)(), x, t)
-    assert {passage.layer for passage in lesson.passages} == {"loss", *dict(model.named_children())}
+    model = explain.build_network(settings)
+    explanation = assert_explanation_is_right(model, getattr(manualgrad.nn, loss)(), x, t)
+    assert {backward.layer for backward in explanation.backwards} == {"loss", *dict(model.named_children())}
 
 
-def test_all_activations_of_torch_are_there() -> None:
-    """But for those that need settings or change the shape."""
+def test_all_activations_of_torch_are_supported() -> None:
+    """Except those that need arguments or change the shape."""
     others = {"GLU", "MultiheadAttention", "Softmax2d", "Threshold"}
     assert explain.ACTIVATIONS.keys() == set(torch.nn.modules.activation.__all__) - others
 
 
 class Branching(nn.Module):
-    """A branch that joins again, a layer used twice, and two outputs of one node."""
+    """A residual connection, a layer that is called twice, and a node with two outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,23 +233,22 @@ class Branching(nn.Module):
 def test_any_module() -> None:
     torch.manual_seed(0)
     model = Branching().double()
-    theirs = deepcopy(model)
-    for part in theirs.children():
-        part.__class__ = getattr(nn, type(part).__name__)
+    torch_model = to_torch(model)
     x, t = torch.randn(2, 4, 3, dtype=torch.float64)
-    explain.run(theirs, nn.MSELoss(), x, t).backward()
-    lesson = explain.explain(model, manualgrad.nn.MSELoss(), x, t)
-    assert not lesson.wrong
-    for gradient, judge in zip(sent_to_parameters(lesson, model).values(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(gradient, judge.grad)
-    layers = [passage.layer for passage in lesson.passages]
+    explain.compute_loss(torch_model, nn.MSELoss(), x, t).backward()
+    explanation = explain.explain(model, manualgrad.nn.MSELoss(), x, t)
+    assert not explanation.wrong
+    gradients = parameter_gradients(explanation, model).values()
+    for gradient, torch_parameter in zip(gradients, torch_model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, torch_parameter.grad)
+    layers = [backward.layer for backward in explanation.backwards]
     assert layers.count("inner") == 2
     assert "the model" in layers
-    (split,) = [passage for passage in lesson.passages if passage.name == "SplitWithSizes"]
-    assert [gradient.shape for gradient in split.arrived] == [(4, 1), (4, 2)]
+    (split,) = [backward for backward in explanation.backwards if backward.name == "SplitWithSizes"]
+    assert [gradient.shape for gradient in split.grad_outputs] == [(4, 1), (4, 2)]
 
 
-def test_a_functional_call_of_ours_has_no_judge() -> None:
+def test_functional_call_of_manualgrad_cannot_be_checked() -> None:
     class Functional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -257,11 +258,11 @@ def test_a_functional_call_of_ours_has_no_judge() -> None:
             return manualgrad.nn.functional.tanh(self.inner(x))
 
     x, t = torch.randn(2, 3, 2, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"the network in torch\.nn still calls TanhFunction"):
+    with pytest.raises(RuntimeError, match=r"the network reverted to torch\.nn still calls TanhFunction"):
         explain.explain(Functional().double(), manualgrad.nn.MSELoss(), x, t)
 
 
-# A rule that is wrong
+# Wrong rules
 
 
 class DoubledSigmoid(SigmoidFunction):
@@ -269,14 +270,14 @@ class DoubledSigmoid(SigmoidFunction):
         return 2 * (1 - output) * output
 
 
-class LateLinear(LinearFunction):
-    """Right in all but one number, and that by little."""
+class SlightlyWrongLinear(LinearFunction):
+    """One element of one gradient is wrong, by 1e-5 of its size."""
 
     def grad_bias(grad: Tensor) -> Tensor:
         return grad.sum(0) * (1 + 1e-5 * (torch.arange(grad.shape[1]) == grad.shape[1] - 1))
 
 
-class NoSlopeLinear(LinearFunction):
+class NaNLinear(LinearFunction):
     def grad_weight(grad: Tensor, input: Tensor) -> Tensor:
         return torch.full((grad.shape[1], input.shape[1]), math.nan, dtype=grad.dtype)
 
@@ -285,27 +286,27 @@ class NoSlopeLinear(LinearFunction):
     ("right", "wrong", "names", "rows"),
     [
         (SigmoidFunction, DoubledSigmoid, "linear1.weight, linear1.bias", 9),
-        (LinearFunction, LateLinear, "linear1.bias, linear2.bias", 2),
-        (LinearFunction, NoSlopeLinear, "linear1.weight, linear2.weight", 9),
+        (LinearFunction, SlightlyWrongLinear, "linear1.bias, linear2.bias", 2),
+        (LinearFunction, NaNLinear, "linear1.weight, linear2.weight", 9),
     ],
 )
-def test_a_wrong_rule_is_found(
-    right: Any, wrong: Any, names: str, rows: int, call: SampleInput, monkeypatch: pytest.MonkeyPatch
+def test_wrong_rule_is_reported(
+    right: Any, wrong: Any, names: str, rows: int, call: ScriptCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exit status is 1, the last line names the parameters, and the table marks their numbers."""
+    """Exit status 1, an error line with the parameters, and marks in the table."""
     monkeypatch.setattr(right, "apply", wrong.apply)
     status, output, error = call()
-    line = f"error: the gradient of {names} disagrees with torch.nn or the finite difference\n"
+    line = f"error: the gradient of {names} differs from torch.nn or the finite difference\n"
     assert (status, error) == (1, line)
-    assert len(re.findall(r"  disagrees$", step(output, "each gradient"), re.M)) == rows
+    assert len(re.findall(r"  differs$", step(output, "each gradient"), re.M)) == rows
 
 
 # The command line
 
 
-def test_as_a_process(tmp_path: Path) -> None:
-    """Without a warning; it writes nothing, and nothing wider than a page."""
-    warnings = f"error,{os.environ['PYTHONWARNINGS']}"  # of an untried torch: see conftest
+def test_script_as_a_process(tmp_path: Path) -> None:
+    """No warning, no file, and no line longer than 100 columns."""
+    warnings = f"error,{os.environ['PYTHONWARNINGS']}"  # for an untested torch: see conftest
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": warnings}
     done = subprocess.run([sys.executable, SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -313,7 +314,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_options(call: SampleInput) -> None:
+def test_options(call: ScriptCall) -> None:
     _, output, _ = call(
         "--widths", "3,2,4,2", "--activation", "ReLU", "--loss", "CrossEntropyLoss", "--batch-size", 5
     )
@@ -326,76 +327,80 @@ def test_options(call: SampleInput) -> None:
     _, other, _ = call("--seed", 1, "--steps", 25, "--learning-rate", 0.001, "--digits", 2)
     assert other != output
     assert "new w" in step(other, "linear1.weight: w - 0.001 ∂L/∂w")
-    numbers = re.findall(r"^ *(\d+)  \d\.\d{4}$", step(other, "the loss after each step"), re.M)
+    numbers = re.findall(r"^ *(\d+)  \d\.\d{4}$", step(other, "loss after each step"), re.M)
     assert list(map(int, numbers)) == [0, 3, 6, 9, 12, 15, 18, 21, 24, 25]
     assert call()[1] == call("--seed", 0)[1] != call("--seed", 1)[1]
 
 
 @pytest.mark.parametrize("value", [1e-7, 0.4, 12.25, 3e9])
-def test_numbers_of_any_size_keep_their_digits(value: float) -> None:
-    title, line = explain.matrix("x", torch.tensor([[value, -value]], dtype=torch.float64), 4)
+def test_format_matrix_keeps_digits_of_any_size(value: float) -> None:
+    title, line = explain.format_matrix("x", torch.tensor([[value, -value]], dtype=torch.float64), 4)
     assert title == "x"
     assert [float(cell) for cell in line.split()] == pytest.approx([value, -value], rel=1e-3)
 
 
-def test_tensorboard(call: SampleInput, tmp_path: Path) -> None:
-    status, output, error = call("--run-dir", "lesson", "--steps", 3)
+def test_tensorboard(call: ScriptCall, tmp_path: Path) -> None:
+    status, output, error = call("--run-dir", "explanation", "--steps", 3)
     assert (status, error) == (0, "")
-    assert output.endswith("the same with pictures: tensorboard --logdir lesson\n")
-    events = EventAccumulator(str(tmp_path / "lesson")).Reload()
-    values = [float(line.split()[1]) for line in step(output, "the loss after each step").splitlines()[:4]]
+    assert output.endswith("also in TensorBoard: tensorboard --logdir explanation\n")
+    events = EventAccumulator(str(tmp_path / "explanation")).Reload()
+    values = [float(line.split()[1]) for line in step(output, "loss after each step").splitlines()[:4]]
     assert [point.value for point in events.Scalars("loss")] == pytest.approx(values, abs=1e-6)
-    cards = [f"lesson/{name}/text_summary" for name in CARDS]
+    cards = [f"explanation/{name}/text_summary" for name in CARDS]
     text = [events.Tensors(card)[0].tensor_proto.string_val[0].decode() for card in cards]
     assert events.Tags()["tensors"] == cards
-    shown = {line.strip() for card in text for line in card.splitlines()}
+    card_lines = {line.strip() for card in text for line in card.splitlines()}
     headings = re.findall(r"^(\d+\. .*)\n--", output, re.M)
-    assert {f"#### {heading}" for heading in headings} <= shown
-    for title in ("linear1: LinearFunction", "the loss after each step"):
-        assert {line.strip() for line in step(output, title).splitlines()[:-1]} <= shown
+    assert {f"#### {heading}" for heading in headings} <= card_lines
+    for title in ("linear1: LinearFunction", "loss after each step"):
+        assert {line.strip() for line in step(output, title).splitlines()[:-1]} <= card_lines
     (picture,) = events.Images("gradient_norms")
-    assert (picture.width < 800, picture.height) == (True, 80 + 4 * 36)  # legible where TensorBoard shrinks it
-    assert call("--run-dir", "lesson") == (2, "", "error: lesson holds a run already: take another folder\n")
+    assert (picture.width < 800, picture.height) == (True, 80 + 4 * 36)  # readable after TensorBoard shrinks it
+    assert call("--run-dir", "explanation") == (
+        2,
+        "",
+        "error: explanation already contains a run: choose another folder\n",
+    )
 
 
-CARDS = ("1_forward", "2_backward", "3_the_update", "4_the_check", "5_the_descent")
+CARDS = ("1_forward", "2_backward", "3_update", "4_gradient_check", "5_further_steps")
 
 
 @pytest.mark.parametrize(
     ("line", "arguments"),
     [
-        ("--activation: there is CELU, ", ["--activation", "sigmoid"]),
-        ("--loss: there is MSELoss, ", ["--loss", "CTCLoss"]),
-        ("--widths: a network has at least inputs and outputs, as 2,1", ["--widths", "3"]),
+        ("--activation: choose from CELU, ", ["--activation", "sigmoid"]),
+        ("--loss: choose from MSELoss, ", ["--loss", "CTCLoss"]),
+        ("--widths: a network has at least inputs and outputs, for example 2,1", ["--widths", "3"]),
         ("--widths: Input should be less than or equal to 8 (got 9)", ["--widths", "9,1"]),
         ("--widths: Input should be greater than 0 (got 0)", ["--widths", "2,0,1"]),
         ("--widths: Input should be a valid integer", ["--widths", "two"]),
-        ("--loss CrossEntropyLoss chooses between the outputs", ["--loss", "CrossEntropyLoss"]),
+        ("--loss CrossEntropyLoss needs several classes", ["--loss", "CrossEntropyLoss"]),
         ("--batch-size: Input should be greater than 0 (got 0)", ["--batch-size", 0]),
         ("--learning-rate: Input should be greater than 0 (got -1)", ["--learning-rate", -1]),
         ("--steps: Input should be greater than 0 (got 0)", ["--steps", 0]),
         ("--digits: Input should be less than or equal to 6 (got 7)", ["--digits", 7]),
         ("--seed: Input should be greater than or equal to 0 (got -1)", ["--seed", -1]),
         ("unrecognized arguments: --epochs", ["--epochs", 3]),
-        (f"{SCRIPT}/lesson cannot be written: Not a directory", ["--run-dir", SCRIPT / "lesson"]),
+        (f"{SCRIPT}/explanation cannot be written: Not a directory", ["--run-dir", SCRIPT / "explanation"]),
         (f"{SCRIPT} cannot be written: File exists", ["--run-dir", SCRIPT]),
     ],
 )
-def test_wrong_input_gives_one_line(line: str, arguments: list[object], call: SampleInput) -> None:
+def test_wrong_input_gives_one_error_line(line: str, arguments: list[object], call: ScriptCall) -> None:
     status, output, error = call(*arguments)
     assert (status, output) == (2, "")
     assert error.startswith(f"error: {line}")
     assert error.count("\n") == 1
 
 
-def test_divergence_ends_with_one_line(call: SampleInput) -> None:
+def test_divergence_ends_with_one_error_line(call: ScriptCall) -> None:
     status, output, error = call("--learning-rate", 1e10, "--steps", 100)
     assert status == 1
-    assert error == "error: the loss has grown beyond all numbers; a lower --learning-rate may help\n"
-    assert max(map(len, step(output, "the loss after each step").splitlines())) < 20
+    assert error == "error: the loss is not finite; a lower --learning-rate may help\n"
+    assert max(map(len, step(output, "loss after each step").splitlines())) < 20
 
 
-def test_help_explains_every_option(call: SampleInput) -> None:
+def test_help_explains_every_option(call: ScriptCall) -> None:
     status, output, _ = call("--help")
     assert status == 0
     assert output.count("\n  --") == output.count("(default:") == 10

@@ -1,4 +1,4 @@
-"""Formulas: they are pure mathematics, and the programs that are written from them agree."""
+"""Formulas are pure, the generated programs agree, and errors point to the author's source."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from manualgrad.rule import function as rule_function
 from manualgrad.rule.formulas import Formula, Program
 from manualgrad.rule.spec import impurities
 
-registry.ops()  # all rules are defined
+registry.ops()  # defines all rules
 RULES = sorted({rule for rule in every_rule() if rule.__module__.startswith("manualgrad.ops.")}, key=str)
 
 
-def called(function: Any, seen: set[Any]) -> Iterator[FunctionType]:
-    """A function of ours with all that it calls."""
+def function_and_callees(function: Any, seen: set[Any]) -> Iterator[FunctionType]:
+    """A function of manualgrad.ops, and all functions of manualgrad.ops that it calls."""
     if (
         not isinstance(function, FunctionType)
         or function in seen
@@ -34,30 +34,30 @@ def called(function: Any, seen: set[Any]) -> Iterator[FunctionType]:
         return
     seen.add(function)
     yield function
-    for name in names(function.__code__):
-        yield from called(function.__globals__.get(name), seen)
+    for name in global_names(function.__code__):
+        yield from function_and_callees(function.__globals__.get(name), seen)
 
 
-def names(code: CodeType) -> set[str]:
-    return set(code.co_names).union(*(names(x) for x in code.co_consts if isinstance(x, CodeType)))
+def global_names(code: CodeType) -> set[str]:
+    return set(code.co_names).union(*(global_names(x) for x in code.co_consts if isinstance(x, CodeType)))
 
 
 @pytest.mark.parametrize("rule", [pytest.param(rule, id=rule.__name__) for rule in RULES])
 def test_formulas_are_pure(rule: type[Rule]) -> None:
-    """They write into no tensor and test neither sizes nor devices; nor does any helper that they call."""
+    """Formulas and their helpers do not write into tensors and do not branch on sizes or devices."""
     methods = [method for name, method in inspect.getmembers(rule, inspect.isfunction) if not hasattr(Rule, name)]
     formulas = [method for method in methods if method.__name__ not in ("forward", "forward_")]
     found = [
-        f"{function.__qualname__} {what} ({function.__code__.co_filename}, line {line})"
+        f"{function.__qualname__} {problem} ({function.__code__.co_filename}, line {line})"
         for formula in formulas
-        for function in called(formula, set())
-        for line, what in impurities(reuse.tree_of(function))
+        for function in function_and_callees(formula, set())
+        for line, problem in impurities(reuse.syntax_tree(function))
     ]
     assert not found, "\n".join(sorted(set(found)))
 
 
 def saved_tensors(output: Any) -> list[Tensor]:
-    """What the nodes of the graph have saved."""
+    """The saved tensors of all nodes of the graph."""
     found: list[Tensor] = []
     seen, waiting = set(), [x.grad_fn for x in tensors(output)]
     while waiting:
@@ -66,7 +66,7 @@ def saved_tensors(output: Any) -> list[Tensor]:
             continue
         seen.add(node)
         found += [x for x in getattr(node, "saved_tensors", ()) if isinstance(x, Tensor)]
-        waiting += [below for below, _ in node.next_functions]
+        waiting += [next_node for next_node, _ in node.next_functions]
     return found
 
 
@@ -75,10 +75,12 @@ def tensors(output: Any) -> list[Tensor]:
     return [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
 
 
-def gradients(op: Op, call: SampleInput, large: int, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """With the program that reuses temporaries from so many numbers on. Nothing that it is given changes."""
-    monkeypatch.setattr(rule_function, "LARGE", large)
-    args, kwargs = call.marked()
+def gradients(
+    op: Op, sample: SampleInput, min_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> list[Tensor | None]:
+    """The gradients, with reused temporaries from this size on. No tensor that the backward reads may change."""
+    monkeypatch.setattr(rule_function, "MIN_ELEMENTS_FOR_REUSE", min_elements)
+    args, kwargs = sample.with_requires_grad()
     torch.manual_seed(0)
     output = op.function(*args, **kwargs)
     outputs = tensors(output)
@@ -90,34 +92,34 @@ def gradients(op: Op, call: SampleInput, large: int, monkeypatch: pytest.MonkeyP
     before = [x.clone() for x in watched]
     wanted = [x for x in leaves if x.requires_grad]
     found = torch.autograd.grad(outputs, wanted, upstream, allow_unused=True, retain_graph=True)
-    for x, kept in zip(watched, before, strict=True):
-        assert_close(x, kept, rtol=0, atol=0, equal_nan=True, check_stride=False)
+    for x, old in zip(watched, before, strict=True):
+        assert_close(x, old, rtol=0, atol=0, equal_nan=True, check_stride=False)
     return list(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_both_programs_agree(op: Op, number: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = [*op.sample_inputs(TensorFactory(dtype))][number]
-    plain, reusing = (gradients(op, call, large, monkeypatch) for large in (2**62, 0))
+def test_programs_agree(op: Op, number: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = [*op.sample_inputs(TensorFactory(dtype))][number]
+    plain, reusing = (gradients(op, sample, size, monkeypatch) for size in (2**62, 0))
     assert_close(reusing, plain, equal_nan=True, check_stride=True)
 
 
-def test_both_programs_agree_at_full_size(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = op.benchmark_input(TensorFactory(torch.float32))
-    plain, reusing = (gradients(op, call, large, monkeypatch) for large in (2**62, 0))
-    monkeypatch.setattr(blocking, "block", None)
-    whole = gradients(op, call, 0, monkeypatch)
-    for found in (reusing, whole):
+def test_programs_agree_at_benchmark_size(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = op.benchmark_input(TensorFactory(torch.float32))
+    plain, reusing = (gradients(op, sample, size, monkeypatch) for size in (2**62, 0))
+    monkeypatch.setattr(blocking, "block_size", None)
+    unblocked = gradients(op, sample, 0, monkeypatch)
+    for found in (reusing, unblocked):
         for x, y in zip(found, plain, strict=True):
             if x is not None and y is not None:
                 assert (x - y).norm() <= 1e-4 * y.norm()
 
 
-# --- what the author of a rule is told ---
+# --- errors that the author of a rule sees ---
 
 
 class Scaled(Rule):
-    """y = s x, whose backward writes two temporaries."""
+    """y = s x, with two temporaries in the backward."""
 
     def forward(input: Tensor, scale: Tensor) -> Tensor:
         return input * scale
@@ -133,7 +135,7 @@ class Scaled(Rule):
         return product.unsqueeze(0).sum(0)
 
 
-def test_an_error_shows_the_line_of_its_author() -> None:
+def test_error_in_a_formula_shows_its_source_line() -> None:
     class Failing(Rule):
         def forward(input: Tensor) -> Tensor:
             return input.clone()
@@ -154,8 +156,8 @@ def test_an_error_shows_the_line_of_its_author() -> None:
     assert "grad_input = half @ torch.ones(7)" in text
 
 
-def refused(source: str, message: str) -> None:
-    """The class is refused when it is made, with the method and its line."""
+def assert_refused(source: str, message: str) -> None:
+    """Defining the class raises a TypeError with this message."""
     with pytest.raises(TypeError, match=message):
         exec(source, {"Rule": Rule, "Tensor": Tensor, "__name__": "test"})
 
@@ -168,14 +170,14 @@ FORWARD = "    def forward(input: Tensor, weight: Tensor): ...\n"
     [
         (
             "    def grad_input(grad, wieght): ...",
-            r"grad_input .*line 3.* asks for 'wieght'.*did you mean 'weight'",
+            r"grad_input .*line 3.* parameter 'wieght'.*did you mean 'weight'",
         ),
         ("    def grad_inptu(grad): ...", r"grad_inptu .*line 3.*has no input 'inptu'.*did you mean 'input'"),
         (
             "    def grad_input(a): ...\n    def a(b): ...\n    def b(a): ...",
-            r"a .*line 4.*: a -> b -> a is a circle",
+            r"a .*line 4.*: circular definition: a -> b -> a",
         ),
-        ("    def half(grad): ...", r"half .*line 3.*: no gradient names it"),
+        ("    def half(grad): ...", r"half .*line 3.*: no gradient uses it"),
         ("", r"Broken has no gradient"),
         ("    autocats = {}\n    def grad_input(grad): ...", r"autocats.*did you mean 'autocast'"),
         ("    autocast = {'cpu': 'lowest'}\n    def grad_input(grad): ...", r"'lowest'"),
@@ -185,11 +187,11 @@ FORWARD = "    def forward(input: Tensor, weight: Tensor): ...\n"
         ),
     ],
 )
-def test_a_rule_that_does_not_hold_together_is_refused(body: str, message: str) -> None:
-    refused(f"class Broken(Rule):\n{FORWARD}{body}\n", message)
+def test_inconsistent_class_is_refused(body: str, message: str) -> None:
+    assert_refused(f"class Broken(Rule):\n{FORWARD}{body}\n", message)
 
 
-def test_a_formula_that_writes_is_refused() -> None:
+def test_formula_that_writes_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Writing.grad_input .*line \d+\): .* calls mul_, which writes"):
 
         class Writing(Rule):
@@ -213,7 +215,7 @@ def test_a_formula_that_writes_is_refused() -> None:
                 return input
 
 
-def test_a_missing_gradient_is_named() -> None:
+def test_missing_gradient_is_reported() -> None:
     x, w = (torch.ones(3, requires_grad=True) for _ in range(2))
 
     class Half(Rule):
@@ -227,51 +229,51 @@ def test_a_missing_gradient_is_named() -> None:
         Half.apply(x, w).sum().backward()
 
 
-# --- what is written into ---
+# --- reused temporaries ---
 
 
-def written(function: Any) -> str:
-    """The program with reuse of one formula."""
-    formula = Formula.of("result", function)
-    return reuse.Reusing(Program("compute", [formula], formula.names, ["result"])).source
+def source_with_reuse(function: Any) -> str:
+    """The source of a formula as a program with reused temporaries."""
+    formula = Formula.from_function("result", function)
+    return reuse.ReusingProgram(Program("compute", [formula], formula.parameters, ["result"])).source
 
 
-def test_a_temporary_is_written_into_once_it_is_not_read_any_more() -> None:
+def test_temporary_is_overwritten_after_its_last_read() -> None:
     def formula(grad: Tensor, output: Tensor) -> Tensor:
         return grad * (output * (1 - output))
 
-    assert "_mul_into_right(output, t" in written(formula)
-    assert "_mul_into_right(grad, t" in written(formula)
+    assert "_mul_into_right(output, t" in source_with_reuse(formula)
+    assert "_mul_into_right(grad, t" in source_with_reuse(formula)
 
 
-def test_what_is_read_later_is_not_written_into() -> None:
+def test_value_that_is_read_later_is_not_overwritten() -> None:
     def formula(grad: Tensor, output: Tensor) -> Tensor:
         s = output.sigmoid()
         return s * (1 - s)
 
-    assert "_sub_into_right(1, s" not in written(formula)
-    assert "into_left(s" in written(formula)
+    assert "_sub_into_right(1, s" not in source_with_reuse(formula)
+    assert "into_left(s" in source_with_reuse(formula)
 
 
-def test_a_view_of_an_argument_is_not_written_into() -> None:
+def test_view_of_an_argument_is_not_overwritten() -> None:
     def formula(grad: Tensor, output: Tensor) -> Tensor:
         flat = output.reshape(-1)
         return flat * 2 + grad.conj() * 3
 
-    assert "into_left(flat" not in written(formula)
+    assert "into_left(flat" not in source_with_reuse(formula)
 
 
-def test_a_view_that_is_read_later_protects_its_base() -> None:
+def test_base_of_a_view_that_is_read_later_is_not_overwritten() -> None:
     def formula(grad: Tensor) -> Tensor:
         double = grad * 2
         row = double.select(0, 0)
         more = double * 3
         return more + row
 
-    assert "into_left(double" not in written(formula)
+    assert "into_left(double" not in source_with_reuse(formula)
 
 
-def test_gradients_that_are_returned_are_not_written_into() -> None:
+def test_returned_gradients_are_not_overwritten() -> None:
     x, s = torch.randn(2**16, requires_grad=True), torch.randn(2**16, requires_grad=True)
     upstream = torch.randn(2**16)
     found = torch.autograd.grad(Scaled.apply(x, s), (x, s), upstream)

@@ -1,4 +1,4 @@
-"""scripts/train_images.py, run as a user runs it: a process, its output, and the files it leaves."""
+"""scripts/train_images.py: its data, output, files and error messages."""
 
 import gzip
 import json
@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 import torch
 import train_images
-from graph import foreign
+from graph import torch_derivatives
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from manualgrad.training.checkpoint import list_checkpoints, load
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_images.py"
-# Two threads on images this small only wait for each other, and for the other tests.
-WARNINGS = f"error,{os.environ['PYTHONWARNINGS']}"  # of an untried torch: see conftest
+# More threads do not help with images this small, and they slow down other tests.
+WARNINGS = f"error,{os.environ['PYTHONWARNINGS']}"  # for an untested torch: see conftest
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": WARNINGS}
 torch.set_num_threads(1)
 SMALL = ["--width", "4", "--batch-size", "32", "--log-every-n-steps", "5", "--learning-rate", "0.02"]
 
-SampleInput = Callable[..., tuple[int, str, str]]
+ScriptCall = Callable[..., tuple[int, str, str]]
 NAMES = {
     (split, what): f"{split}-{what}-idx{axes}-ubyte"
     for split in ("train", "t10k")
@@ -38,30 +38,30 @@ NAMES = {
 
 
 @pytest.fixture
-def call(call_script: Callable[..., tuple[int, str, str]]) -> SampleInput:
+def call(call_script: Callable[..., tuple[int, str, str]]) -> ScriptCall:
     return partial(call_script, SCRIPT)
 
 
 def idx(array: np.ndarray) -> bytes:
-    """As the format is described beside MNIST: the magic number, the sizes, the bytes."""
+    """An idx file: magic number, sizes, bytes."""
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes()
 
 
 def bars(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images of 9 x 12 pixels with a bar that lies (0), stands (1), or is not there (2), and noise."""
+    """Noisy images of 9 x 12 pixels with a horizontal bar (0), a vertical bar (1), or none (2)."""
     generator = np.random.default_rng(seed)
     images, labels = generator.integers(0, 100, (count, 9, 12)), np.arange(count) % 3
     for image, label in zip(images, labels, strict=True):
-        place = generator.integers(2, 7)
+        position = generator.integers(2, 7)
         if label == 0:
-            image[place] = 250
+            image[position] = 250
         elif label == 1:
-            image[:, place] = 250
+            image[:, position] = 250
     return images, labels
 
 
 def write(folder: Path, changed: Mapping[str, bytes | None] | None = None) -> Path:
-    """A set of 300 and 60 images; some files may have another content, or not be there."""
+    """Write a dataset of 300 and 60 images. `changed` replaces the content of files, or removes them."""
     folder.mkdir()
     contents: dict[str, bytes | None] = {}
     for seed, (split, count) in enumerate({"train": 300, "t10k": 60}.items()):
@@ -74,7 +74,7 @@ def write(folder: Path, changed: Mapping[str, bytes | None] | None = None) -> Pa
 
 
 def figures(output: str) -> dict[str, list[float]]:
-    """The train, validation and test figures."""
+    """The train, validation and test values."""
     lines = re.findall(
         r"^(accuracy|loss): train (\S+?)%?, validation (\S+?)%?, test (\S+?)%?$", output, re.MULTILINE
     )
@@ -86,15 +86,15 @@ def events(folder: Path) -> EventAccumulator:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves in a run folder, but for the times."""
+    """The curves in a run folder, except for speeds."""
     found = events(folder)
     tags = [tag for tag in found.Tags()["scalars"] if not tag.startswith("speed/")]
     return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
 
 
 @pytest.mark.parametrize("model", ["manualgrad", "torch"])
-def test_any_set(model: str, call: SampleInput, tmp_path: Path) -> None:
-    """It learns, and says how well in figures that its own curves confirm."""
+def test_training_on_a_dataset(model: str, call: ScriptCall, tmp_path: Path) -> None:
+    """The network learns, and the printed figures agree with the curves."""
     write(tmp_path / "bars")
     status, output, error = call("--data", "bars", *SMALL, "--max-epochs", 5, "--model", model)
     assert (status, error) == (0, "")
@@ -114,8 +114,8 @@ def test_any_set(model: str, call: SampleInput, tmp_path: Path) -> None:
     assert shown["accuracy"][1] == pytest.approx(100 * curves["accuracy/validation_epoch"][best][1], abs=1e-2)
 
 
-def test_every_page_is_there(call: SampleInput, tmp_path: Path) -> None:
-    """After each epoch of the validation images, at the end of the test images."""
+def test_tensorboard_content(call: ScriptCall, tmp_path: Path) -> None:
+    """Of the validation images after each epoch, of the test images at the end."""
     write(tmp_path / "bars")
     assert (
         call("--data", "bars", *SMALL, "--max-epochs", 2, "--histograms-every-n-epochs", 1, "--run-dir", "run")[0]
@@ -144,17 +144,17 @@ def test_every_page_is_there(call: SampleInput, tmp_path: Path) -> None:
     assert texts <= set(found.Tags()["tensors"])
 
 
-def test_the_mistakes_that_are_shown_are_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of how little the truth was trusted; and the matrix counts them all."""
+def test_worst_mistakes_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the probability of the true class. The confusion matrix counts all."""
     seen: list[Any] = []
     monkeypatch.setattr(train_images, "grid", lambda images, captions: seen.append((images, captions)))
     monkeypatch.setattr(train_images, "confusion_matrix", lambda counts, names: seen.append((counts, names)))
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1).expand(4, 2, 2)
     labels = torch.tensor([0, 1, 1, 0])
-    scores = torch.tensor([[5.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.5]])
-    pictures = train_images.Pictures({"test": train_images.Split(images, labels)}, ["cat", "dog"], 0.0, 1.0)
+    logits = torch.tensor([[5.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.5]])
+    dataset = train_images.ImageDataset({"test": train_images.Split(images, labels)}, ["cat", "dog"], 0.0, 1.0)
     with train_images.TensorBoardLogger(None, 1) as log:
-        train_images.show_mistakes(log, 1, scores, pictures, "test")
+        train_images.log_mistakes(log, 1, logits, dataset, "test")
     (counts, names), (worst, captions) = seen
     assert counts.tolist() == [[1, 1], [2, 0]]
     assert names == ["cat", "dog"]
@@ -166,7 +166,7 @@ def test_the_mistakes_that_are_shown_are_the_worst(tmp_path: Path, monkeypatch: 
     ]
 
 
-def test_ours_and_torch_s_make_the_same_curves(call: SampleInput, tmp_path: Path) -> None:
+def test_manualgrad_and_torch_have_the_same_curves(call: ScriptCall, tmp_path: Path) -> None:
     write(tmp_path / "bars")
     for model in ("manualgrad", "torch"):
         arguments = [
@@ -181,45 +181,49 @@ def test_ours_and_torch_s_make_the_same_curves(call: SampleInput, tmp_path: Path
             model,
         ]
         assert call("--data", "bars", *arguments, "--run-dir", model)[0] == 0
-    ours, torch_s = scalars(tmp_path / "manualgrad"), scalars(tmp_path / "torch")
-    assert ours.keys() == torch_s.keys()
-    assert ours["loss/train"][0] == torch_s["loss/train"][0]  # from the same weights, on the same images
+    manual_curves, torch_curves = scalars(tmp_path / "manualgrad"), scalars(tmp_path / "torch")
+    assert manual_curves.keys() == torch_curves.keys()
+    assert (
+        manual_curves["loss/train"][0] == torch_curves["loss/train"][0]
+    )  # from the same weights, on the same images
     for tag in ("loss/train", "optimizer/gradient_norm", "loss/validation_epoch"):
-        steps, values = zip(*ours[tag], strict=True)
-        assert steps == tuple(step for step, _ in torch_s[tag])
-        assert values == pytest.approx([value for _, value in torch_s[tag]], rel=1e-3)
+        steps, values = zip(*manual_curves[tag], strict=True)
+        assert steps == tuple(step for step, _ in torch_curves[tag])
+        assert values == pytest.approx([value for _, value in torch_curves[tag]], rel=1e-3)
 
 
-def test_every_gradient_is_ours(tmp_path: Path) -> None:
-    pictures = train_images.read_pictures(write(tmp_path / "bars"))
-    images, labels = next(iter(train_images.loader(pictures, "train", 8, augmented=train_images.Settings())))
+def test_every_gradient_is_manual(tmp_path: Path) -> None:
+    dataset = train_images.read_dataset(write(tmp_path / "bars"))
+    images, labels = next(
+        iter(train_images.make_loader(dataset, "train", 8, augmentation=train_images.Settings()))
+    )
     assert images.shape == (8, 1, 9, 12)
-    hidden = train_images.build(train_images.Settings(), pictures).get_submodule("conv1")(images)
+    hidden = train_images.build_model(train_images.Settings(), dataset).get_submodule("conv1")(images)
     assert hidden.is_contiguous(memory_format=torch.channels_last)
     for settings in (train_images.Settings(width=4), train_images.Settings(width=4, model="torch")):
-        loss = settings.layers.CrossEntropyLoss()(train_images.build(settings, pictures)(images), labels)
-        assert bool(foreign(loss)) == (settings.model == "torch")
+        loss = settings.layers.CrossEntropyLoss()(train_images.build_model(settings, dataset)(images), labels)
+        assert bool(torch_derivatives(loss)) == (settings.model == "torch")
 
 
-def test_clothes_come_along(call: SampleInput) -> None:
-    """One epoch of a narrow network is enough to see that they can be told apart."""
+def test_included_fashion_mnist(call: ScriptCall) -> None:
+    """One epoch of a narrow network learns something."""
     status, output, error = call("--max-epochs", 1, "--width", 8, "--batch-size", 64, "--learning-rate", 0.01)
     assert (status, error) == (0, "")
     assert figures(output)["accuracy"][2] > 60
-    assert re.search(r"most common mistake on the test images: [A-Z].* taken for [A-Z].*, \d+ of \d+\n", output)
-    pictures = train_images.read_pictures(train_images.CLOTHES)
-    assert pictures.names[0] == "T-shirt/top"
-    assert pictures.names[9] == "Ankle boot"
-    whole = torch.cat([pictures.splits[split].labels for split in ("train", "validation")])
+    assert re.search(r"most common mistake on the test images: [A-Z].* predicted as [A-Z].*, \d+ of \d+\n", output)
+    dataset = train_images.read_dataset(train_images.FASHION_MNIST)
+    assert dataset.class_names[0] == "T-shirt/top"
+    assert dataset.class_names[9] == "Ankle boot"
+    whole = torch.cat([dataset.splits[split].labels for split in ("train", "validation")])
     assert whole.bincount().tolist() == [600] * 10
-    assert pictures.splits["test"].labels.bincount().tolist() == [100] * 10
-    inputs = pictures.inputs(pictures.splits["train"].images)
+    assert dataset.splits["test"].labels.bincount().tolist() == [100] * 10
+    inputs = dataset.normalize(dataset.splits["train"].images)
     assert inputs.mean().item() == pytest.approx(0, abs=1e-3)
     assert inputs.std().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_only_clothes_are_mirrored(tmp_path: Path) -> None:
-    """Unless that is asked for."""
+def test_flip_by_default(tmp_path: Path) -> None:
+    """Only Fashion-MNIST is flipped."""
     assert train_images.Settings().resolved().flip is True
     assert train_images.Settings(data=tmp_path / "Fashion-MNIST" / "raw").resolved().flip is True
     assert train_images.Settings(data=tmp_path / "mnist").resolved().flip is False
@@ -228,42 +232,42 @@ def test_only_clothes_are_mirrored(tmp_path: Path) -> None:
     assert train_images.Settings(flip=False).resolved().flip is False
 
 
-def test_moved_images() -> None:
-    """Each is the old one up to two pixels away, zeros coming in, and with `flip` about half are mirrored."""
+def test_augment() -> None:
+    """Images are shifted by up to two pixels, filled with zeros, and flipped or not. All 50 cases occur."""
     torch.manual_seed(0)
     images = torch.randint(1, 256, (500, 5, 6), dtype=torch.uint8)
     seen = set()
-    for image, moved in zip(images, train_images.moved(images, 2, True), strict=True):
+    for image, augmented in zip(images, train_images.augment(images, 2, True), strict=True):
         padded = torch.nn.functional.pad(image, [2] * 4)
-        places = {
-            (down, across, mirrored): part.flip(1) if mirrored else part
+        candidates = {
+            (down, across, flipped): part.flip(1) if flipped else part
             for down in range(5)
             for across in range(5)
             for part in [padded[down : down + 5, across : across + 6]]
-            for mirrored in (False, True)
+            for flipped in (False, True)
         }
-        (place,) = [place for place, part in places.items() if torch.equal(part, moved)]
-        seen.add(place)
+        (case,) = [case for case, part in candidates.items() if torch.equal(part, augmented)]
+        seen.add(case)
     assert len(seen) == 50
-    assert torch.equal(train_images.moved(images, 0, False), images)
+    assert torch.equal(train_images.augment(images, 0, False), images)
 
 
-def test_each_epoch_moves_the_images_anew_and_validation_never(tmp_path: Path) -> None:
-    pictures = train_images.read_pictures(write(tmp_path / "bars"))
+def test_only_training_images_are_augmented(tmp_path: Path) -> None:
+    dataset = train_images.read_dataset(write(tmp_path / "bars"))
     settings = train_images.Settings()
-    training = train_images.loader(pictures, "train", 270, augmented=settings)
-    (once,), (again,) = list(training), list(training)
+    training = train_images.make_loader(dataset, "train", 270, augmentation=settings)
+    (first,), (second,) = list(training), list(training)
     assert (
-        sorted(once[1].tolist()) == sorted(again[1].tolist()) == sorted(pictures.splits["train"].labels.tolist())
+        sorted(first[1].tolist()) == sorted(second[1].tolist()) == sorted(dataset.splits["train"].labels.tolist())
     )
-    assert once[0].sum() != again[0].sum()
-    ((images, labels),) = train_images.loader(pictures, "validation", 1000)
-    assert torch.equal(images, pictures.inputs(pictures.splits["validation"].images))
-    assert torch.equal(labels, pictures.splits["validation"].labels)
+    assert first[0].sum() != second[0].sum()
+    ((images, labels),) = train_images.make_loader(dataset, "validation", 1000)
+    assert torch.equal(images, dataset.normalize(dataset.splits["validation"].images))
+    assert torch.equal(labels, dataset.splits["validation"].labels)
 
 
-def test_a_last_picture_alone_is_left_out_of_an_epoch(call: SampleInput, tmp_path: Path) -> None:
-    """Of 8 x 8 pixels the last batch norm has one value a channel; validation takes all."""
+def test_last_batch_of_one_image_is_dropped(call: ScriptCall, tmp_path: Path) -> None:
+    """Batch norm needs two values per channel in training; 8 x 8 pixels become 1 x 1."""
     images, labels = bars(300, 0)
     images = images[:, :8, :8]
     files = {"train": (images, labels), "t10k": (images[:61], labels[:61])}
@@ -278,8 +282,8 @@ def test_a_last_picture_alone_is_left_out_of_an_epoch(call: SampleInput, tmp_pat
     assert list(figures(output)) == ["accuracy", "loss"]
 
 
-def test_training_and_validation_are_apart(tmp_path: Path) -> None:
-    """And each image keeps its label."""
+def test_training_and_validation_are_disjoint(tmp_path: Path) -> None:
+    """Each image keeps its label."""
     images, labels = np.zeros((250, 8, 8)) + np.arange(250)[:, None, None], np.arange(250) % 7
     folder = write(
         tmp_path / "numbers",
@@ -290,7 +294,7 @@ def test_training_and_validation_are_apart(tmp_path: Path) -> None:
             NAMES["t10k", "labels"]: idx(labels[:9]),
         },
     )
-    splits = train_images.read_pictures(folder).splits
+    splits = train_images.read_dataset(folder).splits
     found = {name: split.images[:, 0, 0].tolist() for name, split in splits.items()}
     assert len(found["validation"]) == 25
     assert sorted(found["train"] + found["validation"]) == list(range(250))
@@ -299,31 +303,31 @@ def test_training_and_validation_are_apart(tmp_path: Path) -> None:
         assert split.labels.tolist() == [image % 7 for image in found[name]]
 
 
-def test_emnist(call: SampleInput, tmp_path: Path) -> None:
-    """Several sets in a folder, images stored by columns, letters that begin with 1, compressed files."""
+def test_emnist(call: ScriptCall, tmp_path: Path) -> None:
+    """Several datasets in a folder, images stored by columns, labels from 1, compressed files."""
     for name in ("letters", "digits"):
         for split, seed in (("train", 0), ("test", 1)):
             images, labels = bars(60, seed)
             files = {"images-idx3": images.transpose(0, 2, 1), "labels-idx1": labels + (name == "letters")}
             for what, array in files.items():
                 (tmp_path / f"emnist-{name}-{split}-{what}-ubyte.gz").write_bytes(gzip.compress(idx(array)))
-    pictures = train_images.read_pictures(tmp_path / "emnist-letters")
-    assert pictures.names == ["1", "2", "3"]
+    dataset = train_images.read_dataset(tmp_path / "emnist-letters")
+    assert dataset.class_names == ["1", "2", "3"]
     images, labels = bars(60, 1)
-    assert torch.equal(pictures.splits["test"].images, torch.tensor(images, dtype=torch.uint8))
-    assert pictures.splits["test"].labels.tolist() == labels.tolist()
-    assert train_images.read_pictures(tmp_path / "emnist-digits").names == ["0", "1", "2"]
-    line = "error: . has several sets of idx files: choose one of emnist-digits, emnist-letters\n"
+    assert torch.equal(dataset.splits["test"].images, torch.tensor(images, dtype=torch.uint8))
+    assert dataset.splits["test"].labels.tolist() == labels.tolist()
+    assert train_images.read_dataset(tmp_path / "emnist-digits").class_names == ["0", "1", "2"]
+    line = "error: . has several datasets: choose one of emnist-digits, emnist-letters\n"
     assert call("--data", ".") == (2, "", line)
 
 
-def test_names_with_a_dot_and_files_that_are_compressed_under_any_name(tmp_path: Path) -> None:
+def test_names_with_a_dot_and_compressed_files_without_suffix(tmp_path: Path) -> None:
     folder = write(tmp_path / "bars")
-    expected = train_images.read_pictures(folder)
+    expected = train_images.read_dataset(folder)
     for path in list(folder.iterdir()):
         path.with_name(path.name.replace("-idx", ".idx")).write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
-    found = train_images.read_pictures(folder)
+    found = train_images.read_dataset(folder)
     for split in ("train", "validation", "test"):
         assert torch.equal(found.splits[split].images, expected.splits[split].images)
 
@@ -337,29 +341,29 @@ WHOLE = idx(bars(300, 0)[0])
     ("line", "changed", "arguments"),
     [
         ("nowhere cannot be read: No such file or directory", {}, ["--data", "nowhere/bars"]),
-        ("bars/mnist has no idx files, such as train-images-idx3-ubyte.gz", {}, ["--data", "bars/mnist"]),
+        ("bars/mnist has no idx files such as train-images-idx3-ubyte.gz", {}, ["--data", "bars/mnist"]),
         ("bars has no idx files", dict.fromkeys(NAMES.values()), []),
         ("bars has no file of train labels", {LABELS: None}, []),
         ("bars has no file of test images", {TEST_IMAGES: None}, []),
-        (f"bars/{IMAGES} is no idx file of bytes along 3 axes: it begins with nothing", {IMAGES: b""}, []),
+        (f"bars/{IMAGES} is not an idx file of bytes with 3 axes: first bytes missing", {IMAGES: b""}, []),
         (
-            f"bars/{IMAGES} is no idx file of bytes along 3 axes: it begins with 89 50 4e 47",
+            f"bars/{IMAGES} is not an idx file of bytes with 3 axes: first bytes 89 50 4e 47",
             {IMAGES: b"\x89PNG"},
             [],
         ),
         (
-            f"bars/{IMAGES} is no idx file of bytes along 3 axes: it begins with 00 00 08 01",
+            f"bars/{IMAGES} is not an idx file of bytes with 3 axes: first bytes 00 00 08 01",
             {IMAGES: idx(np.ones(300))},
             [],
         ),
-        (f"bars/{IMAGES} is no idx file of bytes along 3 axes", {IMAGES: WHOLE[:10]}, []),
+        (f"bars/{IMAGES} is not an idx file of bytes with 3 axes", {IMAGES: WHOLE[:10]}, []),
         (
-            f"bars/{IMAGES} should have 300 x 9 x 12 bytes after the header, but has 984",
+            f"bars/{IMAGES} has 984 bytes after the header, not 300 x 9 x 12",
             {IMAGES: WHOLE[:1000]},
             [],
         ),
         (
-            f"bars/{IMAGES} should have 300 x 9 x 12 bytes after the header, but has 32401",
+            f"bars/{IMAGES} has 32401 bytes after the header, not 300 x 9 x 12",
             {IMAGES: WHOLE + b"x"},
             [],
         ),
@@ -378,23 +382,23 @@ WHOLE = idx(bars(300, 0)[0])
             [],
         ),
         (
-            "bars has too few images to train on: 19, where 20",
+            "bars has 19 training images, at least 20 are needed",
             {IMAGES: idx(bars(19, 0)[0]), LABELS: idx(bars(19, 0)[1])},
             [],
         ),
-        ("bars has images of 9x7 pixels, where 8x8 are needed", {IMAGES: idx(np.ones((300, 9, 7)))}, []),
+        ("bars has images of 9x7 pixels, at least 8x8 are needed", {IMAGES: idx(np.ones((300, 9, 7)))}, []),
         (
-            "bars has training images of 9x12 and the test images of 8x12 pix",
+            "bars has training images of 9x12 pixels, but test images of 8x12",
             {TEST_IMAGES: idx(np.ones((60, 8, 12)))},
             [],
         ),
         (
-            "bars has the label 1 on all training images: there is nothing to learn",
+            "bars has the label 1 on all training images",
             {LABELS: idx(np.ones(300))},
             [],
         ),
-        ("bars has the label 7 on a test image, and on no training image", {TEST_LABELS: idx(np.full(60, 7))}, []),
-        ("bars has the same value in all pixels of the training images", {IMAGES: idx(np.ones((300, 9, 12)))}, []),
+        ("bars has the label 7 on a test image, but on no training image", {TEST_LABELS: idx(np.full(60, 7))}, []),
+        ("bars has training images with the same value in all pixels", {IMAGES: idx(np.ones((300, 9, 12)))}, []),
         ("--shift: Input should be greater than or equal to 0 (got -1)", {}, ["--shift", "-1"]),
         ("--width: Input should be greater than 0 (got 0)", {}, ["--width", "0"]),
         ("--batch-size: Input should be greater than or equal to 2 (got 1)", {}, ["--batch-size", "1"]),
@@ -403,10 +407,10 @@ WHOLE = idx(bars(300, 0)[0])
         ("unrecognized arguments: --mirror", {}, ["--mirror"]),
     ],
 )
-def test_wrong_input_gives_one_line(
-    line: str, changed: dict[str, bytes | None], arguments: list[str], call: SampleInput, tmp_path: Path
+def test_wrong_input_gives_one_error_line(
+    line: str, changed: dict[str, bytes | None], arguments: list[str], call: ScriptCall, tmp_path: Path
 ) -> None:
-    """And status 2, and no file."""
+    """Exit status 2, and no file is written."""
     write(tmp_path / "bars", changed)
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     status, output, error = call("--data", "bars", *arguments)
@@ -416,15 +420,14 @@ def test_wrong_input_gives_one_line(
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
-def test_a_file_that_may_not_be_read(call: SampleInput, tmp_path: Path) -> None:
+def test_unreadable_file(call: ScriptCall, tmp_path: Path) -> None:
     folder = write(tmp_path / "bars", {IMAGES: None})
     (folder / IMAGES).mkdir()
     assert call("--data", "bars") == (2, "", f"error: bars/{IMAGES} cannot be read: Is a directory\n")
 
 
-def test_a_run_goes_on_in_the_middle_of_an_epoch(call: SampleInput, tmp_path: Path) -> None:
-    """With the same images, moved as they would have been: the curves, the figures and the pages of one never
-    stopped. And a run is not overwritten, nor taken up as another."""
+def test_run_resumes_in_the_middle_of_an_epoch(call: ScriptCall, tmp_path: Path) -> None:
+    """It equals an uninterrupted run. It is not overwritten, and not resumed with other hyperparameters."""
     write(tmp_path / "bars")
     arguments = [
         "--data",
@@ -437,7 +440,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(call: SampleInput, tmp_path: Pa
         "--checkpoint-every-n-steps",
         4,
     ]
-    status, whole, _ = call(*arguments, "--keep-last", 99, "--run-dir", "whole")
+    status, uninterrupted, _ = call(*arguments, "--keep-last", 99, "--run-dir", "whole")
     assert status == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     for path in list_checkpoints(tmp_path / "stopped"):
@@ -450,17 +453,18 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(call: SampleInput, tmp_path: Pa
 
     status, resumed, error = call(*arguments, "--run-dir", "stopped", "--resume-from-checkpoint")
     assert (status, error) == (0, "")
-    assert figures(resumed) == figures(whole)
+    assert figures(resumed) == figures(uninterrupted)
     assert scalars(tmp_path / "stopped") == scalars(tmp_path / "whole")
-    ours, other = events(tmp_path / "stopped"), events(tmp_path / "whole")
+    resumed_events, whole_events = events(tmp_path / "stopped"), events(tmp_path / "whole")
     for tag in ("confusion_matrix/validation", "worst_mistakes/validation", "first_layer_filters"):
         once, again = (
-            {image.step: image.encoded_image_string for image in log.Images(tag)} for log in (ours, other)
+            {image.step: image.encoded_image_string for image in log.Images(tag)}
+            for log in (resumed_events, whole_events)
         )
         assert once == again
 
 
-def test_a_run_is_repeated_from_its_settings(call: SampleInput, tmp_path: Path) -> None:
+def test_run_is_repeated_from_its_settings(call: ScriptCall, tmp_path: Path) -> None:
     write(tmp_path / "bars")
     assert call("--data", "bars", *SMALL, "--max-epochs", 1, "--seed", 3, "--flip", "--run-dir", "first")[0] == 0
     assert call("--settings", "first/settings.json", "--run-dir", "second")[0] == 0
@@ -474,7 +478,7 @@ def test_a_run_is_repeated_from_its_settings(call: SampleInput, tmp_path: Path) 
 
 
 def process(folder: Path, *arguments: object, **environment: str) -> str:
-    """Run python in a process of its own in `folder`; it must succeed: to its output."""
+    """Run python in its own process in `folder`. It must succeed. Return its output."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=folder,
@@ -487,7 +491,7 @@ def process(folder: Path, *arguments: object, **environment: str) -> str:
 
 
 def test_several_processes(tmp_path: Path) -> None:
-    """Started by torchrun, each with a part of the model, the first alone speaks and shows."""
+    """Under torchrun with FSDP, only the main process prints and logs."""
     write(tmp_path / "bars")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, SCRIPT]
     arguments = ["--data", "bars", *SMALL, "--max-epochs", 2, "--strategy", "fsdp", "--run-dir", "run"]
@@ -500,6 +504,6 @@ def test_several_processes(tmp_path: Path) -> None:
 def test_help_explains_every_option(tmp_path: Path) -> None:
     output = process(tmp_path, SCRIPT, "--help")
     assert output.startswith("usage: train_images.py")
-    assert "Learn to tell pictures apart" in output
+    assert "Classify images" in output
     options, defaults = output.count("\n  --"), output.count("(default:")
     assert options == defaults > 20  # every option has an explanation, which ends with the default

@@ -1,4 +1,4 @@
-"""scripts/train_language.py, run as a user runs it, and its parts, each against a slow way that is plain."""
+"""scripts/train_language.py: its output, and its functions compared with simple implementations."""
 
 import json
 import math
@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import train_language as script
-from graph import foreign
+from graph import torch_derivatives
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_language import GPT, WORDS, Settings, Text, Vocabulary, Windows
+from train_language import GPT, WORD_PATTERN, Settings, Text, Vocabulary, Windows
 
 from manualgrad.training import DataError
 from manualgrad.training.checkpoint import list_checkpoints, load, save
@@ -28,25 +28,25 @@ SCRIPT = ROOT / "scripts" / "train_language.py"
 torch.set_num_threads(1)
 SHAPE = {"vocabulary": 300, "context": 16, "width": 32, "depth": 2, "heads": 2}
 SMALL = [word for name, value in SHAPE.items() for word in (f"--{name}", value)] + ["--learning-rate", 0.01]
-SPOKEN = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
-SPOKEN += ["iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "pi"]
+VOCABULARY_WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+VOCABULARY_WORDS += ["iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "pi"]
 
-SampleInput = Callable[..., tuple[int, str, str]]
+ScriptCall = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(call_script: SampleInput) -> SampleInput:
+def call(call_script: ScriptCall) -> ScriptCall:
     return partial(call_script, SCRIPT)
 
 
-def spoken(words: int, seed: int = 0) -> str:
-    """Words drawn at random, each as likely as any other of the 16: 4 bits a word, and no less, tell which."""
-    return "".join(f"{word} " for word in random.Random(seed).choices(SPOKEN, k=words))
+def random_words(words: int, seed: int = 0) -> str:
+    """Words drawn uniformly from 16. Their entropy is 4 bits per word."""
+    return "".join(f"{word} " for word in random.Random(seed).choices(VOCABULARY_WORDS, k=words))
 
 
 @pytest.fixture(scope="module")
 def documents() -> dict[str, bytes]:
-    return script.documentation()
+    return script.python_documentation()
 
 
 @pytest.fixture(scope="module")
@@ -59,74 +59,74 @@ def events(folder: Path) -> EventAccumulator:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves in a run folder, but for the times."""
+    """The curves in a run folder, except for speeds."""
     found = events(folder)
     tags = [tag for tag in found.Tags()["scalars"] if not tag.startswith("speed/")]
     return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
 
 
-def written(folder: Path) -> dict[int, str]:
-    """What the run wrote, by step; what it wrote again when it was resumed, as it was then."""
+def samples(folder: Path) -> dict[int, str]:
+    """The generated samples of a run, by step."""
     found = events(folder).Tensors("samples/text_summary")
     return {event.step: event.tensor_proto.string_val[0].decode() for event in found}
 
 
 @pytest.mark.parametrize("model", ["manualgrad", "torch"])
-def test_a_language_is_learned(model: str, call: SampleInput, tmp_path: Path) -> None:
-    """As well as it can be, which nobody betters; both compressors are beaten, and all the pages are there."""
-    (tmp_path / "spoken.txt").write_text(spoken(6000))
-    arguments = ["--data", "spoken.txt", *SMALL, "--max-epochs", 3, "--length", 20, "--model", model]
+def test_learning_random_words(model: str, call: ScriptCall, tmp_path: Path) -> None:
+    """The result is between the entropy and 1.1 times it, and better than both compressors."""
+    (tmp_path / "words.txt").write_text(random_words(6000))
+    arguments = ["--data", "words.txt", *SMALL, "--max-epochs", 3, "--length", 20, "--model", model]
     status, output, error = call(*arguments, "--histograms-every-n-epochs", 1)
     assert (status, error) == (0, "")
-    held_out = spoken(6000)[-len(spoken(6000)) // 10 :]
-    least = 4 * held_out.count(" ") / len(held_out)
-    pattern = r"bits per byte of the ([\d,]+) bytes held out: ([\d.]+); xz ([\d.]+), bzip2 ([\d.]+)"
+    test_text = random_words(6000)[-len(random_words(6000)) // 10 :]
+    entropy = 4 * test_text.count(" ") / len(test_text)
+    pattern = r"bits per byte of the ([\d,]+) test bytes: ([\d.]+) \(xz ([\d.]+), bzip2 ([\d.]+)\)"
     found = re.search(pattern, output)
     assert found is not None
-    size, ours, *others = (float(figure.replace(",", "")) for figure in found.groups())
-    assert size == pytest.approx(len(held_out), abs=1)
-    assert 0.98 * least < ours < 1.1 * least
-    assert min(others) > 1.1 * ours
+    size, network, *compressors = (float(figure.replace(",", "")) for figure in found.groups())
+    assert size == pytest.approx(len(test_text), abs=1)
+    assert 0.98 * entropy < network < 1.1 * entropy
+    assert min(compressors) > 1.1 * network
 
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith(f"language-{model}-seed0-")
     curves = scalars(folder)
     assert {"loss/train", "bits_per_byte/train_epoch", "bits_per_byte/validation_epoch"} <= curves.keys()
-    assert [value for _, value in curves["summary/test_bits_per_byte"]] == [pytest.approx(ours, abs=1e-4)]
-    assert [value for _, value in curves["summary/xz_bits_per_byte"]] == [pytest.approx(others[0], abs=1e-4)]
-    # Both are of random words; windows that begin afresh cost a little more.
-    assert curves["bits_per_byte/validation_epoch"][-1][1] == pytest.approx(ours, rel=0.1)
+    assert [value for _, value in curves["summary/test_bits_per_byte"]] == [pytest.approx(network, abs=1e-4)]
+    assert [value for _, value in curves["summary/xz_bits_per_byte"]] == [pytest.approx(compressors[0], abs=1e-4)]
+    # Validation windows begin without context, which costs a little.
+    assert curves["bits_per_byte/validation_epoch"][-1][1] == pytest.approx(network, rel=0.1)
     assert {"gradient_flow", "saved_bytes"} <= set(events(folder).Tags()["images"])
-    cards = written(folder)
+    cards = samples(folder)
     assert list(cards) == [step for step, _ in curves["loss/validation_epoch"]]
-    heard = cards[max(cards)].split()[:-1]  # the last word may be cut short
-    assert sum(word in SPOKEN for word in heard) > 0.8 * len(heard)
+    generated = cards[max(cards)].split()[:-1]  # the last word may be incomplete
+    assert sum(word in VOCABULARY_WORDS for word in generated) > 0.8 * len(generated)
 
 
-def test_writing_from_a_checkpoint(call: SampleInput, tmp_path: Path) -> None:
-    """It is what the run has shown, goes on from any words, and knows temperature and length."""
-    (tmp_path / "spoken.txt").write_text(spoken(2000))
-    arguments = ["--data", "spoken.txt", *SMALL, "--max-epochs", 2, "--length", 12, "--run-dir", "mine"]
+def test_generating_from_a_checkpoint(call: ScriptCall, tmp_path: Path) -> None:
+    """It equals the sample of the run, and depends on prompt, temperature and length."""
+    (tmp_path / "words.txt").write_text(random_words(2000))
+    arguments = ["--data", "words.txt", *SMALL, "--max-epochs", 2, "--length", 12, "--run-dir", "mine"]
     assert call(*arguments)[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert load(tmp_path / "mine" / "best.pt")["trainer_state"]["best_epoch"] == 2
-    write = ["--run-dir", "mine", "--generate"]
-    cards = written(tmp_path / "mine")
+    generate = ["--run-dir", "mine", "--generate"]
+    cards = samples(tmp_path / "mine")
     shown = "".join(line.removeprefix("    ") + "\n" for line in cards[max(cards)].splitlines())
-    assert call(*write, "", "--length", 12) == (0, shown, "")
-    _, output, _ = call(*write, "alpha", "--length", 40)
+    assert call(*generate, "", "--length", 12) == (0, shown, "")
+    _, output, _ = call(*generate, "alpha", "--length", 40)
     assert output.startswith("alpha")
     assert len(output) > len(shown)
-    cold = {call(*write, "alpha", "--temperature", 1e-6, "--seed", seed)[1] for seed in (1, 2)}
-    warm = {call(*write, "alpha", "--temperature", 5, "--seed", seed)[1] for seed in (1, 2)}
+    cold = {call(*generate, "alpha", "--temperature", 1e-6, "--seed", seed)[1] for seed in (1, 2)}
+    warm = {call(*generate, "alpha", "--temperature", 5, "--seed", seed)[1] for seed in (1, 2)}
     assert (len(cold), len(warm)) == (1, 2)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_resumed_in_the_middle_of_an_epoch(call: SampleInput, tmp_path: Path) -> None:
-    """As if it had never stopped: the same curves, writing and weights."""
-    (tmp_path / "spoken.txt").write_text(spoken(1000))
-    arguments = ["--data", "spoken.txt", *SMALL, "--max-epochs", 2, "--dropout", 0.1, "--length", 5]
+def test_run_resumes_in_the_middle_of_an_epoch(call: ScriptCall, tmp_path: Path) -> None:
+    """Curves, samples and weights are those of an uninterrupted run."""
+    (tmp_path / "words.txt").write_text(random_words(1000))
+    arguments = ["--data", "words.txt", *SMALL, "--max-epochs", 2, "--dropout", 0.1, "--length", 5]
     arguments += ["--checkpoint-every-n-steps", 7, "--keep-last", 99]
     assert call(*arguments, "--run-dir", "whole")[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -135,35 +135,35 @@ def test_resumed_in_the_middle_of_an_epoch(call: SampleInput, tmp_path: Path) ->
             path.unlink()
     assert call(*arguments, "--run-dir", "cut", "--resume-from-checkpoint")[0] == 0
     assert scalars(tmp_path / "cut") == scalars(tmp_path / "whole")
-    assert written(tmp_path / "cut") == written(tmp_path / "whole")
-    ours, theirs = (load(list_checkpoints(tmp_path / name)[0])["model"] for name in ("cut", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert samples(tmp_path / "cut") == samples(tmp_path / "whole")
+    resumed, whole = (load(list_checkpoints(tmp_path / name)[0])["model"] for name in ("cut", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_the_same_network_in_torch(call: SampleInput, tmp_path: Path) -> None:
-    """From one seed come the same weights and the same losses; in ours nobody's gradients but ours."""
-    merges = Vocabulary.learn(spoken(500).encode(), 300).merges
+def test_manualgrad_and_torch_have_the_same_losses(call: ScriptCall, tmp_path: Path) -> None:
+    """The same seed gives the same weights, losses and gradients. All gradients of manualgrad are manual."""
+    merges = Vocabulary.learn(random_words(500).encode(), 300).merges
     tokens = torch.randint(len(merges) + 256, (3, 17), generator=torch.Generator().manual_seed(0))
-    ours, torch_s = (
-        script.build(Settings.model_validate({**SHAPE, "model": model, "dropout": 0.1}), merges)
+    manual_model, torch_model = (
+        script.build_model(Settings.model_validate({**SHAPE, "model": model, "dropout": 0.1}), merges)
         for model in ("manualgrad", "torch")
     )
-    for mine, other in zip(ours.parameters(), torch_s.parameters(), strict=True):
-        assert torch.equal(mine, other)
+    for manual, reference in zip(manual_model.parameters(), torch_model.parameters(), strict=True):
+        assert torch.equal(manual, reference)
     losses = []
-    for model in (ours, torch_s):
+    for model in (manual_model, torch_model):
         torch.manual_seed(1)
-        losses.append(script.mean_nats(model(tokens), tokens))
+        losses.append(script.mean_loss(model(tokens), tokens))
         losses[-1].backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
-    for mine, other in zip(ours.parameters(), torch_s.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, other.grad)
-    assert foreign(losses[0]) == set()
-    assert foreign(losses[1]) != set()
+    for manual, reference in zip(manual_model.parameters(), torch_model.parameters(), strict=True):
+        torch.testing.assert_close(manual.grad, reference.grad)
+    assert torch_derivatives(losses[0]) == set()
+    assert torch_derivatives(losses[1]) != set()
 
-    # And so on, in the script itself.
-    (tmp_path / "spoken.txt").write_text(spoken(600))
-    arguments = ["--data", "spoken.txt", *SMALL, "--max-epochs", 1, "--length", 5, "--log-every-n-steps", 1]
+    # The same in the script.
+    (tmp_path / "words.txt").write_text(random_words(600))
+    arguments = ["--data", "words.txt", *SMALL, "--max-epochs", 1, "--length", 5, "--log-every-n-steps", 1]
     for model in ("manualgrad", "torch"):
         assert call(*arguments, "--model", model, "--run-dir", model)[0] == 0
     curves = [scalars(tmp_path / model)["loss/train"] for model in ("manualgrad", "torch")]
@@ -172,19 +172,19 @@ def test_the_same_network_in_torch(call: SampleInput, tmp_path: Path) -> None:
         assert one == (other[0], pytest.approx(other[1], rel=1e-3))
 
 
-def test_a_torch_without_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before 2.13: the same from two functions."""
+def test_torch_without_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch before 2.13: two functions give the same loss."""
     settings = Settings.model_validate({**SHAPE, "model": "torch", "dropout": 0})
-    model = script.build(settings, torch.zeros(0, 2, dtype=torch.int64))
+    model = script.build_model(settings, torch.zeros(0, 2, dtype=torch.int64))
     tokens = torch.randint(256, (2, 17))
     expected = model(tokens)
     monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     torch.testing.assert_close(model(tokens), expected)
 
 
-def test_settings_from_a_file(call: SampleInput, tmp_path: Path) -> None:
-    (tmp_path / "spoken.txt").write_text(spoken(600))
-    arguments = ["--data", "spoken.txt", *SMALL, "--max-epochs", 1, "--length", 5, "--seed", 3]
+def test_settings_from_a_file(call: ScriptCall, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text(random_words(600))
+    arguments = ["--data", "words.txt", *SMALL, "--max-epochs", 1, "--length", 5, "--seed", 3]
     assert call(*arguments, "--run-dir", "one")[0] == 0
     assert call("--settings", "one/settings.json", "--run-dir", "two")[0] == 0
     assert scalars(tmp_path / "one") == scalars(tmp_path / "two")
@@ -192,10 +192,10 @@ def test_settings_from_a_file(call: SampleInput, tmp_path: Path) -> None:
     assert {name: found[name] for name in SHAPE} == SHAPE
 
 
-def test_help_explains_every_option(call: SampleInput) -> None:
+def test_help_explains_every_option(call: ScriptCall) -> None:
     status, output, _ = call("--help")
     assert status == 0
-    assert "Learn to write like a text" in output
+    assert "Train a GPT on text" in output
     options, defaults = output.count("\n  --"), output.count("(default:")
     assert options == defaults > 20
 
@@ -204,15 +204,15 @@ def test_help_explains_every_option(call: SampleInput) -> None:
     ("line", "content", "arguments"),
     [
         ("book cannot be read: No such file or directory", None, []),
-        ("book has too little text, or in too few files: 0 bytes, 2000 needed", b"", []),
-        ("book has too little text, or in too few files: 1999 bytes, 2000 needed", b"a" * 1999, []),
-        ("book is not text in UTF-8: 'utf-8' codec can't decode byte 0xff", b"a" * 3000 + b"\xff", []),
-        ("book has too little text, or in too few files: 0 bytes, 2000 needed", {}, []),
-        ("book has too little text, or in too few files: 5002 bytes", {"one": b"a" * 5000}, []),
-        ("book/two is not text in UTF-8", {"one": b"a" * 5000, "two": b"\xfe"}, []),
-        (r"the validation part has \d+ tokens, less than the --context of 256", spoken(1000).encode(), []),
-        ("--vocabulary 255: the bytes alone are 256", None, ["--vocabulary", 255]),
-        ("--width 128 cannot be shared in pairs among --heads 3", None, ["--heads", 3]),
+        ("book has too little text or too few files: 0 bytes, 2000 are needed", b"", []),
+        ("book has too little text or too few files: 1999 bytes, 2000 are needed", b"a" * 1999, []),
+        ("book is not UTF-8 text: 'utf-8' codec can't decode byte 0xff", b"a" * 3000 + b"\xff", []),
+        ("book has too little text or too few files: 0 bytes, 2000 are needed", {}, []),
+        ("book has too little text or too few files: 5002 bytes", {"one": b"a" * 5000}, []),
+        ("book/two is not UTF-8 text", {"one": b"a" * 5000, "two": b"\xfe"}, []),
+        (r"the validation split has \d+ tokens, fewer than --context 256", random_words(1000).encode(), []),
+        ("--vocabulary 255: at least 256", None, ["--vocabulary", 255]),
+        ("--width 128 is not a multiple of 2 times --heads 3", None, ["--heads", 3]),
         ("--dropout: Input should be less than 1", None, ["--dropout", 1]),
         ("--temperature: Input should be greater than 0", None, ["--temperature", 0]),
         ("--generate needs --run-dir", None, ["--generate", "The"]),
@@ -220,10 +220,10 @@ def test_help_explains_every_option(call: SampleInput) -> None:
         ("unrecognized arguments: --widht", None, ["--widht", 3]),
     ],
 )
-def test_wrong_input_gives_one_line(
-    line: str, content: bytes | dict[str, bytes] | None, arguments: list[object], call: SampleInput, tmp_path: Path
+def test_wrong_input_gives_one_error_line(
+    line: str, content: bytes | dict[str, bytes] | None, arguments: list[object], call: ScriptCall, tmp_path: Path
 ) -> None:
-    """And status 2, and no file."""
+    """Exit status 2, and no file is written."""
     if isinstance(content, bytes):
         (tmp_path / "book").write_bytes(content)
     elif content is not None:
@@ -238,10 +238,10 @@ def test_wrong_input_gives_one_line(
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
-def test_what_cannot_write(call: SampleInput, tmp_path: Path) -> None:
-    """A damaged checkpoint, and one of something else."""
-    (tmp_path / "spoken.txt").write_text(spoken(600))
-    assert call("--data", "spoken.txt", *SMALL, "--max-epochs", 1, "--length", 5, "--run-dir", "mine")[0] == 0
+def test_generating_from_unusable_checkpoints(call: ScriptCall, tmp_path: Path) -> None:
+    """A damaged checkpoint, and one of another script."""
+    (tmp_path / "words.txt").write_text(random_words(600))
+    assert call("--data", "words.txt", *SMALL, "--max-epochs", 1, "--length", 5, "--run-dir", "mine")[0] == 0
     path = tmp_path / "mine" / "best.pt"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
@@ -254,17 +254,15 @@ def test_what_cannot_write(call: SampleInput, tmp_path: Path) -> None:
     del saved["model"]["merges"]
     save(path, saved)
     status, output, error = call("--generate", "mu", "--run-dir", "mine")
-    assert (status, output, error) == (2, "", "error: mine/best.pt is of a network that does not write\n")
+    assert (status, output, error) == (2, "", "error: mine/best.pt is not a checkpoint of train_language.py\n")
 
 
 # The text
 
 
-def test_the_documentation_of_python(
-    text: Text, documents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There are over a million bytes of it, it is English, and no document is in two parts."""
-    monkeypatch.setattr(script, "documentation", lambda: documents)
+def test_python_documentation(text: Text, documents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has over 1.5 million bytes of English. No document is in two splits."""
+    monkeypatch.setattr(script, "python_documentation", lambda: documents)
     assert script.read_text(None) == text
     size = sum(map(len, text))
     assert size > 1_500_000
@@ -292,8 +290,8 @@ def test_the_documentation_of_python(
             assert seen.issuperset(docstring.encode().split(b"\n\n"))
 
 
-def test_documents_are_not_torn() -> None:
-    """Each is in one part as a whole, and where it goes depends on its name and no order."""
+def test_documents_are_split_by_name() -> None:
+    """Each is whole in one split, whatever the order."""
     documents = {f"name {i}": f"<{i}>".encode() * 20 for i in range(200)}
     parts = script.split(documents)
     places = {name: [document in part for part in parts] for name, document in documents.items()}
@@ -303,23 +301,23 @@ def test_documents_are_not_torn() -> None:
     assert counts == [pytest.approx(170, abs=3), pytest.approx(10, abs=3), pytest.approx(20, abs=3)]
 
 
-def test_a_folder_and_a_file(tmp_path: Path) -> None:
-    """Hidden files are none of the text; a file is cut by place, and nothing of it is lost."""
+def test_read_folder_and_file(tmp_path: Path) -> None:
+    """Hidden files are ignored. A single file is split by position, and nothing is lost."""
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "index").write_bytes(b"\xff")
     for i in range(30):
-        (tmp_path / f"{i}.txt").write_text(f"{i}: {spoken(40, i)}")
+        (tmp_path / f"{i}.txt").write_text(f"{i}: {random_words(40, i)}")
     found = script.read_text(tmp_path)
     assert b"".join(found).count(b": ") == 30
-    (tmp_path / "one").write_text(spoken(1000) + "äöü")
-    assert b"".join(script.read_text(tmp_path / "one")).decode() == spoken(1000) + "äöü"
+    (tmp_path / "one").write_text(random_words(1000) + "äöü")
+    assert b"".join(script.read_text(tmp_path / "one")).decode() == random_words(1000) + "äöü"
 
 
-def test_what_the_compressors_add() -> None:
-    """Of what was there already, hardly anything; of noise, all of it."""
+def test_compression_baselines() -> None:
+    """Repeated text needs hardly any bits, noise 8 bits per byte."""
     noise = random.Random(0).randbytes(30_000)
-    seen = script.compressors(Text(noise, b"", noise[:10_000]))
-    unseen = script.compressors(Text(noise[:20_000], b"", noise[20_000:]))
+    seen = script.compression_baselines(Text(noise, b"", noise[:10_000]))
+    unseen = script.compression_baselines(Text(noise[:20_000], b"", noise[20_000:]))
     assert seen["xz"] < 0.5
     assert unseen["xz"] == pytest.approx(8, abs=0.1)
     assert unseen["bzip2"] == pytest.approx(8, abs=0.2)
@@ -328,34 +326,34 @@ def test_what_the_compressors_add() -> None:
 # The vocabulary
 
 
-def slowly_learned(text: bytes, size: int) -> list[tuple[int, int]]:
-    """Byte-pair encoding by the book: count all pairs, join the most frequent one, and again."""
-    words = [list(word) for word in WORDS.findall(text)]
+def simple_bpe(text: bytes, size: int) -> list[tuple[int, int]]:
+    """Simple byte-pair encoding: count all pairs, join the most frequent one, repeat."""
+    words = [list(word) for word in WORD_PATTERN.findall(text)]
     merges: list[tuple[int, int]] = []
     while 256 + len(merges) < size:
         counts = Counter(pair for word in words for pair in pairwise(word))
         best = min(counts, key=lambda pair: (-counts[pair], pair), default=(0, 0))
         if counts[best] < 2:
             break
-        words = [script._joined(word, best, 256 + len(merges)) for word in words]
+        words = [script._merge_pair(word, best, 256 + len(merges)) for word in words]
         merges.append(best)
     return merges
 
 
-@pytest.mark.parametrize("source", ["spoken", "documentation"])
-def test_the_vocabulary_is_the_one_of_the_slow_way(source: str, text: Text) -> None:
-    sample = spoken(300).encode() if source == "spoken" else text.train[:6000]
+@pytest.mark.parametrize("source", ["random words", "python_documentation"])
+def test_vocabulary_is_that_of_simple_bpe(source: str, text: Text) -> None:
+    sample = random_words(300).encode() if source == "random words" else text.train[:6000]
     vocabulary = Vocabulary.learn(sample, 320)
-    assert [tuple(pair) for pair in vocabulary.merges.tolist()] == slowly_learned(sample, 320)
-    # In the order of the merges, so that a text is encoded as it was when they were learned.
-    words = [list(word) for word in WORDS.findall(sample)]
-    for i, pair in enumerate(slowly_learned(sample, 320)):
-        words = [script._joined(word, pair, 256 + i) for word in words]
+    assert [tuple(pair) for pair in vocabulary.merges.tolist()] == simple_bpe(sample, 320)
+    # Encoding applies the merges in their order.
+    words = [list(word) for word in WORD_PATTERN.findall(sample)]
+    for i, pair in enumerate(simple_bpe(sample, 320)):
+        words = [script._merge_pair(word, pair, 256 + i) for word in words]
     assert vocabulary.encode(sample) == [token for word in words for token in word]
 
 
-def test_every_text_comes_back(text: Text) -> None:
-    """Also what was not learned on, in any alphabet, and bytes that are no text."""
+def test_decode_inverts_encode(text: Text) -> None:
+    """Also for unseen text in any alphabet, and bytes that are not text."""
     vocabulary = Vocabulary.learn(text.train[:50_000], 600)
     assert len(vocabulary.bytes) == 600
     odd = "naïve — 日本語 🙂\r\n\t  x\n\n  y_z 12 \x00"
@@ -366,45 +364,45 @@ def test_every_text_comes_back(text: Text) -> None:
     assert vocabulary.decode(vocabulary.encode(text.test)).encode() == text.test
     bare = Vocabulary.learn(text.train[:1000], 256)
     assert bare.encode(b"the") == list(b"the")
-    assert len(Vocabulary.learn(b"ab", 300).merges) == 0  # nothing comes twice
+    assert len(Vocabulary.learn(b"ab", 300).merges) == 0  # no pair occurs twice
 
 
 # The network and its figures
 
 
-def test_a_token_sees_what_is_before_it() -> None:
-    """And nothing after; the scores of the next one are those that its cost comes from."""
+def test_attention_is_causal() -> None:
+    """A loss depends only on its token and those before it. It is the cross entropy of the returned logits."""
     merges = torch.zeros(0, 2, dtype=torch.int64)
-    model = script.build(Settings.model_validate({**SHAPE, "dropout": 0}), merges).double()
+    model = script.build_model(Settings.model_validate({**SHAPE, "dropout": 0}), merges).double()
     with torch.no_grad():
-        for parameter in model.parameters():  # so that everything has a say
+        for parameter in model.parameters():  # larger, so that every token has an effect
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     tokens = torch.randint(256, (2, 17))
-    costs = model(tokens).view(2, 16)
+    losses = model(tokens).view(2, 16)
     changed = tokens.clone()
     changed[:, 9] = (changed[:, 9] + 1) % 256
-    again = model(changed).view(2, 16)
-    torch.testing.assert_close(costs[:, :8], again[:, :8], rtol=0, atol=1e-12)
-    assert (costs[:, 8:] != again[:, 8:]).all()
-    scores = model(tokens[:, :-1], scores=True)
-    expected = F.cross_entropy(scores, tokens[:, -1], reduction="none")
-    torch.testing.assert_close(costs[:, -1], expected)
+    changed_losses = model(changed).view(2, 16)
+    torch.testing.assert_close(losses[:, :8], changed_losses[:, :8], rtol=0, atol=1e-12)
+    assert (losses[:, 8:] != changed_losses[:, 8:]).all()
+    logits = model(tokens[:, :-1], return_logits=True)
+    expected = F.cross_entropy(logits, tokens[:, -1], reduction="none")
+    torch.testing.assert_close(losses[:, -1], expected)
 
 
-def test_places_are_told_by_their_distance() -> None:
-    """Products of turned vectors are those of the same vectors elsewhere; the turn keeps lengths."""
+def test_rotary_embedding_depends_on_distance() -> None:
+    """Products of rotated vectors depend on the distance only. Norms do not change."""
     query, key = torch.randn(2, 8, dtype=torch.float64)
-    turned = [script.turned(x.expand(20, 8)) for x in (query, key)]
-    products = turned[0] @ turned[1].T
+    rotated = [script.apply_rotary(x.expand(20, 8)) for x in (query, key)]
+    products = rotated[0] @ rotated[1].T
     for distance in range(1, 19):
         diagonal = products.diagonal(-distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)
     assert products[:, 0].unique().numel() == 20
-    torch.testing.assert_close(turned[0].norm(dim=-1), query.norm().expand(20))
+    torch.testing.assert_close(rotated[0].norm(dim=-1), query.norm().expand(20))
 
 
 class Counting(nn.Module):
-    """A network for which each token costs its number, and which knows what it was shown."""
+    """A network whose loss for each token is its number, and which records the input lengths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -416,23 +414,23 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("length", [3, 8, 9, 16, 17, 50, 401])
-def test_every_token_held_out_counts_once(length: int) -> None:
-    """Whatever the windows, and in bits per byte of the text, not per token."""
+def test_evaluate_predicts_every_token_once(length: int) -> None:
+    """The result is in bits per byte, not per token."""
     text = bytes(random.Random(0).choices(b"abc", k=length))
     vocabulary = Vocabulary(torch.tensor([[97, 98], [99, 99]]))
     tokens = vocabulary.encode(text)
     model = Counting()
-    found = script.score(model, Windows(text, vocabulary, 8), torch.device("cpu"))
+    found = script.evaluate(model, Windows(text, vocabulary, 8), torch.device("cpu"))
     assert found == pytest.approx(sum(tokens) / math.log(2) / length)
     assert max(model.seen) <= 8
     shown, count = script.bits_per_byte(torch.tensor([1.0, 2.0]), torch.tensor([4, 2]))
     assert (shown.item(), count.item()) == (pytest.approx(3 / math.log(2) / 6), 6)
 
 
-def test_an_epoch_shows_nearly_all_of_the_text_once() -> None:
-    """Each epoch in windows cut elsewhere, none of which overlap."""
+def test_epoch_covers_nearly_all_of_the_text_once() -> None:
+    """Windows do not overlap. Each epoch has another offset."""
     windows = Windows(bytes(range(32, 127)) * 4, Vocabulary(torch.zeros(0, 2, dtype=torch.int64)), 16)
-    order = script.Shuffled(windows)
+    order = script.ShuffledWindows(windows)
     epochs = []
     for seed in range(5):
         torch.manual_seed(seed)
@@ -450,9 +448,11 @@ def test_an_epoch_shows_nearly_all_of_the_text_once() -> None:
     assert torch.cat(whole).tolist() == windows.tokens[1 : 1 + 16 * len(whole)].tolist()
 
 
-def test_a_text_of_one_window_is_enough() -> None:
+def test_text_of_one_window() -> None:
     windows = Windows(b"a" * 16, Vocabulary(torch.zeros(0, 2, dtype=torch.int64)), 16)
-    assert list(script.Shuffled(windows)) == list(windows.starts()) == [0]
+    assert list(script.ShuffledWindows(windows)) == list(windows.starts()) == [0]
     with pytest.raises(DataError):
         script.read_text(Path("nowhere"))
-    assert isinstance(script.build(Settings.model_validate(SHAPE), torch.zeros(0, 2, dtype=torch.int64)), GPT)
+    assert isinstance(
+        script.build_model(Settings.model_validate(SHAPE), torch.zeros(0, 2, dtype=torch.int64)), GPT
+    )

@@ -15,7 +15,7 @@ def verify_op(op: Op, number: int | None, device: str, law: str) -> Report:
     """Test one law on the sample input with this number, or on the benchmark input."""
     factory = TensorFactory(device=device)
     sample = op.benchmark_input(factory) if number is None else list(op.sample_inputs(factory))[number]
-    args, kwargs = sample.marked()
+    args, kwargs = sample.with_requires_grad()
     return verify(
         op.function,
         *args,

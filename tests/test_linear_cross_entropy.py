@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph import MOVES_OR_ADDS, nodes
+from graph import STRUCTURAL_NODES, nodes
 from test_laws import DISTRIBUTED, verify_op
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -37,7 +37,7 @@ ROOM = 7
 
 @pytest.fixture(autouse=True)
 def room_for_few_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(area, "_PIECE", ROOM)
+    monkeypatch.setattr(area, "MAX_LOGITS_PER_CHUNK", ROOM)
 
 
 def in_one_piece(
@@ -62,7 +62,7 @@ def both(tensors: Sequence[Tensor], target: Tensor, **how: Any) -> tuple[Tensor,
 
 
 def rules(output: Tensor) -> set[str]:
-    return {name for name in nodes(output) if name not in MOVES_OR_ADDS}
+    return {name for name in nodes(output) if name not in STRUCTURAL_NODES}
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law != DISTRIBUTED])
@@ -124,7 +124,7 @@ def test_what_is_right_is_differentiable_too() -> None:
 def test_which_rule() -> None:
     """Gradients are formed in the forward where one number is asked for and nothing looks on."""
     (x, weight, _), target = problem()
-    once, again = "LinearCrossEntropyLossOnceFunctionBackward", "LinearCrossEntropyLossFunctionBackward"
+    once, again = "LinearCrossEntropyLossWithGradientsFunctionBackward", "LinearCrossEntropyLossFunctionBackward"
     assert rules(ours(x, weight, target)) == {once}
     assert rules(ours(x, weight, target, reduction="sum")) == {once}
     assert rules(ours(x, weight, target, reduction="none")) == {again}
@@ -319,14 +319,14 @@ def test_options_are_read_as_torch_reads_them() -> None:
                 expected = options._adjust(n, features, scores, torch.float32).batch_chunk_size
             except ValueError:
                 with pytest.raises(ValueError, match="pass one"):
-                    area._rows_at_a_time(options, n, features, scores)
+                    area._chunk_size(options, n, features, scores)
             else:
-                assert area._rows_at_a_time(options, n, features, scores) == expected
+                assert area._chunk_size(options, n, features, scores) == expected
 
 
 def test_pieces_are_of_one_size_and_within_the_room() -> None:
     for n, scores in itertools.product((1, 2, 5, 64), (1, 3, 7, 100)):
-        size = area._rows_at_a_time(None, n, 2, scores)
+        size = area._chunk_size(None, n, 2, scores)
         assert size == 1 or (size - 1) * scores < ROOM
         assert size * (math.ceil(n / size) - 1) < n
 

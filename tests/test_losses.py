@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph import MOVES_OR_ADDS, nodes
+from graph import STRUCTURAL_NODES, nodes
 from torch import Tensor
 from torch.testing import assert_close
 from torch.torch_version import TorchVersion
@@ -20,7 +20,7 @@ ours: Any = nn.functional
 
 
 def rules(output: Tensor) -> set[str]:
-    return {name for name in nodes(output) if name not in MOVES_OR_ADDS}
+    return {name for name in nodes(output) if name not in STRUCTURAL_NODES}
 
 
 def test_embedding_bag_by_frequency_is_right_where_torch_is_not() -> None:

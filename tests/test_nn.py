@@ -1,4 +1,4 @@
-"""Drop-in is literal: names, signatures, repr, state, pickling, initial values, isinstance."""
+"""manualgrad.nn is a drop-in replacement of torch.nn: names, signatures, classes, in-place variants, training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph import foreign
+from graph import torch_derivatives
 from torch.testing import assert_close
 
 from manualgrad import nn
@@ -19,18 +19,18 @@ from manualgrad.rebinding import rebind
 from manualgrad.registry import Op, TensorFactory
 
 
-def public(module: ModuleType) -> list[str]:
+def public_names(module: ModuleType) -> list[str]:
     return [name for name in vars(module) if not name.startswith("_")]
 
 
-@pytest.mark.parametrize(("ours", "torch_s"), [(nn, torch.nn), (nn.functional, torch.nn.functional)])
-def test_every_public_name(ours: ModuleType, torch_s: ModuleType) -> None:
-    missing = [name for name in public(torch_s) if not hasattr(ours, name)]
+@pytest.mark.parametrize(("namespace", "torch_namespace"), [(nn, torch.nn), (nn.functional, torch.nn.functional)])
+def test_has_every_public_name(namespace: ModuleType, torch_namespace: ModuleType) -> None:
+    missing = [name for name in public_names(torch_namespace) if not hasattr(namespace, name)]
     assert not missing
-    assert ours is not torch_s
+    assert namespace is not torch_namespace
 
 
-def test_names_are_ours_where_a_rule_exists(op: Op) -> None:
+def test_functional_has_the_registered_function(op: Op) -> None:
     if hasattr(torch.nn.functional, op.name):
         assert getattr(nn.functional, op.name) is op.function
     assert op.function is not op.reference
@@ -40,38 +40,38 @@ def parameters(function: Any) -> list[tuple[Any, ...]]:
     return [(p.name, p.kind, rebind(p.default)) for p in inspect.signature(function).parameters.values()]
 
 
-def test_signature_of_function(op: Op) -> None:
+def test_function_signature(op: Op) -> None:
     try:
         expected = parameters(op.reference)
-    except ValueError:  # written in C: its documentation shows it
-        shown = (op.reference.__doc__ or "").split("->")[0]
+    except ValueError:  # a C function: the docstring has the signature
+        signature = (op.reference.__doc__ or "").split("->")[0]
         names = [name for name, _, _ in parameters(op.function) if not name.startswith("_")]
-        assert all(name in shown for name in names) or not shown
+        assert all(name in signature for name in names) or not signature
     else:
-        assert parameters(op.function) == expected or expected[0][0] == "args"  # a Function's apply
+        assert parameters(op.function) == expected or expected[0][0] == "args"  # the `apply` of a Function
 
 
 MODULES = [
     name
     for name, value in vars(torch.nn).items()
-    if inspect.isclass(value) and getattr(nn, name) is not value  # the others compute nothing
+    if inspect.isclass(value) and getattr(nn, name) is not value  # the others call no function with a gradient
 ]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_is_torchs_with_other_functions(name: str) -> None:
-    ours, torch_s = getattr(nn, name), getattr(torch.nn, name)
-    assert issubclass(ours, torch_s)
-    for base in torch_s.__mro__:  # LazyConv2d is a Conv2d, also among ours
-        assert issubclass(ours, getattr(nn, base.__name__, base))
-    assert ours.__name__ == torch_s.__name__
-    assert (inspect.getdoc(ours) or "").startswith(inspect.cleandoc(torch_s.__doc__ or ""))
-    assert parameters(ours) == parameters(torch_s)
-    assert parameters(ours.forward) == parameters(torch_s.forward)
+def test_module_class(name: str) -> None:
+    manual, original = getattr(nn, name), getattr(torch.nn, name)
+    assert issubclass(manual, original)
+    for base in original.__mro__:  # nn.LazyConv2d is a subclass of nn.Conv2d too
+        assert issubclass(manual, getattr(nn, base.__name__, base))
+    assert manual.__name__ == original.__name__
+    assert (inspect.getdoc(manual) or "").startswith(inspect.cleandoc(original.__doc__ or ""))
+    assert parameters(manual) == parameters(original)
+    assert parameters(manual.forward) == parameters(original.forward)
 
 
-def test_a_function_for_torchs_own_code_is_not_mistaken_for_it_when_compiled() -> None:
-    """Dynamo keeps what it compiled with the code object."""
+def test_compile_distinguishes_torch_and_rebound_modules() -> None:
+    """Dynamo caches compiled code by code object, which the rebound function must not share."""
     x = torch.randn(4, 3, requires_grad=True)
     names = []
     for module in (torch.nn.ReLU(), nn.ReLU()):
@@ -80,7 +80,7 @@ def test_a_function_for_torchs_own_code_is_not_mistaken_for_it_when_compiled() -
     assert names == ["ReluBackward0", "ReLUFunctionBackward"]
 
 
-def test_in_place_variants() -> None:
+def test_inplace_variants() -> None:
     for name in ("relu", "leaky_relu", "silu", "elu", "dropout"):
         results = []
         for functional in (nn.functional, torch.nn.functional):
@@ -97,16 +97,16 @@ def test_in_place_variants() -> None:
 
 
 @pytest.mark.parametrize("name", ["relu_", "leaky_relu_", "elu_"])
-def test_in_place_functions_are_ours(name: str) -> None:
+def test_inplace_functions_use_rules(name: str) -> None:
     hidden = torch.randn(5, 3, requires_grad=True) * 2
     output = getattr(nn.functional, name)(hidden)
     assert output is hidden
     node = output.grad_fn
-    ours = node.next_functions[-1][0] if node.name().endswith("CopyBackwards") else node
-    assert ours.name().endswith("FunctionBackward")
+    rule = node.next_functions[-1][0] if node.name().endswith("CopyBackwards") else node
+    assert rule.name().endswith("FunctionBackward")
 
 
-def test_a_broadcast_target_is_warned_of_where_it_is_passed() -> None:
+def test_broadcast_target_warning_names_the_callers_file() -> None:
     for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"):
         with pytest.warns(UserWarning, match="Using a target size") as caught:
             getattr(nn.functional, name)(torch.zeros(4, 1), torch.zeros(4))
@@ -140,9 +140,9 @@ def test_sparse_embedding_and_max_norm() -> None:
     ],
 )
 def test_grouped_products(a: tuple[int, ...], b: tuple[int, ...], groups: int) -> None:
-    """torch has them in float32 and lower alone, which is too coarse for the laws: against the plain products."""
-    make = TensorFactory(torch.float32)
-    x, y = make(*a).requires_grad_(), make(*b).requires_grad_()
+    """Compared with `@` here: the laws need float64, which torch's grouped_mm does not support."""
+    t = TensorFactory(torch.float32)
+    x, y = t(*a).requires_grad_(), t(*b).requires_grad_()
     ends = torch.tensor([3, 8], dtype=torch.int32) if groups else None
 
     def plain(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -156,17 +156,17 @@ def test_grouped_products(a: tuple[int, ...], b: tuple[int, ...], groups: int) -
         return torch.stack(parts) if x.dim() == y.dim() else torch.cat(parts, 0 if x.dim() == 2 else 1)
 
     def derivatives(function: Any) -> list[torch.Tensor]:
-        found = function(x, y)[:8]  # behind the last group stands what happens to be in memory
-        first = torch.autograd.grad(found.sin().sum(), (x, y), create_graph=True)
+        output = function(x, y)[:8]  # the memory behind the last group is uninitialized
+        first = torch.autograd.grad(output.sin().sum(), (x, y), create_graph=True)
         second = torch.autograd.grad(first[0].cos().sum() + first[1].cos().sum(), (x, y))
-        return [found, *first, *second]
+        return [output, *first, *second]
 
-    ours = derivatives(lambda x, y: nn.functional.grouped_mm(x, y, offs=ends))
-    assert not foreign(nn.functional.grouped_mm(x, y, offs=ends))
-    assert_close(ours, derivatives(plain), rtol=1e-4, atol=1e-4)
+    found = derivatives(lambda x, y: nn.functional.grouped_mm(x, y, offs=ends))
+    assert not torch_derivatives(nn.functional.grouped_mm(x, y, offs=ends))
+    assert_close(found, derivatives(plain), rtol=1e-4, atol=1e-4)
 
 
-def network(nn: ModuleType, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def make_network(nn: ModuleType, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     torch.manual_seed(0)
     layers = (
         nn.Linear(8, 32),
@@ -180,12 +180,12 @@ def network(nn: ModuleType, dtype: torch.dtype = torch.float32) -> torch.nn.Modu
     return nn.Sequential(*layers, nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1)).to(dtype)
 
 
-def test_a_network_compiles_into_one_graph() -> None:
+def test_network_compiles_into_one_graph() -> None:
     backend = "inductor" if shutil.which("g++") else "aot_eager"
     x, t = TensorFactory(torch.float32)(16, 8), TensorFactory(torch.float32)(16, 1)
     results = []
     for compiled in (False, True):
-        model, loss = network(nn).eval(), nn.MSELoss()
+        model, loss = make_network(nn).eval(), nn.MSELoss()
 
         def step(x: torch.Tensor, t: torch.Tensor, model: Any = model, loss: Any = loss) -> torch.Tensor:
             return loss(model(x), t)
@@ -197,39 +197,39 @@ def test_a_network_compiles_into_one_graph() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-2)])
-def test_the_loss_curve_is_torchs(dtype: torch.dtype, tolerance: float) -> None:
-    """200 steps from the same seed, dropout included: float64 step by step, float32 at the end within 1%."""
+def test_loss_curve_matches_torch(dtype: torch.dtype, tolerance: float) -> None:
+    """200 steps with dropout, from the same seed: every step in float64, the last step in float32."""
     curves = []
     for module in (nn, torch.nn):
-        model, loss = network(module, dtype), module.MSELoss()
+        model, loss = make_network(module, dtype), module.MSELoss()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        make = TensorFactory(dtype)
+        t = TensorFactory(dtype)
         curve = []
         for _ in range(200):
-            x = make(32, 8)
+            x = t(32, 8)
             value = loss(model(x), x[:, :1] * x[:, 1:2])
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
             curve.append(value.item())
         curves.append(curve)
-    ours, torch_s = curves
-    assert ours[-1] < ours[0]
+    curve, torch_curve = curves
+    assert curve[-1] < curve[0]
     steps = slice(None) if dtype == torch.float64 else slice(-1, None)
-    assert ours[steps] == pytest.approx(torch_s[steps], rel=tolerance)
+    assert curve[steps] == pytest.approx(torch_curve[steps], rel=tolerance)
 
 
-def test_layer_norm_is_right_where_torch_is_not() -> None:
-    """torch takes its kept 1/σ as a constant where it differentiates its backward again."""
+def test_layer_norm_derivatives_of_higher_order() -> None:
+    """torch's are wrong: its backward uses the saved 1/σ as a constant."""
     torch_is_wrong = []
-    for modes, truth, ours, torch_s in layer_norm_derivatives():
-        assert ours == pytest.approx(truth, rel=1e-9), modes
-        if torch_s != pytest.approx(truth, rel=1e-3):
+    for modes, truth, manual, original in layer_norm_derivatives():
+        assert manual == pytest.approx(truth, rel=1e-9), modes
+        if original != pytest.approx(truth, rel=1e-3):
             torch_is_wrong.append(modes)
     assert "rrr" in torch_is_wrong
 
 
 def layer_norm_derivatives() -> list[tuple[str, float, float, float]]:
-    """As the README shows them: `python scripts/benchmark.py --what orders`."""
+    """Modes, truth, manualgrad's and torch's derivative, as scripts/benchmark.py prints them."""
     script = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "benchmark.py"))
     return script["layer_norm_derivatives"]()

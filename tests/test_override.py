@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph import foreign, nodes
-from test_pytorchs_inputs import DTYPE, FunctionInput, compare, op_db, tried
+from graph import nodes, torch_derivatives
+from test_pytorchs_inputs import DTYPE, FunctionInput, assert_same_results, op_db, run_and_differentiate
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -48,12 +48,12 @@ def test_every_variant_of_an_operation(info: Any) -> None:
         for sample in info.sample_inputs("cpu", DTYPE, requires_grad=True):
             arguments = FunctionInput(sample.input, *sample.args, **sample.kwargs)
             try:
-                expected = tried(function, arguments)
+                expected = run_and_differentiate(function, arguments)
             except RuntimeError:  # this sample cannot be written in place
                 continue
             with override_torch_functions():
-                found = tried(function, arguments)
-            compare(found, expected)
+                found = run_and_differentiate(function, arguments)
+            assert_same_results(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_overridden_calls(call: Callable[[Tensor], Tensor]) -> None:
     with override_torch_functions():
         found = call(x)
     assert any(name.endswith("FunctionBackward") for name in nodes(found))
-    assert not foreign(found)
+    assert not torch_derivatives(found)
     assert_close(found, call(x))
-    assert foreign(call(x))
+    assert torch_derivatives(call(x))
 
 
 @pytest.mark.parametrize(

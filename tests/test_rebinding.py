@@ -23,7 +23,7 @@ def test_the_table_of_rebound_names() -> None:
 
 @pytest.mark.parametrize("name", ["Linear.gone", "Identity.forward"])
 def test_a_name_that_is_not_rebound_any_more(name: str) -> None:
-    message = rf"torch .* does not have torch\.nn\.modules\.linear\.{name}.*Install a version"
+    message = rf"torch .* does not have torch\.nn\.modules\.linear\.{name}.*Install a tested version"
     with pytest.raises(ImportError, match=message):
         rebinding.check({"torch.nn.modules.linear": {"Linear.forward", name}})
 
@@ -56,7 +56,7 @@ import manualgrad.nn
 assert Linear is manualgrad.nn.Linear
 sys.stdout.buffer.write(pickle.dumps([Linear, manualgrad.nn.functional.mse_loss]))
 """
-    warnings = ["-W", "ignore:manualgrad was not tried with torch"]
+    warnings = ["-W", "ignore:manualgrad was not tested with torch"]
     written = subprocess.run([sys.executable, *warnings, "-c", code], check=True, capture_output=True).stdout
     read = [sys.executable, *warnings, "-c", "import pickle, sys; print(pickle.load(sys.stdin.buffer))"]
     output = subprocess.run(read, input=written, check=True, capture_output=True).stdout

@@ -1,4 +1,4 @@
-"""The rule itself: what it keeps, what it refuses, and the private names of torch that it stands on."""
+"""Rules: saved tensors, statistics, refused classes, precision, and the wrappers of torch's private names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp
 from torch.testing import assert_close
 
-from manualgrad import registry
+from manualgrad import registry, torch_internals
 from manualgrad.ops.linear import LinearFunction
 from manualgrad.ops.normalization import LayerNormFunction
-from manualgrad.rule import Rule, every_rule, torch_internals
+from manualgrad.rule import Rule, every_rule
 
 
 class CubeFunction(Rule):
-    """y = s x³, by way of a statistic that moves with x and a quantity that two gradients share."""
+    """y = s x³, with a statistic x² that depends on x and a quantity that two gradients share."""
 
     statistics = ("square",)
     computed: list[str] = []
@@ -46,13 +46,13 @@ class CubeFunction(Rule):
         return (grad * cube).sum()
 
 
-class ForgetfulCubeFunction(CubeFunction):
-    """The same, with its statistic declared a constant: right to first order, wrong above."""
+class ConstantStatisticCubeFunction(CubeFunction):
+    """The statistic is treated as a constant, so derivatives above first order are wrong."""
 
     square = None  # type: ignore[assignment]
 
 
-def kept(function: torch.autograd.Function | None) -> list[Tensor]:
+def saved_tensors(function: torch.autograd.Function | None) -> list[Tensor]:
     return list(getattr(function, "saved_tensors"))  # noqa: B009
 
 
@@ -60,25 +60,25 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
-def test_it_is_an_autograd_function() -> None:
+def test_rule_has_an_autograd_function() -> None:
     assert issubclass(LinearFunction.function, torch.autograd.Function)
     output = LinearFunction.apply(leaf(2, 3), leaf(4, 3), None)
     assert output.grad_fn is not None
     assert output.grad_fn.name() == "LinearFunctionBackward"
 
 
-def test_what_the_needed_gradients_name_is_kept_and_nothing_else() -> None:
+def test_saves_only_what_needed_gradients_use() -> None:
     x, w, b = leaf(5, 3), leaf(4, 3), leaf(4)
     for needed in itertools.product((False, True), repeat=3):
         arguments = [t.detach().requires_grad_(need) for t, need in zip((x, w, b), needed, strict=True)]
         output = LinearFunction.apply(*arguments)
-        pointers = {t.data_ptr() for t in kept(output.grad_fn)} if output.requires_grad else set()
+        pointers = {t.data_ptr() for t in saved_tensors(output.grad_fn)} if output.requires_grad else set()
         expected = {arguments[1].data_ptr()} if needed[0] else set()
         expected |= {arguments[0].data_ptr()} if needed[1] else set()
         assert pointers == expected
 
 
-def test_shared_quantities_are_computed_once_and_statistics_not_again() -> None:
+def test_shared_quantity_is_computed_once_and_statistic_is_saved() -> None:
     CubeFunction.computed.clear()
     x, s = leaf(4), leaf()
     CubeFunction.apply(x, s, 3).sum().backward()
@@ -86,7 +86,7 @@ def test_shared_quantities_are_computed_once_and_statistics_not_again() -> None:
     assert_close(x.grad, 3 * s.detach() * x.detach() ** 2)
 
 
-def test_moving_statistics_are_computed_anew_where_the_backward_is_differentiated() -> None:
+def test_statistics_are_recomputed_in_double_backward() -> None:
     x, s = leaf(4), leaf().detach()
     value = CubeFunction.apply(x, s, 3).sum()
     (first,) = torch.autograd.grad(value, x, create_graph=True)
@@ -98,15 +98,15 @@ def test_moving_statistics_are_computed_anew_where_the_backward_is_differentiate
     assert_close(third(x.detach()), 12 * s * x.detach())
 
 
-def test_a_statistic_without_its_method_is_taken_as_a_constant() -> None:
-    """The laws' reason to test above first order: this rule passes gradcheck and is wrong."""
+def test_statistic_without_a_method_is_a_constant() -> None:
+    """This rule passes gradcheck although it is wrong, so the laws must test higher orders."""
     x, s = leaf(4), leaf().detach()
-    assert torch.autograd.gradcheck(lambda t: ForgetfulCubeFunction.apply(t, s, 3), x)
-    (first,) = torch.autograd.grad(ForgetfulCubeFunction.apply(x, s, 3).sum(), x, create_graph=True)
+    assert torch.autograd.gradcheck(lambda t: ConstantStatisticCubeFunction.apply(t, s, 3), x)
+    (first,) = torch.autograd.grad(ConstantStatisticCubeFunction.apply(x, s, 3).sum(), x, create_graph=True)
     assert not first.requires_grad
 
 
-def test_a_tensor_without_a_gradient_is_refused_when_it_requires_one() -> None:
+def test_input_without_a_gradient_raises_if_it_requires_grad() -> None:
     nll_loss = registry.ops()["nll_loss"].function
     x, target, weight = leaf(4, 3), torch.tensor([0, 1, 2, 1]), torch.ones(3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"not differentiable with respect to .*'weight'"):
@@ -115,8 +115,8 @@ def test_a_tensor_without_a_gradient_is_refused_when_it_requires_one() -> None:
         jvp(lambda w: nll_loss(x, target, w), (weight.detach(),), (weight.detach(),))
 
 
-def test_a_rule_that_does_not_hold_together_is_refused_when_it_is_written() -> None:
-    with pytest.raises(TypeError, match="asks for 'wieght', which is no input"):
+def test_inconsistent_class_is_refused() -> None:
+    with pytest.raises(TypeError, match="parameter 'wieght' is no input"):
 
         class Misspelt(Rule):
             def forward(input: Tensor, weight: Tensor) -> Tensor: ...
@@ -134,7 +134,7 @@ def test_a_rule_that_does_not_hold_together_is_refused_when_it_is_written() -> N
             def forward(input: Tensor, p) -> Tensor: ...  # type: ignore[no-untyped-def]
 
 
-def test_in_no_grad_nothing_is_kept() -> None:
+def test_no_grad_saves_nothing() -> None:
     x, w = leaf(5, 3), leaf(4, 3)
     with torch.no_grad():
         assert LinearFunction.apply(x, w, None).grad_fn is None
@@ -143,7 +143,7 @@ def test_in_no_grad_nothing_is_kept() -> None:
 
 
 def test_low_precision_gradients_are_rounded_once() -> None:
-    """The formulas of LayerNorm run in float32, and only the result is bfloat16."""
+    """The formulas run in float32. Only the result is rounded to bfloat16."""
     x = torch.randn(64, 256, dtype=torch.bfloat16, requires_grad=True)
     exact = x.detach().double().requires_grad_()
     upstream = torch.randn(64, 256, dtype=torch.bfloat16)
@@ -153,8 +153,8 @@ def test_low_precision_gradients_are_rounded_once() -> None:
     assert (found.double() - true).norm() < 1e-2 * true.norm()
 
 
-def test_two_rules_compiled_one_after_the_other_are_not_mistaken() -> None:
-    """Dynamo keeps what it compiled with the code object: with one for all rules, the second was the first."""
+def test_compiled_rules_are_not_confused() -> None:
+    """Dynamo caches by code object. If rules shared one, the second rule would run the code of the first."""
     operations = registry.ops()
     x = torch.randn(4, 3, requires_grad=True)
     for name in ("relu", "sigmoid", "tanh"):
@@ -169,37 +169,39 @@ def test_two_rules_compiled_one_after_the_other_are_not_mistaken() -> None:
         assert_close(found, torch.autograd.grad(op.reference(x).sum(), x)[0])
 
 
-def test_names_of_rules_tell_them_apart() -> None:
+def test_rule_names_are_unique() -> None:
     registry.ops()
     names = [found.__name__ for found in set(every_rule()) if found.__module__.startswith("manualgrad.ops.")]
     assert len(names) == len(set(names))
 
 
-BY_HAND = {
-    **dict.fromkeys(("hinge_embedding_loss", "triplet_margin_loss"), "cast before it is composed"),
-    "cross_map_lrn2d": "torch's pow writes into a buffer, which autocast leaves alone",
+AUTOCAST_IN_FUNCTION = {
+    **dict.fromkeys(
+        ("hinge_embedding_loss", "triplet_margin_loss"), "the function casts its inputs before it calls rules"
+    ),
+    "cross_map_lrn2d": "torch's pow writes into a buffer, and autocast does not cast those",
 }
-if not torch_internals.cuda_autocasts("rms_norm"):
-    BY_HAND["rms_norm"] = "torch 2.11 composes it inside of one operation"
+if not torch_internals.is_autocast_on_cuda("rms_norm"):
+    AUTOCAST_IN_FUNCTION["rms_norm"] = "in torch 2.11 it is a single operation without autocast"
 
 
 def test_cuda_autocast_as_torch_registers_it(op: registry.Op) -> None:
-    """Which operations autocast treats on CUDA, read off torch's dispatcher, without a GPU: of all that torch's
-    function runs, as the profiler sees it."""
+    """Autocast treats an operation on CUDA if torch's dispatcher has a kernel for it, which needs no GPU. The
+    operations that torch's function runs come from the profiler."""
     rules = {f"{found.__name__}Backward": found for found in every_rule()}
-    ours, run = set(), set()
-    for call in op.sample_inputs(registry.TensorFactory()):
-        args, kwargs = call.marked()
-        ours |= {
+    manual, run = set(), set()
+    for sample in op.sample_inputs(registry.TensorFactory()):
+        args, kwargs = sample.with_requires_grad()
+        manual |= {
             name for name in nodes(op.function(*args, **kwargs)) & rules.keys() if "cuda" in rules[name].autocast
         }
         with torch.autograd.profiler.profile() as profile:
             op.reference(*args, **kwargs)
         events = getattr(profile, "function_events")  # noqa: B009
         run |= {event.name.removeprefix("aten::") for event in events}
-    sums = {"sum", "cumsum"}  # plain arithmetic, which ours does by torch's operations too
-    expected = {name for name in run - sums if any(map(torch_internals.cuda_autocasts, overloads(name)))}
-    assert bool(ours) == bool(expected) or op.name in BY_HAND, (ours, expected)
+    sums = {"sum", "cumsum"}  # rules use torch's operations for these too
+    expected = {name for name in run - sums if any(map(torch_internals.is_autocast_on_cuda, overloads(name)))}
+    assert bool(manual) == bool(expected) or op.name in AUTOCAST_IN_FUNCTION, (manual, expected)
 
 
 def overloads(name: str) -> list[str]:
@@ -209,22 +211,22 @@ def overloads(name: str) -> list[str]:
     return [schema for schema in schemas if torch._C._dispatch_has_kernel(f"aten::{schema}")]
 
 
-def test_the_import_does_not_load_dynamo() -> None:
-    """It takes as long to import as the rest of torch."""
+def test_import_does_not_load_dynamo() -> None:
+    """Importing Dynamo takes as long as importing the rest of torch."""
     code = "import sys, torch, manualgrad; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
 
 
-# --- the private names of torch, each with what is taken from it ---
+# --- private names of torch ---
 
 
-def test_private_modes() -> None:
+def test_modes_are_detected() -> None:
     seen: list[tuple[bool, bool, bool]] = []
 
-    def look(x: Tensor) -> Tensor:
+    def record(x: Tensor) -> Tensor:
         seen.append(
             (
-                torch_internals.is_transformed(),
+                torch_internals.in_functorch_transform(),
                 torch_internals.in_forward_mode(),
                 torch_internals.in_nested_forward_mode(),
             )
@@ -232,12 +234,12 @@ def test_private_modes() -> None:
         return x * x
 
     one = torch.ones(())
-    look(one)
-    grad(look)(one)
-    jvp(look, (one,), (one,))
-    jvp(lambda x: jvp(look, (x,), (one,))[1], (one,), (one,))
+    record(one)
+    grad(record)(one)
+    jvp(record, (one,), (one,))
+    jvp(lambda x: jvp(record, (x,), (one,))[1], (one,), (one,))
     with forward_ad.dual_level():
-        look(forward_ad.make_dual(one, one))
+        record(forward_ad.make_dual(one, one))
     assert seen == [
         (False, False, False),
         (True, False, False),
@@ -250,30 +252,30 @@ def test_private_modes() -> None:
         assert torch_internals.is_any_autocast_enabled()
 
 
-def test_private_nothing_looks_on() -> None:
+def test_inplace_is_safe() -> None:
     seen: list[bool] = []
 
-    def look(x: Tensor) -> Tensor:
+    def record(x: Tensor) -> Tensor:
         seen.append(torch_internals.inplace_is_safe(x, x))
         return x
 
     x = torch.ones(3)
-    look(x)
+    record(x)
     with torch.no_grad():
-        look(x)
-        look(torch.nn.Parameter(x))
-        torch.vmap(look)(x)
+        record(x)
+        record(torch.nn.Parameter(x))
+        torch.vmap(record)(x)
         with forward_ad.dual_level():
-            look(forward_ad.make_dual(x, x))
+            record(forward_ad.make_dual(x, x))
     y = (x.requires_grad_() * 2).sum()
-    y.register_hook(look)
+    y.register_hook(record)
     torch.autograd.grad(y, x, retain_graph=True)
     torch.autograd.grad(y, x, torch.ones(2), is_grads_batched=True)
     assert seen == [False, True, True, False, False, True, False]
 
 
-def test_nested_forward_mode_through_a_plain_function_still_loses_its_outer_tangent() -> None:
-    """pytorch#197867, which `_outer_tangents` and `_primal` work around; when this fails they can go."""
+def test_torch_still_loses_the_outer_tangent_of_nested_forward_mode() -> None:
+    """pytorch#197867. If this test fails, remove `enable_outer_forward_mode` and `unpack_primal`."""
 
     class Square(torch.autograd.Function):
         @staticmethod

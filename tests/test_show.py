@@ -1,4 +1,4 @@
-"""`manualgrad.show`: what it finds, and that each operation can be shown."""
+"""`manualgrad.show` and `python -m manualgrad show`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from manualgrad import nn
 from manualgrad.__main__ import main
 from manualgrad.ops.activation import GELUFunction
 from manualgrad.registry import Op
-from manualgrad.show import WIDTH, operations_of, rules_of, show
+from manualgrad.show import find_operations, find_rules, show
 
 
 def test_every_operation_is_shown(op: Op) -> None:
     text = show(op.name)
-    rules = rules_of(op)
+    rules = find_rules(op)
     assert rules
     for rule in rules:
         assert f"{rule.__name__}      manualgrad/ops/" in text
@@ -29,38 +29,38 @@ def test_every_operation_is_shown(op: Op) -> None:
 
 
 @pytest.mark.parametrize(
-    "thing",
+    "target",
     ["layer_norm", "LayerNorm", nn.LayerNorm, torch.nn.LayerNorm, torch.nn.LayerNorm(3), nn.functional.layer_norm],
 )
-def test_what_an_operation_is_called(thing: object) -> None:
-    text = manualgrad.show(thing)
+def test_names_and_objects(target: object) -> None:
+    text = manualgrad.show(target)
     assert text.startswith("layer_norm, called by LayerNorm")
     assert "∂L/∂x = r (h - E h - x̂ E[x̂ h])" in text
     assert "grad_input = (rstd * (h - E(h) - xhat * E(xhat * h))).reshape(grad.shape)" in text
     assert "grad_bias: no tensor" in text
 
 
-def test_a_converted_module_is_shown() -> None:
+def test_converted_module() -> None:
     (model,) = manualgrad.convert(torch.nn.Sequential(torch.nn.GELU()))
     assert "GELUFunction" in show(model)
 
 
-def test_a_rule_is_shown() -> None:
+def test_rule() -> None:
     assert show(GELUFunction).startswith("GELUFunction      manualgrad/ops/activation.py, line ")
 
 
-def test_the_generated_program_is_python_and_fits_a_page() -> None:
+def test_generated_lines_are_wrapped() -> None:
     text = show("conv2d")
     program = text.partition("Generated backward")[2].partition("\n\n")[2]
-    assert max(map(len, program.splitlines())) <= WIDTH + 40
+    assert max(map(len, program.splitlines())) <= 140
 
 
-def test_a_module_that_calls_several() -> None:
-    assert {op.name for op in operations_of(nn.RNN)} >= {"rnn_tanh", "rnn_relu"}
+def test_module_with_several_operations() -> None:
+    assert {op.name for op in find_operations(nn.RNN)} >= {"rnn_tanh", "rnn_relu"}
 
 
 @pytest.mark.parametrize("name", ["laier_norm", "LaierNorm"])
-def test_an_unknown_name_is_refused_with_a_suggestion(
+def test_unknown_name_raises_with_a_suggestion(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=r"did you mean '[Ll]ayer_?[Nn]orm'"):
@@ -70,14 +70,14 @@ def test_an_unknown_name_is_refused_with_a_suggestion(
     assert "did you mean" in capsys.readouterr().err
 
 
-def test_the_documentation_says_how_to_show_the_gradient(op: Op) -> None:
+def test_docstrings_mention_the_command(op: Op) -> None:
     function = getattr(nn.functional, op.name, None)
     if function is not None:
         assert f"python -m manualgrad show {op.name}" in str(function.__doc__)
     assert "python -m manualgrad show GELU" in str(nn.GELU.__doc__)
 
 
-def test_the_command_prints_a_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_with_standalone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["manualgrad", "show", "GELU", "--standalone"])
     assert main() == 0
     assert "class GELUFunction(torch.autograd.Function)" in capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_the_command_prints_a_file(capsys: pytest.CaptureFixture[str], monkeypat
         show("RNN", standalone=True)
 
 
-def test_the_command_lists_all() -> None:
+def test_command_without_a_name_lists_all() -> None:
     run = subprocess.run([sys.executable, "-m", "manualgrad", "show"], capture_output=True, text=True, check=True)
     assert "layer_norm " in run.stdout
     assert "LayerNorm" in run.stdout

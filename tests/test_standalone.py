@@ -1,4 +1,4 @@
-"""The standalone file of each operation: torch's values, our gradients, and no import of ours."""
+"""The standalone file of each operation: torch's values, manualgrad's gradients, no import of manualgrad."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from manualgrad.registry import Op, SampleInput, TensorFactory, ops
-from manualgrad.standalone import standalone
+from manualgrad.standalone import standalone_source
 
 
-def outputs_and_gradients(function: Any, call: SampleInput) -> tuple[list[Tensor], list[Tensor | None]]:
-    args, kwargs = call.marked()
+def outputs_and_gradients(function: Any, sample: SampleInput) -> tuple[list[Tensor], list[Tensor | None]]:
+    args, kwargs = sample.with_requires_grad()
     torch.manual_seed(0)
     found = function(*args, **kwargs)
     outputs = [x for x in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(x, Tensor)]
@@ -31,37 +31,36 @@ def outputs_and_gradients(function: Any, call: SampleInput) -> tuple[list[Tensor
     return outputs, list(torch.autograd.grad(differentiable, wanted, upstream, allow_unused=True))
 
 
-def loaded(text: str, name: str) -> ModuleType:
+def load_module(text: str, name: str) -> ModuleType:
     module = ModuleType(f"standalone_{name}")
-    sys.modules[module.__name__] = module  # as dataclasses expect
+    sys.modules[module.__name__] = module  # dataclasses look it up
     exec(compile(text, f"{name}.py", "exec"), vars(module))
     return module
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_it_computes_the_same(op: Op) -> None:
-    text = standalone(op)
+def test_same_values_and_gradients(op: Op) -> None:
+    text = standalone_source(op)
     assert "manualgrad" not in text
-    function = getattr(loaded(text, op.name), op.name)
-    for call in op.sample_inputs(TensorFactory()):
-        outputs, gradients = outputs_and_gradients(function, call)
-        expected, of_ours = (
-            outputs_and_gradients(op.reference, call)[0],
-            outputs_and_gradients(op.function, call)[1],
+    function = getattr(load_module(text, op.name), op.name)
+    for sample in op.sample_inputs(TensorFactory()):
+        outputs, gradients = outputs_and_gradients(function, sample)
+        expected, manual_gradients = (
+            outputs_and_gradients(op.reference, sample)[0],
+            outputs_and_gradients(op.function, sample)[1],
         )
         assert_close(outputs, expected, equal_nan=True)
-        assert_close(gradients, of_ours)
+        assert_close(gradients, manual_gradients)
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "gelu", "max_pool2d", "cross_entropy"])
-def test_it_has_torchs_signature(name: str) -> None:
-    function = getattr(loaded(standalone(ops()[name]), name), name)
+def test_torch_signature(name: str) -> None:
+    function = getattr(load_module(standalone_source(ops()[name]), name), name)
     assert next(iter(inspect.signature(function).parameters)) == "input"
 
 
-def test_it_runs_where_manualgrad_is_not_installed(tmp_path: Path) -> None:
-    """And passes gradcheck."""
-    (tmp_path / "gelu.py").write_text(standalone(ops()["gelu"]))
+def test_runs_and_passes_gradcheck_without_manualgrad(tmp_path: Path) -> None:
+    (tmp_path / "gelu.py").write_text(standalone_source(ops()["gelu"]))
     check = """
 import sys
 sys.modules["manualgrad"] = None

@@ -1,4 +1,4 @@
-"""What depends on the version of torch that is installed."""
+"""Private names of torch, and what depends on the version of torch."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import manualgrad
-from manualgrad import nn
-from manualgrad.rule import torch_internals
+from manualgrad import nn, torch_internals
 
-ours: Any = nn.functional
-LOADED_ON_USE = ("torch.distributed", "torch._dynamo")
-OF_VALUES = {
+manual_functional: Any = nn.functional
+IMPORTED_ON_USE = ("torch.distributed", "torch._dynamo")
+METHODS = {
     "torch.Tensor._is_view",
     "torch.Tensor._version",
-}  # of values, which a source does not tell
+}  # methods: the source does not show the class
 
 
 def private_names(source: str) -> Iterator[str]:
-    """The private names of torch that the source of a module uses, each with the module that has it."""
+    """The private names of torch that a source uses, as dotted names."""
     known: dict[str, str] = {}
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -51,7 +50,7 @@ def dotted(node: ast.expr, known: dict[str, str]) -> str:
 
 
 def resolved(name: str) -> str:
-    """The name without attributes of what is no module; nothing for a module itself."""
+    """The name up to the first object that is not a module. Empty for a module."""
     found: Any = torch
     parts = name.split(".")
     for i, part in enumerate(parts[1:], 2):
@@ -64,30 +63,30 @@ def resolved(name: str) -> str:
 def test_every_private_name_is_listed() -> None:
     paths = Path(manualgrad.__file__).parent.rglob("*.py")
     used = {name for path in paths for name in private_names(path.read_text())}
-    needed = {name for name in used if name and not name.startswith(LOADED_ON_USE)}
-    assert needed | OF_VALUES == set(torch_internals.PRIVATE)
+    needed = {name for name in used if name and not name.startswith(IMPORTED_ON_USE)}
+    assert needed | METHODS == set(torch_internals.PRIVATE_NAMES)
 
 
-def test_a_missing_private_name_is_named() -> None:
+def test_missing_private_name_is_reported() -> None:
     with pytest.raises(ImportError, match=r"torch\._C\._gone, which torch .* does not have"):
         torch_internals.check(["torch._C._nn", "torch._C._gone"])
 
 
-def test_a_newer_torch_gives_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newer_torch_gives_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     major, minor, *_ = torch.__version__.split(".")
-    monkeypatch.setattr(torch_internals, "TRIED", (f"{major}.{int(minor) - 1}.0",))
-    with pytest.warns(UserWarning, match=rf"not tried with torch {major}\.{minor}"):
+    monkeypatch.setattr(torch_internals, "TESTED_VERSIONS", (f"{major}.{int(minor) - 1}.0",))
+    with pytest.warns(UserWarning, match=rf"not tested with torch {major}\.{minor}"):
         torch_internals.check()
-    monkeypatch.setattr(torch_internals, "TRIED", (f"{major}.{minor}.0",))
-    torch_internals.check()  # another patch of it, no warning (which would be an error here)
+    monkeypatch.setattr(torch_internals, "TESTED_VERSIONS", (f"{major}.{minor}.0",))
+    torch_internals.check()  # another patch version: no warning
 
 
 @pytest.mark.parametrize("at", [0.0, 1.0])
-def test_the_bound_of_a_clamp_as_torch(at: float) -> None:
-    """torch 2.14 changed it from 1 to 0."""
+def test_gradient_of_clamp_at_its_bound(at: float) -> None:
+    """It agrees with torch. torch 2.14 changed it from 1 to 0."""
     for signs in (-1.0, 1.0):
         found = []
-        for functional in (ours, F):
+        for functional in (manual_functional, F):
             x = torch.tensor([at], dtype=torch.float64, requires_grad=True)
             functional.hinge_embedding_loss(x, torch.full_like(x, signs)).backward()
             found.append(x.grad)
@@ -96,10 +95,10 @@ def test_the_bound_of_a_clamp_as_torch(at: float) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("norm", [math.inf, -math.inf])
-def test_an_infinite_norm_of_a_pool_as_torch(n: int, norm: float) -> None:
-    """torch 2.11 has no formula for it."""
+def test_lp_pool_with_infinite_norm(n: int, norm: float) -> None:
+    """It agrees with torch. torch 2.11 has no formula for it."""
     found = []
-    for functional in (ours, F):
+    for functional in (manual_functional, F):
         x = torch.linspace(-3, 3, 2 * 4**n, dtype=torch.float64).reshape(2, *[4] * n).requires_grad_()
         output = getattr(functional, f"lp_pool{n}d")(x, norm, 2)
         found.append((output, torch.autograd.grad(output.sum(), x)))

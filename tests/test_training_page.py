@@ -32,7 +32,7 @@ def test_the_example_runs(
     table = PAGE[PAGE.index("A run directory has") : PAGE.index("A checkpoint holds")]
     patterns = re.findall(r"^\| `([^`]+)` \|", table, re.M)
     files = list((tmp_path / "runs/example").iterdir())
-    assert len(files) == 5
+    assert {"best.pt", "settings.json", "step-0000000090.pt"} < {file.name for file in files}
     assert all(any(file.match(pattern) for pattern in patterns) for file in files), files
 
 

@@ -297,7 +297,8 @@ def test_fused_loss_in_low_precision(dtype: torch.dtype, more: dict[str, Any]) -
 
 @pytest.mark.parametrize("fused_loss", [False, True])
 def test_logits_are_not_saved(fused_loss: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("manualgrad.ops.linear_cross_entropy"), "_PIECE", 4 * 29)
+    module = importlib.import_module("manualgrad.ops.linear_cross_entropy")
+    monkeypatch.setattr(module, "MAX_LOGITS_PER_CHUNK", 4 * 29)
     saved: list[torch.Size] = []
     model = convert(LANGUAGE["llama"](), fused_loss=fused_loss)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):

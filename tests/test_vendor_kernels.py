@@ -1,4 +1,4 @@
-"""Vendor kernels in a formula's place: the same gradients, and only where nothing observes the backward."""
+"""Vendor kernels give the gradients of the formulas, and run only in a plain eager backward."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from manualgrad import vendor_kernels
 from manualgrad.rule import every_rule
 
 
-class Seen(TorchDispatchMode):
-    """Names of the operations that run: those that are a backward."""
+class BackwardOperations(TorchDispatchMode):
+    """Records the names of backward operations of torch that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,19 +39,19 @@ class Seen(TorchDispatchMode):
 
 
 def gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[list[Tensor], list[str]]:
-    """Those of all tensors, and the kernels of torch's that computed them."""
+    """The gradients of all tensors, and the backward kernels of torch that ran."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     output = function(*leaves)
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(output.shape, generator=generator).to(output)
     upstream = torch.empty_like(output).copy_(upstream)
-    with Seen() as seen:
+    with BackwardOperations() as recorded:
         found = torch.autograd.grad(output, leaves, upstream)
-    return list(found), seen.names
+    return list(found), recorded.names
 
 
 def compare(function: Callable[..., Tensor], tensors: list[Tensor], kernel: str) -> list[Tensor]:
-    """The kernel is taken, and its gradients are those of the formula."""
+    """The kernel runs, and gives the gradients of the formula."""
     found, names = gradients(function, tensors)
     assert names == [kernel]
     with vendor_kernels.flags(enabled=False):
@@ -100,27 +100,27 @@ def test_convolution_weight(name: str, case: Case, dtype: torch.dtype, last: boo
     x, w = (torch.randn(size, device=device).to(dtype) for size in (shape, kernel))
     if last:
         if len(shape) != 4:
-            pytest.skip("channels_last is for images")
+            pytest.skip("channels_last needs 4 axes")
         x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
     found = compare(function, [x, w], "convolution_backward")
     form = torch.channels_last if last and len(x) else torch.contiguous_format
     assert all(gradient.is_contiguous(memory_format=form) for gradient in found)
 
 
-def test_convolution_by_the_formula_where_something_observes() -> None:
+def test_convolution_uses_the_formula_outside_plain_eager_backward() -> None:
     x, w = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
-    with Seen() as seen:
+    with BackwardOperations() as recorded:
         torch.autograd.grad(F.conv2d(x, w).square().sum(), w, create_graph=True)
         torch.func.grad(lambda w: F.conv2d(x, w).sum())(w)
         torch.func.vmap(torch.func.grad(lambda w: F.conv2d(x, w).sum()))(w.expand(2, *w.shape))
         upstream = torch.randn(3, 2, 4, 3, 3)
         torch.autograd.grad(F.conv2d(x, w), w, upstream, is_grads_batched=True)
         torch.autograd.grad(F.conv2d(x.to(torch.complex64), w.to(torch.complex64)).abs().sum(), w)
-    assert seen.names == []
+    assert recorded.names == []
 
 
-def test_a_convolution_with_a_rest_that_windows_would_reach() -> None:
-    """That of a transposed one's gradient, whose output_padding is at most its dilation, not its stride."""
+def test_double_backward_with_output_padding_above_the_stride() -> None:
+    """For a transposed convolution, output_padding may be as large as the dilation."""
     x, w = (torch.randn(2, 3, 5, 5, dtype=torch.float64) for _ in range(2))
     w = w[..., :3, :3]
     leaves = [t.detach().requires_grad_() for t in (x, w.transpose(0, 1))]
@@ -136,29 +136,29 @@ def test_a_convolution_with_a_rest_that_windows_would_reach() -> None:
     assert_close(found, expected)
 
 
-def test_the_switch_returns_to_what_it_was() -> None:
-    def fail(on: bool) -> None:
-        with vendor_kernels.flags(enabled=on):
-            assert vendor_kernels.enabled is on
+def test_flags_are_restored() -> None:
+    def fail(enabled: bool) -> None:
+        with vendor_kernels.flags(enabled=enabled):
+            assert vendor_kernels.enabled is enabled
             raise ZeroDivisionError
 
-    for before, within in itertools.product((True, False), repeat=2):
+    for before, inside in itertools.product((True, False), repeat=2):
         with vendor_kernels.flags(enabled=before):
             with pytest.raises(ZeroDivisionError):
-                fail(within)
+                fail(inside)
             assert vendor_kernels.enabled is before
 
 
 @pytest.mark.parametrize("value", ["0", "1"])
-def test_the_environment_sets_the_switch(value: str) -> None:
+def test_environment_variable(value: str) -> None:
     program = "from manualgrad import vendor_kernels; print(vendor_kernels.enabled)"
     environment = os.environ | {"MANUALGRAD_VENDOR_KERNELS": value}
-    shown = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert shown.stdout.strip() == str(value == "1")
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == str(value == "1")
 
 
-def test_only_vendor_kernels_name_a_backward_kernel() -> None:
-    """No other function of the package calls a backward of torch's, or autograd."""
+def test_only_vendor_kernels_call_a_backward_of_torch() -> None:
+    """Other functions call neither a backward kernel of torch nor autograd."""
     named = re.compile(r"aten\.\w*backward|\w(?<!save_for)(?<!last)_backward\(|torch\.nn\.grad|autograd\.grad\(")
     root = Path(manualgrad.__file__).parent
     directories = ("rule", "ops", "nn")

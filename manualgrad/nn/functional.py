@@ -15,6 +15,7 @@ from manualgrad.rebinding import shadow_module as _shadow_module
 if TYPE_CHECKING:  # the signatures are torch's
     from torch.nn.functional import *  # noqa: F403
 
+_registry.functional_namespace = globals()
 _ops = _registry.ops()
 _shadow_module(_torch, _sys.modules[__name__])
 for _name, _op in _ops.items():
@@ -25,5 +26,5 @@ if not hasattr(_torch, "linear_cross_entropy"):  # torch has it since 2.13
 for _name, _op in _ops.items():
     _function = globals().get(_name)
     if isinstance(_function, _FunctionType) and _function is not vars(_torch).get(_name):
-        _where = f"Gradient: manualgrad/ops/{_op.area}.py. To read it: python -m manualgrad show {_name}"
+        _where = f"Gradient: manualgrad/ops/{_op.file}.py. To read it: python -m manualgrad show {_name}"
         _function.__doc__ = f"{_function.__doc__ or ''}\n\n{_where}"

@@ -1,4 +1,4 @@
-"""Activations: functions of one number, applied to each."""
+"""Activations: elementwise functions of one tensor."""
 
 from __future__ import annotations
 
@@ -10,52 +10,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import Elementwise, Pointwise, implements, with_errors_of, with_torch_errors
-from manualgrad.recomputation import large, usable_recipe_of
+from manualgrad.ops.arithmetic import Elementwise, Pointwise
+from manualgrad.ops.registration import implements, with_errors_of, with_torch_errors
+from manualgrad.recomputation import find_usable_recipe, is_large
 from manualgrad.registry import SampleInput, register
-from manualgrad.rule import LOWER, Rule, replaces, reusing
+from manualgrad.rule import LOWER_PRECISION, Rule, replaces, with_reuse
 
-_elu = torch._C._nn.elu  # F.elu with its two scales  # pyright: ignore[reportAttributeAccessIssue]
+_elu = torch._C._nn.elu  # F.elu with a scale and an input scale  # pyright: ignore[reportAttributeAccessIssue]
 _elu_ = torch._C._nn.elu_  # pyright: ignore[reportAttributeAccessIssue]
 LOG2_E = math.log2(math.e)
-"""eˣ = 2^(x log₂ e). On the CPU torch's exp2 takes less time than its exp."""
+"""eˣ = 2^(x log₂ e). On the CPU torch's exp2 is faster than its exp."""
 
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  # α and scale
 
 
-def _applied(
+def _apply_activation(
     rule: type[Rule], input: Tensor, *settings: float, inplace: bool, from_output: type[Rule] | None = None
 ) -> Tensor:
-    """The output of the rule, or with `inplace` the input, which it is written into.
+    """Apply the rule, with `inplace` over the input.
 
-    If the input can be recomputed, the rule saves what it saves in any case. Otherwise the gradient is computed
-    from the output, if there is a rule for that: torch saves the output too, and so does the next layer.
+    In place, an input that can be recomputed costs no memory. For any other input `from_output`, the rule that
+    computes the gradient from the output, saves less: torch and the next layer save the output too.
     """
     if not inplace:
         return rule.apply(input, *settings)
-    recomputed = not torch.compiler.is_compiling() and large(input) and usable_recipe_of(input) is not None
-    return (rule if recomputed or from_output is None else from_output).apply_(input, *settings)
+    recomputable = not torch.compiler.is_compiling() and is_large(input) and find_usable_recipe(input) is not None
+    return (rule if recomputable or from_output is None else from_output).apply_(input, *settings)
 
 
 def _activation(name: str, rule: type[Rule]) -> Callable[[Tensor], Tensor]:
-    """The function of this name: y = f(x), without settings."""
+    """The function of this name, which has no settings."""
 
     def function(input: Tensor) -> Tensor:
         return rule.apply(input)
 
-    return _named(function, name, rule)
+    return _with_name_and_doc(function, name, rule)
 
 
 def _activation_inplace(name: str, rule: type[Rule]) -> Callable[..., Tensor]:
-    """The same, with the option to write the output over the input."""
+    """The function of this name, with the option `inplace`."""
 
     def function(input: Tensor, inplace: bool = False) -> Tensor:
-        return _applied(rule, input, inplace=inplace)
+        return _apply_activation(rule, input, inplace=inplace)
 
-    return _named(function, name, rule)
+    return _with_name_and_doc(function, name, rule)
 
 
-def _named(function: Callable[..., Tensor], name: str, rule: type[Rule]) -> Callable[..., Tensor]:
+def _with_name_and_doc(function: Callable[..., Tensor], name: str, rule: type[Rule]) -> Callable[..., Tensor]:
     formula = str(rule.__doc__).partition("\n")[0].partition("      ")[0]
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"{formula}, as `torch.nn.functional.{name}`. Any shape."
@@ -213,10 +214,10 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 @replaces(normal_cdf)
 def _normal_cdf_by_gelu(x: Tensor) -> Tensor:
-    """gelu(x) / x. On the CPU torch's erf takes longer than its gelu, x Φ(x)."""
+    """Φ(x) = gelu(x) / x. On the CPU torch's gelu is faster than its erf."""
     if not x.is_cpu:
-        return reusing(normal_cdf)(x)
-    shifted = x + 1e-20  # not quite zero
+        return with_reuse(normal_cdf)(x)
+    shifted = x + 1e-20  # not 0
     return F.gelu(shifted).div_(shifted).nan_to_num_(0.5)
 
 
@@ -260,16 +261,16 @@ class GELUTanhFunction(Pointwise):
 
 @with_torch_errors
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
-    """x Φ(x), or with ``approximate="tanh"`` its approximation, as `torch.nn.functional.gelu`. Any shape."""
+    """x Φ(x), or its approximation with ``approximate="tanh"``, as `torch.nn.functional.gelu`. Any shape."""
     if approximate == "none":
         return GELUFunction.apply(input)
     if approximate == "tanh":
         return GELUTanhFunction.apply(input)
-    raise RuntimeError(f"approximate argument must be either none or tanh, but it is {approximate!r}")
+    raise RuntimeError(f"approximate must be 'none' or 'tanh', but is {approximate!r}")
 
 
 class SoftplusFunction(Pointwise):
-    r"""y = (1/β) log(1 + e^(βx)),  and x itself where βx > threshold      y′ = σ(βx),  and 1"""
+    r"""y = (1/β) log(1 + e^(βx)),  or x where βx > threshold      y′ = σ(βx),  or 1"""
 
     autocast = {"cuda": "float32"}
 
@@ -290,8 +291,8 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 class ELUFunction(Pointwise):
     r"""y = s x where x > 0, else s α (e^(κx) - 1)      y′ = s where x > 0, else c e^(κx),  c = s α κ
 
-    The exponent is κ min(x, 0): the branch that is not taken stays finite, and so do its derivatives.
-    ELU has s = κ = 1, CELU s = α κ = 1, SELU the α and s that keep mean 0 and variance 1.
+    The exponent is κ min(x, 0), so that the unused branch and its derivatives stay finite.
+    ELU: s = κ = 1.   CELU: s = α κ = 1.   SELU: κ = 1, and the α and s that keep mean 0 and variance 1.
 
     Clevert, Unterthiner and Hochreiter, "Fast and Accurate Deep Network Learning by ELUs", 2016. Barron,
     "Continuously Differentiable Exponential Linear Units", 2017. Klambauer et al., "Self-Normalizing Neural
@@ -322,7 +323,7 @@ def _elu_derivative_by_exp2(x: Tensor, c: float, s: float, k: float) -> Tensor:
 
 
 class ELUFromOutputFunction(ELUFunction):
-    r"""ELU from y, for α κ ≥ 0: y > 0 where x > 0, and s α e^(κx) = y + s α elsewhere
+    r"""The derivative of ELU from y, for α κ ≥ 0: y > 0 where x > 0, else s α e^(κx) = y + s α
 
     y′ = s where y > 0, else κ y + c
     """
@@ -332,15 +333,17 @@ class ELUFromOutputFunction(ELUFunction):
         return torch.where(output > 0, scale, input_scale * output + c)
 
 
-def _elu_applied(input: Tensor, alpha: float, scale: float, input_scale: float, inplace: bool) -> Tensor:
+def _apply_elu(input: Tensor, alpha: float, scale: float, input_scale: float, inplace: bool) -> Tensor:
     from_output = ELUFromOutputFunction if alpha * input_scale >= 0 else None
-    return _applied(ELUFunction, input, alpha, scale, input_scale, inplace=inplace, from_output=from_output)
+    return _apply_activation(
+        ELUFunction, input, alpha, scale, input_scale, inplace=inplace, from_output=from_output
+    )
 
 
 @with_torch_errors
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """x where x > 0, else α (eˣ - 1), as `torch.nn.functional.elu`. Any shape."""
-    return _elu_applied(input, alpha, 1.0, 1.0, inplace)
+    return _apply_elu(input, alpha, 1.0, 1.0, inplace)
 
 
 @with_torch_errors
@@ -352,13 +355,13 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """
     if alpha == 0:
         raise RuntimeError("ZeroDivisionError: alpha cannot be 0 for CELU")
-    return _elu_applied(input, alpha, 1.0, 1 / alpha, inplace)
+    return _apply_elu(input, alpha, 1.0, 1 / alpha, inplace)
 
 
 @with_torch_errors
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
-    """ELU with the α and the scale that keep mean 0 and variance 1, as `torch.nn.functional.selu`. Any shape."""
-    return _elu_applied(input, *_SELU, 1.0, inplace)
+    """ELU with the α and scale that keep mean 0 and variance 1, as `torch.nn.functional.selu`. Any shape."""
+    return _apply_elu(input, *_SELU, 1.0, inplace)
 
 
 class LeakyReLUFunction(Rule):
@@ -381,7 +384,7 @@ class LeakyReLUFunction(Rule):
 
 
 class LeakyReLUFromOutputFunction(LeakyReLUFunction):
-    r"""Leaky ReLU from y, for s ≥ 0: y > 0 where x > 0"""
+    r"""The derivative of leaky ReLU from y, for s ≥ 0: y > 0 where x > 0"""
 
     save_instead = ()
 
@@ -393,7 +396,7 @@ class LeakyReLUFromOutputFunction(LeakyReLUFunction):
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """x where x > 0, else s x, as `torch.nn.functional.leaky_relu`. Any shape."""
     from_output = LeakyReLUFromOutputFunction if negative_slope >= 0 else None
-    return _applied(LeakyReLUFunction, input, negative_slope, inplace=inplace, from_output=from_output)
+    return _apply_activation(LeakyReLUFunction, input, negative_slope, inplace=inplace, from_output=from_output)
 
 
 class PReLUFunction(Rule):
@@ -404,7 +407,7 @@ class PReLUFunction(Rule):
     He, Zhang, Ren and Sun, "Delving Deep into Rectifiers", 2015.
     """
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
     recomputable = True
 
     def forward(input: Tensor, weight: Tensor) -> Tensor:
@@ -424,7 +427,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     Shapes: input (N, C, ...), weight (C) or a single number.
     """
     if weight.dim() > 1 or (weight.numel() != 1 and (input.dim() < 2 or weight.numel() != input.shape[1])):
-        return F.prelu(input, weight)  # raises what torch raises
+        return F.prelu(input, weight)  # raises torch's error
     slopes = weight.reshape(-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 else weight.reshape(())
     return PReLUFunction.apply(input, slopes.expand_as(input))
 
@@ -438,18 +441,18 @@ class RReLUFunction(Rule):
     statistics = ("slope",)
 
     def forward(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
-        return _with_slopes(input, lower, upper)
+        return _rrelu_forward(input, lower, upper)
 
     def forward_(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
-        output, slope = _with_slopes(input, lower, upper)
+        output, slope = _rrelu_forward(input, lower, upper)
         return input.copy_(output), slope
 
     def grad_input(grad: Tensor, slope: Tensor) -> Tensor:
         return grad * slope
 
 
-def _with_slopes(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
-    slope = torch.zeros_like(input, memory_format=torch.contiguous_format)  # the kernel takes no other
+def _rrelu_forward(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
+    slope = torch.zeros_like(input, memory_format=torch.contiguous_format)  # required by the kernel
     return torch.ops.aten.rrelu_with_noise_functional(input, slope, lower, upper, True)
 
 
@@ -457,29 +460,28 @@ def _with_slopes(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Ten
 def rrelu(
     input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
 ) -> Tensor:
-    """x where x > 0, else a x with a drawn for each x (outside of training their mean), as
-    `torch.nn.functional.rrelu`. Any shape.
+    """x where x > 0, else a x, as `torch.nn.functional.rrelu`. Any shape.
 
-    Draws the same slopes as torch from the same random state.
+    In training a is random for each x, and equal to torch's for the same random state. Otherwise it is the mean.
 
     Raises:
         RuntimeError: `lower` is above `upper`.
-        TypeError: training is not a bool.
+        TypeError: `training` is not a bool.
     """
     if lower > upper:
         raise RuntimeError("Lower bound should be less than or equal to the upper bound")
     if not isinstance(training, bool):
         raise TypeError(f"training must be a bool, but is {training!r}")
     if training:
-        return _applied(RReLUFunction, input, lower, upper, inplace=inplace)
+        return _apply_activation(RReLUFunction, input, lower, upper, inplace=inplace)
     return leaky_relu(input, (lower + upper) / 2, inplace)
 
 
-class Gate(Rule):
-    r"""y′ = 0 or 1      the rule gives ``is_zero``: where y′ = 0
+class ZeroOneDerivative(Rule):
+    r"""y′ = 0 or 1      the rule defines ``is_zero``: where y′ = 0
 
-    ∂L/∂x = 0 where y′ = 0, else g: not the product g y′, because √relu(x) has g = ∞ where y = 0, and its gradient
-    is 0 there. Where x is nan, y′ = 1.
+    ∂L/∂x = 0 where y′ = 0, else g.  This is not the product g y′: √relu(x) has g = ∞ where y = 0, and gradient 0.
+    Where x is nan, y′ = 1.
     """
 
     save_instead = ("is_zero",)
@@ -509,12 +511,12 @@ class ReLUFunction(Rule):
 
 
 class ReLUFromOutputFunction(ReLUFunction):
-    """ReLU that saves y itself, as the next layer does."""
+    """ReLU that saves y, which the next layer saves too."""
 
     save_instead = ()
 
 
-class ThresholdFunction(Gate):
+class ThresholdFunction(ZeroOneDerivative):
     r"""y = x where x > threshold, else a constant"""
 
     def forward(input: Tensor, threshold: float, value: float) -> Tensor:
@@ -527,7 +529,7 @@ class ThresholdFunction(Gate):
         return input <= threshold
 
 
-class HardtanhFunction(Gate):
+class HardtanhFunction(ZeroOneDerivative):
     r"""y = x, clamped to [low, high]      (at low and high: y′ = 0)"""
 
     def forward(input: Tensor, low: float, high: float) -> Tensor:
@@ -540,7 +542,7 @@ class HardtanhFunction(Gate):
         return (input <= low) | (input >= high)
 
 
-class HardshrinkFunction(Gate):
+class HardshrinkFunction(ZeroOneDerivative):
     r"""y = x where |x| > λ, else 0"""
 
     def forward(input: Tensor, lambd: float) -> Tensor:
@@ -558,28 +560,28 @@ class SoftshrinkFunction(HardshrinkFunction):
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    return _applied(ReLUFunction, input, inplace=inplace, from_output=ReLUFromOutputFunction)
+    return _apply_activation(ReLUFunction, input, inplace=inplace, from_output=ReLUFromOutputFunction)
 
 
-relu = _named(_relu, "relu", ReLUFunction)
+relu = _with_name_and_doc(_relu, "relu", ReLUFunction)
 
 
 @partial(with_errors_of, partial(F.relu, inplace=True))
 def relu_with_mask(input: Tensor) -> Tensor:
-    """`relu` in place that saves a bit mask and not its output: less, if the next layer saves no output either."""
-    return _applied(ReLUFunction, input, inplace=True)
+    """`relu` in place that saves a bit mask instead of its output, for a next layer that does not save that."""
+    return _apply_activation(ReLUFunction, input, inplace=True)
 
 
 @partial(with_errors_of, partial(F.leaky_relu, inplace=True))
 def leaky_relu_with_mask(input: Tensor, negative_slope: float) -> Tensor:
-    """`leaky_relu` likewise."""
-    return _applied(LeakyReLUFunction, input, negative_slope, inplace=True)
+    """`leaky_relu`, likewise."""
+    return _apply_activation(LeakyReLUFunction, input, negative_slope, inplace=True)
 
 
 @with_torch_errors
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """x where x > threshold, else `value`, as `torch.nn.functional.threshold`. Any shape."""
-    return _applied(ThresholdFunction, input, threshold, value, inplace=inplace)
+    return _apply_activation(ThresholdFunction, input, threshold, value, inplace=inplace)
 
 
 @with_torch_errors
@@ -589,7 +591,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     Raises:
         ValueError: `min_val` is above `max_val`.
     """
-    return _applied(HardtanhFunction, input, min_val, max_val, inplace=inplace)
+    return _apply_activation(HardtanhFunction, input, min_val, max_val, inplace=inplace)
 
 
 @with_torch_errors
@@ -606,7 +608,7 @@ def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 
 @with_torch_errors
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    """x moved towards 0 by λ, as `torch.nn.functional.softshrink`. Any shape.
+    """x, shrunk towards 0 by λ, as `torch.nn.functional.softshrink`. Any shape.
 
     Raises:
         RuntimeError: λ is negative.
@@ -617,7 +619,7 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 class HardsigmoidFunction(Elementwise):
     r"""y = x/6 + 1/2, clamped to [0, 1]      y′ = 1/6 where |x| < 3, else 0
 
-    Howard et al., "Searching for MobileNetV3", 2019, as the next.
+    Howard et al., "Searching for MobileNetV3", 2019. (Hardswish too.)
     """
 
     save_instead = ("rising",)
@@ -655,7 +657,7 @@ def hardswish_derivative(x: Tensor) -> Tensor:
 
 @replaces(hardswish_derivative)
 def _hardswish_derivative_by_threshold(x: Tensor) -> Tensor:
-    """On the CPU torch's threshold is vectorized: for x ≥ 3 or nan it takes x = 1.5, where the result is 1."""
+    """torch's threshold is vectorized on the CPU. It maps x ≥ 3 to 1.5, where x/3 + 1/2 = 1."""
     return torch.threshold_(-x, -3, -1.5).nan_to_num_(-1.5).mul_(-1 / 3).add_(0.5)
 
 
@@ -683,10 +685,10 @@ class GLUFunction(Rule):
 
 @with_torch_errors
 def glu(input: Tensor, dim: int = -1) -> Tensor:
-    """The first half of x along `dim` times σ of the second, as `torch.nn.functional.glu`.
+    """The first half of x along `dim` times σ of the second half, as `torch.nn.functional.glu`.
 
     Raises:
-        RuntimeError: the axis has no halves.
+        RuntimeError: the size along `dim` is odd.
     """
     return GLUFunction.apply(input, dim)
 
@@ -713,7 +715,7 @@ for _function, _variants in (
 ):
     register(
         _function,
-        # Six numbers: torch's kernels treat a nan in another way where they are vectorized.
+        # six elements are too few for torch's vectorized kernels, which treat nan differently
         sample_inputs=lambda t, variants=_variants: [SampleInput(t(2, 3), **variant) for variant in variants],
         benchmark_input=lambda t, variants=_variants: SampleInput(t(1024, 1024), **variants[0]),
     )
@@ -721,8 +723,8 @@ for _function, _variants in (
 implements(torch.sigmoid_)(SigmoidFunction.apply_)
 implements(torch.tanh_)(TanhFunction.apply_)
 
-for _function, _called in ((sigmoid, torch.sigmoid), (tanh, torch.tanh)):
-    implements(_called)(_function)
+for _function, _kernel in ((sigmoid, torch.sigmoid), (tanh, torch.tanh)):
+    implements(_kernel)(_function)
     register(
         _function,
         sample_inputs=lambda t: [SampleInput(t(5, 3)), SampleInput(t())],
@@ -733,7 +735,7 @@ register(
     hardsigmoid,
     sample_inputs=lambda t: [SampleInput(t(2, 3))],
     benchmark_input=lambda t: SampleInput(t(1024, 1024)),
-    supports_special_values=False,  # torch's slope is 1/6 rounded to float32, in float64 too
+    supports_special_values=False,  # torch's slope in float64 is 1/6 rounded to float32
 )
 
 register(
@@ -748,8 +750,8 @@ register(
     benchmark_input=lambda t: SampleInput(t(1024, 1024), training=True),
     random=True,
     expected_failures={
-        "vmap": "torch draws only for x ≤ 0, so what one example is given depends on those before it, and not "
-        'even `randomness="same"` gives what a loop does'
+        "vmap": "torch draws random numbers only for x ≤ 0, so the numbers of an example depend on the examples "
+        'before it, and `randomness="same"` differs from a loop'
     },
 )
 

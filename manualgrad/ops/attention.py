@@ -1,4 +1,4 @@
-"""Attention, and the transformers made of it."""
+"""Attention. The multi-head attention of transformers uses it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualgrad import blocking
-from manualgrad.ops.dropout import kept_scale
-from manualgrad.ops.elementary import unflatten, with_torch_errors
+from manualgrad.ops.dropout import dropout_scale
+from manualgrad.ops.registration import with_torch_errors
+from manualgrad.ops.shapes import unflatten
 from manualgrad.registry import SampleInput, TensorFactory, register
-from manualgrad.rule import LOWER, Rule, replaces
+from manualgrad.rule import LOWER_PRECISION, Rule, replaces
 
-Products = tuple[Tensor, Tensor, Tensor]
-Dropout = tuple[Tensor | None, float]
-"""What k ∘ x is: x where the mask is true (None: everywhere), else 0, times the factor."""
+QKVGradients = tuple[Tensor, Tensor, Tensor]
+DropoutFactor = tuple[Tensor | None, float]
+"""k as a mask and a scale: k ∘ x = scale · x where the mask is true, else 0. Without a mask: everywhere."""
 
 
 class AttentionFunction(Rule):
@@ -28,15 +29,15 @@ class AttentionFunction(Rule):
     dP = P ∘ (dS - Σ P dS)                    ∂L/∂S = P ∘ (∂L/∂P - δ),   δ = Σ P ∘ ∂L/∂P  (of each row)
     dS = σ dQ Kᵀ + σ Q dKᵀ + dM               ∂L/∂Q = σ (∂L/∂S) K     ∂L/∂K = (∂L/∂S)ᵀ (σ Q)     ∂L/∂M = ∂L/∂S
 
-    A row that M excludes completely has y = 0, so its gradient is 0: for it g and M are replaced by 0.
+    A row in which M is -∞ everywhere has y = 0 and gradient 0: there g and M are replaced by 0.
 
-    P is not saved: the backward computes it again. (δ is also Σ g y. But if y were saved, no operation could write
-    into it, which torch allows where it calls no fused kernel.)
+    P is not saved but recomputed. δ equals Σ g y, but y is not saved, so that it can be modified in place: torch
+    allows that where it calls no fused kernel.
 
     Vaswani et al., "Attention Is All You Need", 2017; Dao et al., "FlashAttention", 2022.
     """
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
 
     def forward(
         query: Tensor,
@@ -45,16 +46,18 @@ class AttentionFunction(Rule):
         mask: Tensor | None,
         causal: bool,
         scale: float | None,
-        shared: bool,
+        enable_gqa: bool,
     ) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=shared)
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=enable_gqa
+        )
 
     def sigma(query: Tensor, scale: float | None) -> float:
         return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
-    def n(query: Tensor, key: Tensor, shared: bool) -> int:
-        """How many heads of queries share a head of keys and values."""
-        return query.shape[-3] // key.shape[-3] if shared else 1
+    def n(query: Tensor, key: Tensor, enable_gqa: bool) -> int:
+        """The number of query heads per key and value head."""
+        return query.shape[-3] // key.shape[-3] if enable_gqa else 1
 
     def Q(query: Tensor, sigma: float) -> Tensor:
         """σ Q"""
@@ -66,48 +69,48 @@ class AttentionFunction(Rule):
     def V(value: Tensor, n: int) -> Tensor:
         return _repeat_heads(value, n)
 
-    def added(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-        return _additive(_causal(query, key) if causal else mask, query)
+    def bias(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
+        return _to_additive(_causal(query, key) if causal else mask, query)
 
-    def attended(added: Tensor | None, causal: bool) -> Tensor | None:
-        """The rows that attend to anything, None for all."""
-        return None if added is None or causal else (added > -math.inf).any(-1, keepdim=True)
+    def has_columns(bias: Tensor | None, causal: bool) -> Tensor | None:
+        """The rows that attend to at least one column. None: all rows."""
+        return None if bias is None or causal else (bias > -math.inf).any(-1, keepdim=True)
 
-    def M(added: Tensor | None, attended: Tensor | None) -> Tensor | None:
-        return added if added is None or attended is None else torch.where(attended, added, 0)
+    def M(bias: Tensor | None, has_columns: Tensor | None) -> Tensor | None:
+        return bias if bias is None or has_columns is None else torch.where(has_columns, bias, 0)
 
-    def g(grad: Tensor, attended: Tensor | None) -> Tensor:
-        return grad if attended is None else torch.where(attended, grad, 0)
+    def g(grad: Tensor, has_columns: Tensor | None) -> Tensor:
+        return grad if has_columns is None else torch.where(has_columns, grad, 0)
 
-    def k() -> Dropout:
+    def k() -> DropoutFactor:
         return None, 1.0
 
-    def products(
-        Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: Dropout, g: Tensor, causal: bool
-    ) -> Products:
-        return products(Q, K, V, M, k, g, causal)
+    def qkv_gradients(
+        Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: DropoutFactor, g: Tensor, causal: bool
+    ) -> QKVGradients:
+        return qkv_gradients(Q, K, V, M, k, g, causal)
 
-    def grad_query(products: Products, query: Tensor, sigma: float) -> Tensor:
-        return (products[0] * sigma).sum_to_size(query.shape)
+    def grad_query(qkv_gradients: QKVGradients, query: Tensor, sigma: float) -> Tensor:
+        return (qkv_gradients[0] * sigma).sum_to_size(query.shape)
 
-    def grad_key(products: Products, key: Tensor, n: int) -> Tensor:
-        return _sum_heads(products[1], n).sum_to_size(key.shape)
+    def grad_key(qkv_gradients: QKVGradients, key: Tensor, n: int) -> Tensor:
+        return _sum_heads(qkv_gradients[1], n).sum_to_size(key.shape)
 
-    def grad_value(products: Products, value: Tensor, n: int) -> Tensor:
-        return _sum_heads(products[2], n).sum_to_size(value.shape)
+    def grad_value(qkv_gradients: QKVGradients, value: Tensor, n: int) -> Tensor:
+        return _sum_heads(qkv_gradients[2], n).sum_to_size(value.shape)
 
-    def grad_mask(Q: Tensor, K: Tensor, V: Tensor, M: Tensor, k: Dropout, g: Tensor, mask: Tensor) -> Tensor:
-        """By itself: it may be as large as all scores."""
-        return weights(Q, K, V, M, k, g)[1].sum_to_size(mask.shape).to(mask.dtype)
+    def grad_mask(Q: Tensor, K: Tensor, V: Tensor, M: Tensor, k: DropoutFactor, g: Tensor, mask: Tensor) -> Tensor:
+        """Not part of `qkv_gradients`: it may be as large as all scores."""
+        return scores_backward(Q, K, V, M, k, g)[1].sum_to_size(mask.shape).to(mask.dtype)
 
 
-class DroppedAttentionFunction(AttentionFunction):
-    r"""y = (k ∘ P) V,   k: 1 / (1 - p) with probability 1 - p, else 0        (drawn in the forward: a constant)
+class AttentionDropoutFunction(AttentionFunction):
+    r"""y = (k ∘ P) V,   k: 1 / (1 - p) with probability 1 - p, else 0        (random, a constant in the backward)
 
     ∂L/∂V = (k ∘ P)ᵀ g            ∂L/∂P = k ∘ (g Vᵀ)
     """
 
-    statistics = ("drawn",)
+    statistics = ("dropout_mask",)
 
     def forward(
         query: Tensor,
@@ -116,92 +119,96 @@ class DroppedAttentionFunction(AttentionFunction):
         mask: Tensor | None,
         causal: bool,
         scale: float | None,
-        shared: bool,
+        enable_gqa: bool,
         p: float,
     ) -> tuple[Tensor, Tensor]:
         output, weight = torch.ops.aten._scaled_dot_product_attention_math(
-            query, key, value, mask, p, causal, None, scale=scale, enable_gqa=shared
+            query, key, value, mask, p, causal, None, scale=scale, enable_gqa=enable_gqa
         )
-        return output, weight.bool()  # where P itself is 0, k has no influence
+        return output, weight.bool()  # where P is 0, k does not matter
 
-    def k(drawn: Tensor, p: float) -> tuple[Tensor, float]:
-        return drawn, kept_scale(p)
+    def k(dropout_mask: Tensor, p: float) -> tuple[Tensor, float]:
+        return dropout_mask, dropout_scale(p)
 
 
-def weights(Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: Dropout, g: Tensor) -> tuple[Tensor, Tensor]:
+def scores_backward(
+    Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: DropoutFactor, g: Tensor
+) -> tuple[Tensor, Tensor]:
     """k ∘ P and ∂L/∂S"""
     S = Q @ K.mT if M is None else Q @ K.mT + M
     P = torch.softmax(S, -1)
-    grad_P = dropped(g @ V.mT, k)
+    grad_P = apply_dropout(g @ V.mT, k)
     delta = (P * grad_P).sum(-1, keepdim=True)
-    return dropped(P, k), P * (grad_P - delta)
+    return apply_dropout(P, k), P * (grad_P - delta)
 
 
-def dropped(x: Tensor, k: Dropout) -> Tensor:
+def apply_dropout(x: Tensor, k: DropoutFactor) -> Tensor:
     """k ∘ x"""
     return x if k[0] is None else x * k[0] * k[1]
 
 
-def products(Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: Dropout, g: Tensor, causal: bool) -> Products:
+def qkv_gradients(
+    Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: DropoutFactor, g: Tensor, causal: bool
+) -> QKVGradients:
     """(∂L/∂S) K,  (∂L/∂S)ᵀ Q  and  (k ∘ P)ᵀ g"""
-    kP, grad_S = weights(Q, K, V, M, k, g)
+    kP, grad_S = scores_backward(Q, K, V, M, k, g)
     return grad_S @ K, grad_S.mT @ Q, kP.mT @ g
 
 
-@replaces(weights)
-def _weights_in(
-    Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: Dropout, g: Tensor, space: Any = (None, None)
+@replaces(scores_backward)
+def _scores_backward_into(
+    Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: DropoutFactor, g: Tensor, out: Any = (None, None)
 ) -> tuple[Tensor, Tensor]:
-    """The same, written into two tensors, new ones unless given."""
-    S = torch.matmul(Q, K.mT, out=space[0])
-    P = torch.softmax(S if M is None else S + M if space[0] is None else S.add_(M), -1, out=space[0])
-    grad_P = torch.matmul(g, V.mT, out=space[1])
-    kept = None if k[0] is None else k[0].to(P.dtype) * k[1]
-    grad_P = grad_P if kept is None else grad_P.mul_(kept)
+    """The same, written into two tensors: `out`, or new ones."""
+    S = torch.matmul(Q, K.mT, out=out[0])
+    P = torch.softmax(S if M is None else S + M if out[0] is None else S.add_(M), -1, out=out[0])
+    grad_P = torch.matmul(g, V.mT, out=out[1])
+    factor = None if k[0] is None else k[0].to(P.dtype) * k[1]
+    grad_P = grad_P if factor is None else grad_P.mul_(factor)
     grad_S = grad_P.mul_(P)
     grad_S = grad_S.addcmul_(P, grad_S.sum(-1, keepdim=True), value=-1)
-    return P if kept is None else P.mul_(kept), grad_S
+    return P if factor is None else P.mul_(factor), grad_S
 
 
-@replaces(products)
-def _products_by_blocks(
-    Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: Dropout, g: Tensor, causal: bool
-) -> Products:
-    """The same for some heads and rows at a time, if that pays: their scores stay in the cache."""
-    if not _pays(Q, K, V, M):
-        kP, grad_S = _weights_in(Q, K, V, M, k, g)
+@replaces(qkv_gradients)
+def _qkv_gradients_in_blocks(
+    Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: DropoutFactor, g: Tensor, causal: bool
+) -> QKVGradients:
+    """The same in blocks of heads and rows, where that is faster: the scores of a block fit in the cache."""
+    if not _blocks_are_faster(Q, K, V, M):
+        kP, grad_S = _scores_backward_into(Q, K, V, M, k, g)
         return grad_S @ K, grad_S.mT @ Q, kP.mT @ g
     batch, (length, columns) = Q.shape[:-2], (Q.shape[-2], K.shape[-2])
-    rows = min(_ROWS, length) if causal else length
-    heads = min(batch[-1], max(1, (blocking.size() or 0) // (rows * columns)))
-    of_query, of_key, of_value = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
-    space = Q.new_empty(2, heads * rows * columns)
+    rows = min(_CAUSAL_BLOCK_ROWS, length) if causal else length
+    heads = min(batch[-1], max(1, (blocking.elements_per_block() or 0) // (rows * columns)))
+    grad_Q, grad_K, grad_V = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
+    buffer = Q.new_empty(2, heads * rows * columns)
     masks = [x if x is None else x.expand(*batch, length, columns) for x in (M, k[0])]
     for example in product(*map(range, batch[:-1])):
         for head, row in product(range(0, batch[-1], heads), range(0, length, rows)):
-            across = (*example, slice(head, head + heads))
-            down = (*across, slice(row, row + rows))
-            if causal:  # no row attends to later columns
-                across = (*across, slice(row + rows))
-            q, key = Q[down], K[across]
+            kv_block = (*example, slice(head, head + heads))
+            q_block = (*kv_block, slice(row, row + rows))
+            if causal:  # the rows of this block do not attend to later columns
+                kv_block = (*kv_block, slice(row + rows))
+            q, key = Q[q_block], K[kv_block]
             shape = (*q.shape[:2], key.shape[1])
-            mask, drawn = (x if x is None else x[(*down, slice(shape[2]))] for x in masks)
-            two = space[:, : math.prod(shape)].view(2, *shape).unbind()
-            kP, grad_S = _weights_in(q, key, V[across], mask, (drawn, k[1]), g[down], two)
-            torch.bmm(grad_S, key, out=of_query[down])
-            of_key[across].baddbmm_(grad_S.mT, q)
-            of_value[across].baddbmm_(kP.mT, g[down])
-    return of_query, of_key, of_value
+            mask, dropout_mask = (x if x is None else x[(*q_block, slice(shape[2]))] for x in masks)
+            out = buffer[:, : math.prod(shape)].view(2, *shape).unbind()
+            kP, grad_S = _scores_backward_into(q, key, V[kv_block], mask, (dropout_mask, k[1]), g[q_block], out)
+            torch.bmm(grad_S, key, out=grad_Q[q_block])
+            grad_K[kv_block].baddbmm_(grad_S.mT, q)
+            grad_V[kv_block].baddbmm_(kP.mT, g[q_block])
+    return grad_Q, grad_K, grad_V
 
 
-_ROWS = 128
-"""How many rows a block has if each row attends only to those before it: half of all scores are not needed."""
+_CAUSAL_BLOCK_ROWS = 128
+"""Rows per block of causal attention. Smaller blocks skip more of the scores above the diagonal."""
 
 
-def _pays(Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None) -> bool:
-    """Blocks are faster (there are several, and none is tiny) and possible (no head or example broadcasts)."""
-    size = blocking.size()
-    scores = Q.shape[-3:-1].numel() * K.shape[-2]  # of one example
+def _blocks_are_faster(Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None) -> bool:
+    """There are several blocks, none is tiny, and no head or example broadcasts."""
+    size = blocking.elements_per_block()
+    scores = Q.shape[-3:-1].numel() * K.shape[-2]  # per example
     return (
         size is not None
         and Q.is_cpu
@@ -214,19 +221,19 @@ def _pays(Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None) -> bool:
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:
-    """Each row attends to the columns up to its own number."""
+    """The mask of booleans in which row i attends to the columns up to i."""
     return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
 
 
-def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """M of a mask: 0 where attended, -∞ where not."""
+def _to_additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """M of a mask of booleans: 0 where true, else -∞."""
     if mask is None or mask.is_floating_point():
         return mask
     return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -math.inf)
 
 
 def _repeat_heads(tensor: Tensor, n: int) -> Tensor:
-    """Each head of a tensor (*, H, S, E) n times."""
+    """Repeat each head of a tensor (*, H, S, E) n times."""
     return tensor if n == 1 else tensor.repeat_interleave(n, -3)
 
 
@@ -248,17 +255,17 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """softmax(Q Kᵀ / √E + M) V, as `torch.nn.functional.scaled_dot_product_attention`.
 
-    Shapes: query (*, L, E), key (*, S, E), value (*, S, F), attn_mask broadcastable to (*, L, S), of booleans
-    (true: attend) or numbers to add; the result (*, L, F). With `enable_gqa` heads of keys and values (axis -3)
-    serve several heads of queries.
+    Shapes: query (*, L, E), key (*, S, E), value (*, S, F), attn_mask broadcastable to (*, L, S); the result
+    (*, L, F). The mask holds booleans (true: attend) or numbers that are added to the scores. With `enable_gqa`
+    several query heads (axis -3) share a head of keys and values.
 
     Raises:
-        RuntimeError: tensors that do not fit, both a mask and `is_causal`, or a negative probability.
+        RuntimeError: the shapes do not match, there are both a mask and `is_causal`, or `dropout_p` is negative.
     """
     if dropout_p < 0:
         raise RuntimeError(f"dropout probability must be between 0 and 1, but is {dropout_p}")
     if dropout_p > 0:
-        return DroppedAttentionFunction.apply(
+        return AttentionDropoutFunction.apply(
             query, key, value, attn_mask, is_causal, scale, enable_gqa, dropout_p
         )
     return AttentionFunction.apply(query, key, value, attn_mask, is_causal, scale, enable_gqa)
@@ -273,26 +280,26 @@ register(
         SampleInput(t(2, 3, 2), t(2, 3, 2), t(2, 3, 2), torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool()),
     ],
     benchmark_input=lambda t: SampleInput(t(2, 8, 256, 64), t(2, 8, 256, 64), t(2, 8, 256, 64), is_causal=True),
-    supports_special_values=False,  # a row that nothing attends to still multiplies what it holds by 0
+    supports_special_values=False,  # a column without weight is multiplied by 0: 0 · ∞ = nan
     expected_failures=dict.fromkeys(
         ("special_values-0", "special_values-2", "special_values-3"),
-        "an infinite query or key has weight 0 at last, and products with it are 0 · ∞ = nan",
+        "an infinite query or key gets the weight 0, and the backward computes 0 · ∞ = nan",
     ),
 )
 
 
 def _multi_head(
-    t: TensorFactory, query: Tensor, key: Tensor, *, separate: bool = False, bias: bool = True, **more: Any
+    t: TensorFactory, query: Tensor, key: Tensor, *, separate: bool = False, bias: bool = True, **options: Any
 ) -> SampleInput:
-    """A call with weights of the sizes that query and key ask for."""
+    """A call with weights that match query and key."""
     e, k = query.shape[-1], key.shape[-1]
     if separate:
-        more |= {"q_proj_weight": t(e, e), "k_proj_weight": t(e, k), "v_proj_weight": t(e, k)}
+        options |= {"q_proj_weight": t(e, e), "k_proj_weight": t(e, k), "v_proj_weight": t(e, k)}
     affine = (None if separate else t(3 * e, e), t(3 * e) if bias else None)
-    extra = (t(1, 1, e), t(1, 1, e), True) if more.pop("extra", False) else (None, None, False)
+    extra = (t(1, 1, e), t(1, 1, e), True) if options.pop("extra", False) else (None, None, False)
     out = (t(e, e), t(e) if bias else None)
-    more["use_separate_proj_weight"] = separate
-    return SampleInput(query, key, key, e, more.pop("heads", 2), *affine, *extra, 0.0, *out, **more)
+    options["use_separate_proj_weight"] = separate
+    return SampleInput(query, key, key, e, options.pop("heads", 2), *affine, *extra, 0.0, *out, **options)
 
 
 register(
@@ -300,7 +307,7 @@ register(
     sample_inputs=lambda t: [
         _multi_head(t, t(2, 1, 2), t(3, 1, 2), heads=1),
         _multi_head(t, t(4, 2), t(3, 3), separate=True, bias=False, need_weights=False),
-        _multi_head(t, t(4, 2), t(3, 2), attn_mask=t.fixed(4, 3), average_attn_weights=False, bias=False),
+        _multi_head(t, t(4, 2), t(3, 2), attn_mask=t.no_grad(4, 3), average_attn_weights=False, bias=False),
     ],
     benchmark_input=lambda t: _multi_head(t, t(128, 8, 256), t(128, 8, 256), heads=8, need_weights=False),
 )

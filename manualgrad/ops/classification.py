@@ -1,19 +1,19 @@
-"""Losses of classes: each row of scores has one right class, or a probability for each class."""
+"""Classification losses. The target of a row is a class index, or a probability per class."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import implements
 from manualgrad.ops.loss import MEAN, NONE, _nn
+from manualgrad.ops.registration import implements
 from manualgrad.ops.softmax import log_softmax
 from manualgrad.registry import SampleInput, register
-from manualgrad.rule import FLOAT32, Rule, cast, replaces, reusing
+from manualgrad.rule import FLOAT32, Rule, autocast_inputs, replaces, with_reuse
 
 
 class ClassLoss(Rule):
-    r"""L = reduction of wᵢ ℓᵢ      i: a row   t: the index of its class   wᵢ = w[t], 0 where t is ignored
+    r"""L = reduction of wᵢ ℓᵢ      i: a row   t: its class index   wᵢ = w[t], 0 where t is ignored
 
     reduction            "none": Lᵢ = wᵢ ℓᵢ     "sum": L = Σ wᵢ ℓᵢ     "mean": L = Σ wᵢ ℓᵢ / Σ wᵢ
     γᵢ = ∂L/∂(wᵢ ℓᵢ)           gᵢ                    g                      g / Σ wᵢ           (0 where ignored)
@@ -22,14 +22,14 @@ class ClassLoss(Rule):
     autocast = FLOAT32
 
     def axis(input: Tensor) -> int:
-        """Of the classes."""
+        """The class axis."""
         return min(input.dim() - 1, 1)
 
     def valid(target: Tensor, ignore_index: int) -> Tensor:
         return target != ignore_index
 
     def t(target: Tensor, valid: Tensor) -> Tensor:
-        return target * valid  # an ignored index may be no class
+        return target * valid  # an ignored index may be out of range
 
     def w(input: Tensor, weight: Tensor | None, t: Tensor, valid: Tensor) -> Tensor:
         return weight_of(t, valid, weight, input)
@@ -39,14 +39,14 @@ class ClassLoss(Rule):
 
 
 def weight_of(t: Tensor, valid: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:
-    """w[t], 0 where ignored, in a dtype."""
-    # take, for weight[t] with one t is indexing by an integer, which torch.compile refuses
+    """w[t], 0 where ignored, in the dtype of `like`."""
+    # not weight[t]: for a single t that is integer indexing, which torch.compile does not support
     return valid.to(like.dtype) if weight is None else torch.where(valid, weight.take(t).to(like.dtype), 0)
 
 
 @implements(_nn.nll_loss_nd)
 class NLLLossFunction(ClassLoss):
-    r"""ℓ = -x[t]        x: (N, C, ...) of log-probabilities   t: (N, ...)      ∂L/∂x[t] = -γ w,  else 0"""
+    r"""ℓ = -x[t]        x: (N, C, ...), log-probabilities   t: (N, ...)      ∂L/∂x[t] = -γ w,  else 0"""
 
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
         return _nn.nll_loss_nd(input, target, weight, reduction, ignore_index)
@@ -80,7 +80,7 @@ class CrossEntropyLossFunction(ClassLoss):
         """(1-ε) w[t]"""
         return w * (1 - label_smoothing) if label_smoothing else w
 
-    def soft(input: Tensor, weight: Tensor | None, label_smoothing: float, axis: int) -> Tensor | float:
+    def smoothing(input: Tensor, weight: Tensor | None, label_smoothing: float, axis: int) -> Tensor | float:
         """(ε/C) w"""
         epsilon = label_smoothing / max(input.shape[axis], 1)
         return epsilon if weight is None else epsilon * _along(weight, input)
@@ -92,29 +92,29 @@ class CrossEntropyLossFunction(ClassLoss):
         p: Tensor,
         sum_q: Tensor,
         q_t: Tensor,
-        soft: Tensor | float,
+        smoothing: Tensor | float,
         gamma: Tensor,
         t: Tensor,
         axis: int,
         label_smoothing: float,
     ) -> Tensor:
-        dense = p * (gamma * sum_q).unsqueeze(axis)
-        hard = dense.scatter_add(axis, t.unsqueeze(axis), (-gamma * q_t).unsqueeze(axis))
-        return hard - gamma.unsqueeze(axis) * soft if label_smoothing else hard
+        smooth = p * (gamma * sum_q).unsqueeze(axis)
+        grad_input = smooth.scatter_add(axis, t.unsqueeze(axis), (-gamma * q_t).unsqueeze(axis))
+        return grad_input - gamma.unsqueeze(axis) * smoothing if label_smoothing else grad_input
 
 
 def softmax_of_valid(x: Tensor, valid: Tensor, axis: int) -> Tensor:
-    """Of zeros in ignored rows: γ = 0 there, but 0 p is not 0 if x holds inf."""
+    """softmax x, of zeros in ignored rows: there γ = 0, but γ p = nan if x is infinite."""
     return torch.softmax(torch.where(valid, x, 0), axis)
 
 
 @replaces(softmax_of_valid)
 def _softmax_of_valid(x: Tensor, valid: Tensor, axis: int) -> Tensor:
-    return torch.softmax(x, axis) if x.is_cpu and valid.all() else reusing(softmax_of_valid)(x, valid, axis)
+    return torch.softmax(x, axis) if x.is_cpu and valid.all() else with_reuse(softmax_of_valid)(x, valid, axis)
 
 
 def _along(weight: Tensor, input: Tensor) -> Tensor:
-    """A weight for each class, in a shape that broadcasts along the class axis."""
+    """The class weights in a shape that broadcasts with the input."""
     return weight.reshape(-1, *[1] * (input.dim() - 2))
 
 
@@ -122,10 +122,10 @@ def _along(weight: Tensor, input: Tensor) -> Tensor:
 def cross_entropy_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    """-Σ_c q_c log p_c: one rule for class indices, composed for class probabilities, as in torch."""
+    """-Σ_c q_c log p_c: one rule for class indices, a composition for class probabilities, as in torch."""
     if target.shape != input.shape or not target.is_floating_point() or ignore_index >= 0:
         return CrossEntropyLossFunction.apply(input, target, weight, reduction, ignore_index, label_smoothing)
-    input, target, weight = cast(ClassLoss, (input, target, weight))
+    input, target, weight = autocast_inputs(ClassLoss, (input, target, weight))
     axis = ClassLoss.axis(input)  # pyright: ignore[reportAttributeAccessIssue]
     classes = input.shape[axis]
     if label_smoothing > 0:
@@ -133,7 +133,7 @@ def cross_entropy_loss(
     losses = log_softmax(input, axis) * target
     if weight is not None:
         if weight.shape != (classes,):
-            raise ValueError(f"a weight for each of {classes} classes, not {tuple(weight.shape)}")
+            raise ValueError(f"weight must have shape ({classes},), one per class, but has {tuple(weight.shape)}")
         losses = losses * _along(weight, input)
     if reduction == NONE:
         return -losses.sum(axis)
@@ -144,7 +144,7 @@ register(
     "nll_loss",
     sample_inputs=lambda t: [
         SampleInput(t(5, 3), t.index(3, 5)),
-        SampleInput(t(5, 3), t.index(3, 5), t.fixed(3, low=0.5, high=2), ignore_index=1),
+        SampleInput(t(5, 3), t.index(3, 5), t.no_grad(3, low=0.5, high=2), ignore_index=1),
         SampleInput(t(2, 3, 4), t.index(3, 2, 4), ignore_index=0, reduction="none"),
     ],
     benchmark_input=lambda t: SampleInput(t(512, 8192), t.index(8192, 512)),
@@ -154,7 +154,7 @@ register(
     "cross_entropy",
     sample_inputs=lambda t: [
         SampleInput(t(5, 3), t.index(3, 5)),
-        SampleInput(t(5, 3), t.index(3, 5), t.fixed(3, low=0.5, high=2), ignore_index=1, label_smoothing=0.1),
+        SampleInput(t(5, 3), t.index(3, 5), t.no_grad(3, low=0.5, high=2), ignore_index=1, label_smoothing=0.1),
         SampleInput(t(2, 3, 2), t.index(3, 2, 2), label_smoothing=0.2, reduction="none"),
         SampleInput(t(2, 3, 2), t(2, 3, 2).softmax(1), t(3, low=0.5, high=2), label_smoothing=0.1),
     ],

@@ -1,4 +1,4 @@
-"""Norms, and the distances and angles between vectors."""
+"""Norms, distances and cosine similarity of vectors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import PlainDifferenceFunction, broadcast, with_torch_errors
+from manualgrad.ops.arithmetic import DifferenceWithoutAutocastFunction
+from manualgrad.ops.registration import with_torch_errors
+from manualgrad.ops.shapes import broadcast
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule
 
@@ -28,12 +30,12 @@ class VectorNormFunction(Rule):
         return torch.linalg.vector_norm(input, p, dim, keepdim)
 
     def grad_input(grad: Tensor, input: Tensor, output: Tensor, p: float, dim: Axes, keepdim: bool) -> Tensor:
-        g, n = (grad, output) if keepdim else (_with_axes(grad, dim), _with_axes(output, dim))
+        g, n = (grad, output) if keepdim else (_unreduce(grad, dim), _unreduce(output, dim))
         return g * norm_gradient(input / torch.where(n != 0, n, 1), p, dim)
 
 
-def _with_axes(tensor: Tensor, dim: Axes) -> Tensor:
-    """The reduced axes again, of length 1."""
+def _unreduce(tensor: Tensor, dim: Axes) -> Tensor:
+    """Restore the reduced axes, with size 1."""
     axes = (dim,) if isinstance(dim, int) else dim
     for axis in sorted(axis % (tensor.dim() + len(axes)) for axis in axes):
         tensor = tensor.unsqueeze(axis)
@@ -41,7 +43,7 @@ def _with_axes(tensor: Tensor, dim: Axes) -> Tensor:
 
 
 def norm_gradient(u: Tensor, p: float, dim: Axes) -> Tensor:
-    r"""n′ = sgn(u) |u|^(p-1) of u = x/n      (p = ∞: shared by the largest; p = 0 or x = 0: 0, as torch)"""
+    r"""n′ = sgn(u) |u|^(p-1) of u = x/n      (p = ∞: divided among the largest; p = 0 or x = 0: 0, as torch)"""
     if p == 2:
         return u
     if p == 0:
@@ -67,9 +69,9 @@ def norm(input: Tensor, p: float, dim: Axes = -1, keepdim: bool = False) -> Tens
 def pairwise_distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Tensor:
     """The p-norm of x1 - x2 + ε along the last axis, as `torch.nn.functional.pairwise_distance`.
 
-    Shapes: (*, d) both, or what broadcasts to it; the result (*), or (*, 1) with `keepdim`.
+    Shapes: both (*, d), after broadcasting; the result (*), or (*, 1) with `keepdim`.
     """
-    return norm(PlainDifferenceFunction.apply(*broadcast(x1, x2)) + eps, p, -1, keepdim)
+    return norm(DifferenceWithoutAutocastFunction.apply(*broadcast(x1, x2)) + eps, p, -1, keepdim)
 
 
 register(
@@ -80,15 +82,15 @@ register(
         SampleInput(t(3), t(3), p=math.inf),
     ],
     benchmark_input=lambda t: SampleInput(t(4096, 256), t(4096, 256)),
-    supports_special_values=False,  # which of several infinities is the largest is not defined
+    supports_special_values=False,  # the gradient of a maximum over several infinities is not defined
 )
 
 
 class PdistFunction(Rule):
     r"""yᵢⱼ = ‖xᵢ - xⱼ‖ for i < j      ∂L/∂xᵢ = Σⱼ gᵢⱼ n′(xᵢ - xⱼ),   g and y as symmetric matrices
 
-    p = 2:  n′ = (xᵢ - xⱼ) / yᵢⱼ,  so with W = g / y  ∂L/∂x = (diag(W 1) - W) x,  the Laplacian of the graph of
-    weights W. It does not depend on the mean of x, which is subtracted for accuracy.
+    p = 2:  n′ = (xᵢ - xⱼ) / yᵢⱼ,  so with W = g / y  ∂L/∂x = (diag(W 1) - W) x,  where diag(W 1) - W is a graph
+    Laplacian. The result does not depend on the mean of x, which is subtracted for accuracy.
     """
 
     autocast = {"cuda": "float32"}
@@ -107,16 +109,16 @@ def _laplacian_product(w: Tensor, input: Tensor) -> Tensor:
 
 
 def _pair_sums(grad: Tensor, input: Tensor, y: Tensor, p: float) -> Tensor:
-    """Σⱼ gᵢⱼ n′(xᵢ - xⱼ), for some i at a time: the differences of all pairs take too much memory."""
+    """Σⱼ gᵢⱼ n′(xᵢ - xⱼ), in chunks of i: the differences of all pairs would take too much memory."""
     n = len(input)
-    step = max(1, 2**18 // max(input.numel(), 1))
-    rows = zip(
-        input.split(step),
-        _symmetric(grad, n).split(step),
-        (_symmetric(y, n) + torch.eye(n).to(input)).split(step),
+    chunk_size = max(1, 2**18 // max(input.numel(), 1))
+    chunks = zip(
+        input.split(chunk_size),
+        _symmetric(grad, n).split(chunk_size),
+        (_symmetric(y, n) + torch.eye(n).to(input)).split(chunk_size),
         strict=True,
     )
-    return torch.cat([_pair_sum(x, g, y, input, p) for x, g, y in rows])
+    return torch.cat([_pair_sum(x, g, y, input, p) for x, g, y in chunks])
 
 
 def _pair_sum(x: Tensor, g: Tensor, y: Tensor, input: Tensor, p: float) -> Tensor:
@@ -125,7 +127,7 @@ def _pair_sum(x: Tensor, g: Tensor, y: Tensor, input: Tensor, p: float) -> Tenso
 
 
 def _symmetric(pairs: Tensor, n: int) -> Tensor:
-    """A number for each i < j as a matrix (n, n), 0 on the diagonal."""
+    """The symmetric matrix (n, n) of the numbers for i < j, with diagonal 0."""
     i, j = torch.triu_indices(n, n, 1, device=pairs.device)
     upper = pairs.new_zeros(n, n).index_put((i, j), pairs)
     return upper + upper.mT
@@ -133,9 +135,9 @@ def _symmetric(pairs: Tensor, n: int) -> Tensor:
 
 @with_torch_errors
 def pdist(input: Tensor, p: float = 2.0) -> Tensor:
-    """The p-norms of the differences of each two rows, as `torch.nn.functional.pdist`.
+    """The p-norms of the differences of all pairs of rows, as `torch.nn.functional.pdist`.
 
-    Shapes: input (n, d); the result (n (n - 1) / 2), pairs in the order (0, 1), (0, 2), ..., (1, 2), ...
+    Shapes: input (n, d); the result (n (n - 1) / 2), of pairs in the order (0, 1), (0, 2), ..., (1, 2), ...
     """
     return PdistFunction.apply(input, p)
 
@@ -144,8 +146,8 @@ register(
     pdist,
     sample_inputs=lambda t: [SampleInput(t(4, 3)), SampleInput(t(4, 2), p=3.0)],
     benchmark_input=lambda t: SampleInput(t(256, 64)),
-    supports_special_values=False,  # 0 · ∞ in the sums over pairs
-    expected_failures={"torchs_zero_size": "torch's gradient of no rows at all kills the process"},
+    supports_special_values=False,  # the sums over pairs contain 0 · ∞
+    skips={"zero_size_matches_torch": "torch's gradient of an input without rows crashes the process"},
 )
 
 
@@ -206,7 +208,7 @@ register(
 class CosineSimilarityFunction(Rule):
     r"""y = ⟨u₁, u₂⟩,   u = x / n,   n = max(‖x‖, ε)
 
-    dy = ⟨du₁, u₂⟩ + ⟨u₁, du₂⟩:   ∂L/∂u₁ = g u₂,  and ∂L/∂x₁ the gradient of normalize for it: g (u₂ - y u₁) / n₁
+    dy = ⟨du₁, u₂⟩ + ⟨u₁, du₂⟩:   ∂L/∂u₁ = g u₂,  and through normalize ∂L/∂x₁ = g (u₂ - y u₁) / n₁
     """
 
     autocast = {"cuda": "float32"}
@@ -237,7 +239,7 @@ class CosineSimilarityFunction(Rule):
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """The cosine of the angle between x1 and x2 along `dim`, as `torch.nn.functional.cosine_similarity`.
 
-    Shapes: both the same, or what broadcasts to it; the result without the axis.
+    Shapes: both the same, after broadcasting; the result without the axis `dim`.
     """
     return CosineSimilarityFunction.apply(*broadcast(*torch.atleast_1d(x1, x2)), dim, eps)
 

@@ -8,18 +8,18 @@ import warnings
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementary import with_torch_errors
+from manualgrad.ops.registration import with_torch_errors
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule
 
-_SELU_FLOOR = 1.7580993408473766  # α λ of SELU
+_KAPPA = 1.7580993408473766  # κ = α λ of SELU
 
 
 class DropoutFunction(Rule):
     r"""y = m x / (1 - p)      m: 1 with probability 1 - p, else 0
 
     Given m the map is diagonal:      ∂L/∂x = m g / (1 - p)
-    The mask is a constant statistic: every derivative uses the one that the forward drew.
+    The mask is a statistic without a derivative: all derivatives use the mask of the forward.
 
     Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout", JMLR 2014.
     """
@@ -28,37 +28,39 @@ class DropoutFunction(Rule):
     supports_complex = True
 
     def forward(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        return _with_mask(input, p)
+        return _dropout_forward(input, p)
 
     def forward_(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        output, mask = _with_mask(input, p)
+        output, mask = _dropout_forward(input, p)
         return input.copy_(output), mask
 
     def grad_input(grad: Tensor, mask: Tensor, p: float) -> Tensor:
-        return torch.where(mask, grad, 0) * kept_scale(p)
+        return torch.where(mask, grad, 0) * dropout_scale(p)
 
     def recompute(input: Tensor, mask: Tensor, p: float) -> Tensor:
-        return torch.where(mask, input, 0) * kept_scale(p)
+        return torch.where(mask, input, 0) * dropout_scale(p)
 
 
-def _with_mask(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    if p == 1:  # torch draws nothing then
+def _dropout_forward(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    if p == 1:  # torch draws no random numbers then
         return input * torch.zeros_like(input), torch.zeros_like(input, dtype=torch.bool)
     output, mask = torch.native_dropout(input, p, True)
     return output, mask.bool()  # vmap returns it in the input's dtype
 
 
-def kept_scale(p: float) -> float:
-    """1 / (1 - p), or 0 where nothing is kept."""
+def dropout_scale(p: float) -> float:
+    """1 / (1 - p), or 0 for p = 1."""
     return 0 if p == 1 else 1 / (1 - p)
 
 
-def _dropped(rule: type[Rule], input: Tensor, p: float, training: bool, inplace: bool, *settings: int) -> Tensor:
-    """The output of the rule while training, or with `inplace` the input, which it is written into."""
+def _apply_dropout(
+    rule: type[Rule], input: Tensor, p: float, training: bool, inplace: bool, *settings: int
+) -> Tensor:
+    """Apply the rule in training, with `inplace` over the input. Otherwise return the input."""
     if not isinstance(training, bool):
         raise TypeError(f"training must be a bool, but is {training!r}")
     if not 0 <= p <= 1:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        raise ValueError(f"dropout probability must be between 0 and 1, but is {p}")
     if input.numel() == 0 or p == 0 or not training:
         return input
     return rule.apply_(input, p, *settings) if inplace else rule.apply(input, p, *settings)
@@ -66,15 +68,15 @@ def _dropped(rule: type[Rule], input: Tensor, p: float, training: bool, inplace:
 
 @with_torch_errors
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Zero each element with probability p, scale the others, as `torch.nn.functional.dropout`. Any shape.
+    """Zero each element with probability p and scale the others, as `torch.nn.functional.dropout`. Any shape.
 
-    Draws the same mask as torch does from the same random state.
+    The mask equals torch's for the same random state.
 
     Raises:
-        ValueError: p is not a probability.
-        TypeError: training is not a bool.
+        ValueError: p is not between 0 and 1.
+        TypeError: `training` is not a bool.
     """
-    return _dropped(DropoutFunction, input, p, training, inplace)
+    return _apply_dropout(DropoutFunction, input, p, training, inplace)
 
 
 register(
@@ -89,12 +91,12 @@ register(
 )
 
 
-class NoiseFunction(Rule):
-    r"""y = a x + b      a and b: drawn for each of the leading axes, the same along the others      ∂L/∂x = a g
+class AffineDropoutFunction(Rule):
+    r"""y = a x + b      a and b: random along the leading axes, constant along the others      ∂L/∂x = a g
 
-    Dropout of channels     a = m / (1-p),  b = 0                      m: 1 with probability 1 - p, else 0
-    Alpha dropout           a = m s,        b = s κ (p - (1 - m)),     κ = αλ of SELU:  what is dropped becomes -κ,
-                            s = ((1 + p κ²) (1-p))^-½                  then mean 0 and variance 1 are restored
+    Channel dropout     a = m / (1-p),  b = 0                      m: 1 with probability 1 - p, else 0
+    Alpha dropout       a = m s,        b = s κ (p - (1 - m)),     κ = αλ of SELU:  dropped elements become -κ,
+                        s = ((1 + p κ²) (1-p))^-½                  then mean 0 and variance 1 are restored
 
     Tompson et al., "Efficient Object Localization Using Convolutional Networks", 2015. Klambauer et al.,
     "Self-Normalizing Neural Networks", 2017.
@@ -104,32 +106,32 @@ class NoiseFunction(Rule):
     supports_complex = True
 
     def forward(input: Tensor, p: float, leading: int, alpha: bool) -> tuple[Tensor, Tensor]:
-        return _with_slope(input, p, leading, alpha)
+        return _affine_dropout_forward(input, p, leading, alpha)
 
     def forward_(input: Tensor, p: float, leading: int, alpha: bool) -> tuple[Tensor, Tensor]:
-        output, slope = _with_slope(input, p, leading, alpha)
+        output, slope = _affine_dropout_forward(input, p, leading, alpha)
         return input.copy_(output), slope
 
     def grad_input(grad: Tensor, slope: Tensor) -> Tensor:
         return grad * slope
 
 
-def _with_slope(input: Tensor, p: float, leading: int, alpha: bool) -> tuple[Tensor, Tensor]:
+def _affine_dropout_forward(input: Tensor, p: float, leading: int, alpha: bool) -> tuple[Tensor, Tensor]:
     shape = [*input.shape[:leading], *[1] * (input.dim() - leading)]
-    if p == 1:  # torch draws nothing then
+    if p == 1:  # torch draws no random numbers then
         return input * torch.zeros_like(input), input.new_zeros(shape)
     mask = torch.empty_like(input) if leading == input.dim() else input.new_empty(shape)
     mask.bernoulli_(1 - p)
     if not alpha:
         slope = mask.div_(1 - p)
         return input * slope, slope
-    scale = 1 / math.sqrt((_SELU_FLOOR**2 * p + 1) * (1 - p))
-    shift = (mask - 1).mul_(_SELU_FLOOR * scale).add_(_SELU_FLOOR * scale * p)
+    scale = 1 / math.sqrt((_KAPPA**2 * p + 1) * (1 - p))
+    shift = (mask - 1).mul_(_KAPPA * scale).add_(_KAPPA * scale * p)
     slope = mask.mul_(scale)
     return input * slope + shift, slope
 
 
-def _warn_of_axes(name: str, input: Tensor, expected: tuple[int, int]) -> None:
+def _warn_of_input_dim(name: str, input: Tensor, expected: tuple[int, int]) -> None:
     if input.dim() not in expected:
         warnings.warn(f"{name}: a {input.dim()}-D input is deprecated: use dropout instead.", stacklevel=4)
 
@@ -139,33 +141,34 @@ def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     """Drop whole channels, as `torch.nn.functional.dropout1d`. Shape ([N,] C, L).
 
     Raises:
-        RuntimeError: another number of axes.
+        RuntimeError: the input does not have 2 or 3 axes.
     """
     if input.dim() not in (2, 3):
         raise RuntimeError(f"dropout1d: expected 2D or 3D input, but received a {input.dim()}D input")
-    return _dropped(NoiseFunction, input, p, training, inplace, input.dim() - 1, False)
+    return _apply_dropout(AffineDropoutFunction, input, p, training, inplace, input.dim() - 1, False)
 
 
 @with_torch_errors
 def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Drop whole channels, as `torch.nn.functional.dropout2d`. Shape (N, C, H, W), or (N, C, L) with a warning."""
-    _warn_of_axes("dropout2d", input, (4, 4))
+    _warn_of_input_dim("dropout2d", input, (4, 4))
     if input.dim() < 2:
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return _dropped(NoiseFunction, input, p, training, inplace, 2, False)
+    return _apply_dropout(AffineDropoutFunction, input, p, training, inplace, 2, False)
 
 
 @with_torch_errors
 def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Drop whole channels, as `torch.nn.functional.dropout3d`. Shape ([N,] C, D, H, W)."""
-    _warn_of_axes("dropout3d", input, (4, 5))
-    return _dropped(NoiseFunction, input, p, training, inplace, 2 if input.dim() == 5 else 1, False)
+    _warn_of_input_dim("dropout3d", input, (4, 5))
+    return _apply_dropout(AffineDropoutFunction, input, p, training, inplace, 2 if input.dim() == 5 else 1, False)
 
 
 @with_torch_errors
 def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
-    """Drop to SELU's lower bound and keep mean and variance, as `torch.nn.functional.alpha_dropout`. Any shape."""
-    return _dropped(NoiseFunction, input, p, training, inplace, input.dim(), True)
+    """Set elements to SELU's lower bound, and keep mean and variance, as `torch.nn.functional.alpha_dropout`. Any
+    shape."""
+    return _apply_dropout(AffineDropoutFunction, input, p, training, inplace, input.dim(), True)
 
 
 @with_torch_errors
@@ -173,10 +176,10 @@ def feature_alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False,
     """Alpha dropout of whole channels, as `torch.nn.functional.feature_alpha_dropout`. Shape (N, C, ...)."""
     if input.dim() < 2 and training:
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return _dropped(NoiseFunction, input, p, training, inplace, 2, True)
+    return _apply_dropout(AffineDropoutFunction, input, p, training, inplace, 2, True)
 
 
-for _function, _shapes, _big in (
+for _function, _shapes, _benchmark_shape in (
     (dropout1d, [(3, 2, 2), (4, 3)], (16, 64, 1024)),
     (dropout2d, [(2, 3, 2, 2)], (16, 64, 32, 32)),
     (dropout3d, [(2, 3, 1, 2, 1), (4, 1, 2, 1)], (4, 64, 16, 16, 16)),
@@ -189,6 +192,6 @@ for _function, _shapes, _big in (
             *(SampleInput(t(*shape), p=0.4, training=True) for shape in shapes),
             SampleInput(t(*shapes[0]), p=1.0, training=True),
         ],
-        benchmark_input=lambda t, shape=_big: SampleInput(t(*shape), p=0.2, training=True),
+        benchmark_input=lambda t, shape=_benchmark_shape: SampleInput(t(*shape), p=0.2, training=True),
         random=True,
     )

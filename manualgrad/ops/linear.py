@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import implements, rows, with_torch_errors
+from manualgrad.ops.registration import implements, with_torch_errors
+from manualgrad.ops.shapes import rows
 from manualgrad.registry import SampleInput, register
-from manualgrad.rule import LOWER, Rule
+from manualgrad.rule import LOWER_PRECISION, Rule
 
 
 class LinearFunction(Rule):
@@ -16,13 +17,13 @@ class LinearFunction(Rule):
 
     differential      dy = dx Wᵀ + x dWᵀ + db
     pair with g       ⟨g, dx Wᵀ⟩ = ⟨g W, dx⟩            ∂L/∂x = g W
-                      ⟨g, x dWᵀ⟩ = ⟨gᵀ x, dW⟩           ∂L/∂W = gᵀ x      (rows of all leading axes)
+                      ⟨g, x dWᵀ⟩ = ⟨gᵀ x, dW⟩           ∂L/∂W = gᵀ x      (gᵀ x and Σ sum over all leading axes)
                       ⟨g, db⟩    = ⟨Σ g, db⟩            ∂L/∂b = Σ g
-    (For complex numbers ⟨a, b⟩ = Σ ā b, which conjugates W and x.)
+    Complex numbers: ⟨a, b⟩ = Σ ā b, so W and x are conjugated.
     """
 
-    autocast = LOWER
-    upcast_gradients = False  # products accumulate in float32 as they are
+    autocast = LOWER_PRECISION
+    upcast_gradients = False  # matrix products accumulate in float32 already
     supports_complex = True
 
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,13 +45,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Shapes: input (*, in), weight (out, in) or (in), bias (out); the result (*, out) or (*).
     """
-    if weight.dim() == 1 or (bias is not None and (bias.dim() != 1 or bias.size(0) != weight.size(0))):
-        return _linear_of_unusual_shape(input, weight, bias)
+    if weight.dim() == 1 or (bias is not None and bias.shape != weight.shape[:1]):
+        return _linear_with_broadcasting(input, weight, bias)
     return LinearFunction.apply(input, weight, bias)
 
 
-def _linear_of_unusual_shape(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What torch takes besides: a weight of a single row, a bias that broadcasts."""
+def _linear_with_broadcasting(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch also accepts a weight (in) and a bias that broadcasts."""
     with torch.no_grad():
         expected = F.linear(input, weight, bias)
     output = LinearFunction.apply(input, torch.atleast_2d(weight), None)
@@ -76,7 +77,7 @@ class BilinearFunction(Rule):
 
     differential      dyₖ = du Wₖ vᵀ + u Wₖ dvᵀ + u dWₖ vᵀ + dbₖ
     pair with g       ∂L/∂u = Σₖ gₖ (v Wₖᵀ)      ∂L/∂v = Σₖ gₖ (u Wₖ)      ∂L/∂Wₖ = Σ gₖ uᵀ v      ∂L/∂b = Σ g
-    (sums without an index run over the leading axes)
+    Σ without an index sums over the leading axes.
     """
 
     autocast = {"cuda": "promote"}
@@ -84,29 +85,27 @@ class BilinearFunction(Rule):
     def forward(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.bilinear(input1, input2, weight, bias)
 
-    def grad_input1(grad: Tensor, input2: Tensor, weight: Tensor) -> Tensor:
-        return _mixed(grad, input2 @ rows(weight).mT, weight.shape[1])
+    def vW(input2: Tensor, weight: Tensor) -> Tensor:
+        """v Wₖᵀ for each k, (*, o, m)"""
+        return (input2 @ rows(weight).mT).reshape(*input2.shape[:-1], *weight.shape[:2])
 
-    def grad_input2(grad: Tensor, input1: Tensor, weight: Tensor) -> Tensor:
-        return _mixed(grad, input1 @ rows(weight.mT).mT, weight.shape[2])
+    def uW(input1: Tensor, weight: Tensor) -> Tensor:
+        """u Wₖ for each k, (*, o, n)"""
+        return (input1 @ rows(weight.mT).mT).reshape(*input1.shape[:-1], *weight.mT.shape[:2])
+
+    def grad_input1(grad: Tensor, vW: Tensor) -> Tensor:
+        return (grad.unsqueeze(-2) @ vW).squeeze(-2)
+
+    def grad_input2(grad: Tensor, uW: Tensor) -> Tensor:
+        return (grad.unsqueeze(-2) @ uW).squeeze(-2)
 
     def grad_weight(grad: Tensor, input1: Tensor, input2: Tensor) -> Tensor:
-        flat = rows(grad).mT @ rows(_outer(input1, input2))
-        return flat.reshape(grad.shape[-1], input1.shape[-1], input2.shape[-1])
+        outer = rows(input1).unsqueeze(-1) * rows(input2).unsqueeze(-2)
+        count, m, n = outer.shape
+        return (rows(grad).mT @ outer.reshape(count, m * n)).reshape(grad.shape[-1], m, n)
 
     def grad_bias(grad: Tensor) -> Tensor:
         return rows(grad).sum(0)
-
-
-def _mixed(grad: Tensor, images: Tensor, size: int) -> Tensor:
-    """Σₖ gₖ zₖ of the images z under each Wₖ, which stand side by side: (*, o), (*, o size) -> (*, size)."""
-    return (grad.unsqueeze(-2) @ images.reshape(*grad.shape, size)).squeeze(-2)
-
-
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """All products of a row of `a` with the same row of `b`: (*, m), (*, n) -> (*, m n)."""
-    products = a.unsqueeze(-1) * b.unsqueeze(-2)
-    return products.reshape(*products.shape[:-2], a.shape[-1] * b.shape[-1])
 
 
 @with_torch_errors
@@ -129,11 +128,11 @@ register(
 )
 
 
-class ProductFunction(Rule):
-    r"""Y = A B, of each matrix of a batch      ∂L/∂A = g Bᴴ      ∂L/∂B = Aᴴ g"""
+class BmmFunction(Rule):
+    r"""Y = A B, for each matrix of a batch      ∂L/∂A = g Bᴴ      ∂L/∂B = Aᴴ g"""
 
-    autocast = LOWER
-    upcast_gradients = False  # products accumulate in float32 as they are
+    autocast = LOWER_PRECISION
+    upcast_gradients = False  # matrix products accumulate in float32 already
     supports_complex = True
 
     def forward(a: Tensor, b: Tensor) -> Tensor:
@@ -146,11 +145,24 @@ class ProductFunction(Rule):
         return a.mH @ grad
 
 
-class ProductAndSumFunction(Rule):
-    r"""Y = α A B + β C, of each matrix of a batch      ∂L/∂A = ᾱ g Bᴴ      ∂L/∂B = ᾱ Aᴴ g      ∂L/∂C = β̄ g"""
+@with_torch_errors
+def bmm(input: Tensor, mat2: Tensor) -> Tensor:
+    """A B for each matrix of a batch, (N, l, m) and (N, m, n), as `torch.bmm`."""
+    return BmmFunction.apply(input, mat2)
 
-    autocast = LOWER
-    upcast_gradients = False  # products accumulate in float32 as they are
+
+register(
+    bmm,
+    sample_inputs=lambda t: [SampleInput(t(2, 3, 4), t(2, 4, 2))],
+    benchmark_input=lambda t: SampleInput(t(16, 128, 128), t(16, 128, 128)),
+)
+
+
+class BaddbmmFunction(Rule):
+    r"""Y = α A B + β C, for each matrix of a batch      ∂L/∂A = ᾱ g Bᴴ      ∂L/∂B = ᾱ Aᴴ g      ∂L/∂C = β̄ g"""
+
+    autocast = LOWER_PRECISION
+    upcast_gradients = False  # matrix products accumulate in float32 already
     supports_complex = True
 
     def forward(a: Tensor, b: Tensor, c: Tensor, alpha: complex, beta: complex) -> Tensor:
@@ -167,23 +179,12 @@ class ProductAndSumFunction(Rule):
 
 
 @with_torch_errors
-def bmm(input: Tensor, mat2: Tensor) -> Tensor:
-    """A B of each matrix of a batch, (N, l, m) and (N, m, n), as `torch.bmm`."""
-    return ProductFunction.apply(input, mat2)
-
-
-@with_torch_errors
 def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: complex = 1, alpha: complex = 1) -> Tensor:
-    """β C + α A B of each matrix of a batch, as `torch.baddbmm`. C broadcasts; α and β may be complex."""
-    whole = input.expand(*batch1.shape[:2], batch2.shape[2])
-    return ProductAndSumFunction.apply(batch1, batch2, whole, alpha, beta)
+    """β C + α A B for each matrix of a batch, as `torch.baddbmm`. C broadcasts; α and β may be complex."""
+    c = input.expand(*batch1.shape[:2], batch2.shape[2])
+    return BaddbmmFunction.apply(batch1, batch2, c, alpha, beta)
 
 
-register(
-    bmm,
-    sample_inputs=lambda t: [SampleInput(t(2, 3, 4), t(2, 4, 2))],
-    benchmark_input=lambda t: SampleInput(t(16, 128, 128), t(16, 128, 128)),
-)
 register(
     baddbmm,
     sample_inputs=lambda t: [
@@ -194,18 +195,20 @@ register(
 )
 
 
-class GroupedProductFunction(Rule):
-    r"""Y_g = A_g B_g, of each group g      a tensor of three axes has a matrix for each group; of one of two axes
-    ``ends`` says which rows, columns or, of both, which part of the common axis belong to each
+class GroupedMMFunction(Rule):
+    r"""Y_i = A_i B_i for each group i, where A and B have three axes (a matrix for each group) or two
 
-    differential      dY_g = dA_g B_g + A_g dB_g
-    pair with G       ∂L/∂A_g = G_g B_gᵀ            ∂L/∂B_g = A_gᵀ G_g
-    Both are grouped products of the same groups. What lies behind the last group has the gradient 0.
+    A tensor with two axes holds the matrices of all groups next to each other. ``ends`` is the end of each group
+    along the rows of A, the columns of B, or, if both have two axes, their common axis.
+
+    differential      dY_i = dA_i B_i + A_i dB_i
+    pair with g       ∂L/∂A_i = g_i B_iᵀ            ∂L/∂B_i = A_iᵀ g_i
+    Both are grouped products with the same ends. Entries after the last end are in no group: their gradient is 0.
 
     Gale, Narayanan, Young and Zaharia, "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts", 2023.
     """
 
-    upcast_gradients = False  # products accumulate in float32 as they are
+    upcast_gradients = False  # matrix products accumulate in float32 already
 
     def forward(
         a: Tensor, b: Tensor, ends: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
@@ -213,25 +216,25 @@ class GroupedProductFunction(Rule):
         return F.grouped_mm(a, b, offs=ends, bias=bias, out_dtype=out_dtype)
 
     def grad_a(grad: Tensor, a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
-        product = _grouped(grad, b.mT, ends)
-        return _zero_behind(product, ends, (1 if b.dim() == 2 else 0) if a.dim() == 2 else None)
+        grouped_axis = None if a.dim() == 3 else 0 if b.dim() == 3 else 1
+        return _zero_after_last_end(_grouped_product(grad, b.mT, ends), ends, grouped_axis)
 
     def grad_b(grad: Tensor, a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
-        product = _grouped(a.mT, grad, ends)
-        return _zero_behind(product, ends, (0 if a.dim() == 2 else 1) if b.dim() == 2 else None)
+        grouped_axis = None if b.dim() == 3 else 1 if a.dim() == 3 else 0
+        return _zero_after_last_end(_grouped_product(a.mT, grad, ends), ends, grouped_axis)
 
 
-def _grouped(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
-    """Laid out as the kernel takes it: rows of the first, columns of the second."""
-    return GroupedProductFunction.apply(a.contiguous(), b.mT.contiguous().mT, ends, None, None)
+def _grouped_product(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
+    """Y, from memory layouts that the kernel accepts: contiguous rows of A, contiguous columns of B."""
+    return GroupedMMFunction.apply(a.contiguous(), b.mT.contiguous().mT, ends, None, None)
 
 
-def _zero_behind(tensor: Tensor, ends: Tensor | None, axis: int | None) -> Tensor:
-    """Zero behind the last group along the axis, where the kernel leaves the memory as it is."""
-    if ends is None or axis is None:
+def _zero_after_last_end(tensor: Tensor, ends: Tensor | None, grouped_axis: int | None) -> Tensor:
+    """The tensor with 0 after the last end along the grouped axis, where the kernel writes nothing."""
+    if ends is None or grouped_axis is None:
         return tensor
-    inside = torch.arange(tensor.shape[axis], device=tensor.device) < ends[-1]
-    return torch.where(inside.unsqueeze(1) if axis == 0 else inside, tensor, 0)
+    in_a_group = torch.arange(tensor.shape[grouped_axis], device=tensor.device) < ends[-1]
+    return torch.where(in_a_group.unsqueeze(1) if grouped_axis == 0 else in_a_group, tensor, 0)
 
 
 @implements(F.grouped_mm)
@@ -243,9 +246,10 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A product of matrices for each group, as `torch.nn.functional.grouped_mm`, in float32 and lower.
+    """A matrix product for each of G groups, as `torch.nn.functional.grouped_mm`, in float32 and lower.
 
-    Shapes: with R rows of all groups, (R, k) and (groups, k, n), the result (R, n); (groups, m, k) and (k, C), the
-    result (m, C); (m, R) and (R, n), or (groups, m, k) and (groups, k, n), the result (groups, m, n).
+    Shapes: (R, k) and (G, k, n), the result (R, n);       (G, m, k) and (k, R), the result (m, R);
+            (m, R) and (R, n), the result (G, m, n);       (G, m, k) and (G, k, n), the result (G, m, n).
+    R is the size that ``offs`` divides among the groups.
     """
-    return GroupedProductFunction.apply(mat_a, mat_b, offs, bias, out_dtype)
+    return GroupedMMFunction.apply(mat_a, mat_b, offs, bias, out_dtype)

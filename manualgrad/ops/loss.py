@@ -1,7 +1,7 @@
-"""Losses of pairs of numbers, an output and its target.
+"""Losses of an output and a target, element by element.
 
-torch's functions of these names check, warn, broadcast, and then call one operation. The rules here implement
-these operations, with the same arguments. torch's functions do the rest, and call the rules in their place.
+torch's Python functions check the arguments, warn, broadcast, and then call one kernel. The rules in this file
+replace these kernels and have the same arguments, so torch's functions do the rest.
 """
 
 from __future__ import annotations
@@ -16,25 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from manualgrad.ops.elementary import (
-    AbsoluteFunction,
-    DifferenceFunction,
-    broadcast,
-    implements,
-    with_torch_errors,
-)
+from manualgrad.ops.arithmetic import AbsoluteFunction, DifferenceFunction
+from manualgrad.ops.registration import implements, with_torch_errors
+from manualgrad.ops.shapes import broadcast
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import FLOAT32, Rule
-from manualgrad.rule.torch_internals import unwrapped
+from manualgrad.torch_internals import unwrap_functorch
 
 _nn: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
-NONE, MEAN, SUM = range(3)  # torch's numbers for a reduction
+NONE, MEAN, SUM = range(3)  # torch's numbers for the reductions
 REDUCTIONS = ("none", "mean", "sum")
 
 
 class Loss(Rule):
-    r"""L = reduction of ℓᵢ      n: the number of elements of the target
+    r"""L = reduction of ℓᵢ      n: the number of elements
 
     reduction          "none": Lᵢ = ℓᵢ     "sum": L = Σ ℓᵢ     "mean": L = (1/n) Σ ℓᵢ
     hᵢ = ∂L/∂ℓᵢ               gᵢ                  g                   g / n
@@ -43,15 +39,15 @@ class Loss(Rule):
     autocast = FLOAT32
 
     def h(grad: Tensor, target: Tensor, reduction: int) -> Tensor:
-        return _grad_of_each(grad, target, reduction)
+        return _grad_losses(grad, target, reduction)
 
 
-def _grad_of_each(grad: Tensor, target: Tensor, reduction: int) -> Tensor:
-    return grad / max(target.numel(), 1) if reduction == MEAN else grad
+def _grad_losses(grad: Tensor, like: Tensor, reduction: int) -> Tensor:
+    return grad / max(like.numel(), 1) if reduction == MEAN else grad
 
 
 class PairLoss(Loss):
-    r"""ℓ = ℓ(x, t)      the rule gives ``derivative``, ∂ℓ/∂x, and ``target_derivative``, ∂ℓ/∂t
+    r"""ℓ = ℓ(x, t)      A subclass defines ``derivative``, ∂ℓ/∂x, and ``target_derivative``, ∂ℓ/∂t.
 
     dL = Σ hᵢ (∂ℓᵢ/∂x dxᵢ + ∂ℓᵢ/∂t dtᵢ):      ∂L/∂x = h ∂ℓ/∂x      ∂L/∂t = h ∂ℓ/∂t
     """
@@ -60,9 +56,8 @@ class PairLoss(Loss):
         return h * derivative
 
     def grad_target(grad: Tensor, input: Tensor, reduction: int, target_derivative: Tensor) -> Tensor:
-        return (
-            _grad_of_each(grad, input, reduction) * target_derivative
-        )  # n of the input: mostly it needs no target
+        # h with the n of the input, because ∂ℓ/∂t often needs no target: so the target need not be saved
+        return _grad_losses(grad, input, reduction) * target_derivative
 
 
 class DifferenceLoss(Loss):
@@ -75,21 +70,7 @@ class DifferenceLoss(Loss):
         return -grad_input
 
 
-def overridable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Passes the call to a mode or a subclass of Tensor with a ``__torch_function__``, as torch's functions do."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if has_torch_function(tensors):
-            return handle_torch_function(run, tensors, *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return run
-
-
-def reduced(losses: Tensor, reduction: int) -> Tensor:
-    """The reduction, composed as torch composes it."""
+def reduce_losses(losses: Tensor, reduction: int) -> Tensor:
     return losses.mean() if reduction == MEAN else losses.sum() if reduction == SUM else losses
 
 
@@ -134,12 +115,12 @@ class SmoothL1LossFunction(HuberLossFunction):
 
 @implements(_nn.l1_loss)
 def l1_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
-    """|x - t|. The difference is saved in place of both. If only one of them is complex, the other is converted
-    first, and gets the real part of its gradient."""
+    """|x - t|, which saves only the difference. If one of the two is complex, the other is converted to complex
+    numbers, and its gradient is the real part."""
     if input.is_complex() != target.is_complex():
         both = torch.promote_types(input.dtype, target.dtype)
         input, target = input.to(both), target.to(both)
-    return reduced(AbsoluteFunction.apply(DifferenceFunction.apply(input, target)), reduction)
+    return reduce_losses(AbsoluteFunction.apply(DifferenceFunction.apply(input, target)), reduction)
 
 
 for _name, _settings, _weighted in (
@@ -170,7 +151,7 @@ class BCELossFunction(PairLoss):
     ∂ℓ/∂t = w (log(1 - x) - log x)
     """
 
-    autocast = {"cpu": "float32", "cuda": "refuse"}
+    autocast = {"cpu": "float32", "cuda": "banned"}
 
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
         return _nn.binary_cross_entropy(input, target, weight, reduction)
@@ -186,10 +167,10 @@ class BCELossFunction(PairLoss):
 
 @implements(torch.binary_cross_entropy_with_logits)
 class BCEWithLogitsLossFunction(PairLoss):
-    r"""ℓ = -w (w₊ t log σ(x) + (1 - t) log σ(-x))      w: a weight   w₊: one of the positive part
+    r"""ℓ = -w (w₊ t log σ(x) + (1 - t) log σ(-x))      w: weight   w₊: weight of the positive class
 
-    (log σ)′(x) = σ(-x):      ∂ℓ/∂x = w ((1 - t) σ(x) - w₊ t σ(-x)),  without w₊  w (σ(x) - t)
-                              ∂ℓ/∂t = w (log σ(-x) - w₊ log σ(x)),    without w₊  -w x
+    (log σ)′(x) = σ(-x):      ∂ℓ/∂x = w ((1 - t) σ(x) - w₊ t σ(-x)),  for w₊ = 1:  w (σ(x) - t)
+                              ∂ℓ/∂t = w (log σ(-x) - w₊ log σ(x)),    for w₊ = 1:  -w x
     """
 
     def forward(
@@ -217,11 +198,11 @@ register(
     sample_inputs=lambda t: [
         SampleInput(t(5, 3, low=0.05, high=0.95), t(5, 3, low=0, high=1)),
         SampleInput(
-            t(4, 3, low=0.05, high=0.95), t(4, 3, low=0, high=1), t.fixed(3, low=0.5, high=2), reduction="none"
+            t(4, 3, low=0.05, high=0.95), t(4, 3, low=0, high=1), t.no_grad(3, low=0.5, high=2), reduction="none"
         ),
     ],
     benchmark_input=lambda t: SampleInput(t(1024, 1024, low=0.05, high=0.95), t(1024, 1024, low=0, high=1)),
-    supports_special_values=False,  # only probabilities are taken
+    supports_special_values=False,  # inputs must be probabilities
 )
 
 register(
@@ -229,8 +210,8 @@ register(
     sample_inputs=lambda t: [
         SampleInput(t(5, 3), t(5, 3, low=0, high=1)),
         SampleInput(
-            *(t(4, 3), t(4, 3, low=0, high=1), t.fixed(3, low=0.5, high=2)),
-            pos_weight=t.fixed(3, low=0.5, high=2),
+            *(t(4, 3), t(4, 3, low=0, high=1), t.no_grad(3, low=0.5, high=2)),
+            pos_weight=t.no_grad(3, low=0.5, high=2),
             reduction="none",
         ),
     ],
@@ -238,7 +219,7 @@ register(
 )
 
 register(
-    "multilabel_soft_margin_loss",  # torch composes it of logsigmoid
+    "multilabel_soft_margin_loss",  # torch computes it by logsigmoid
     sample_inputs=lambda t: [
         SampleInput(t(5, 3), t(5, 3, low=0, high=1)),
         SampleInput(t(2, 4, 3), t(4, 3, low=0, high=1), t(3, low=0.5, high=2), reduction="none"),
@@ -288,9 +269,9 @@ register(
 
 
 class PoissonNLLLossFunction(PairLoss):
-    r"""ℓ = eˣ - t x,   or of the rate itself   x - t log(x + ε)
+    r"""ℓ = eˣ - t x            where x is the logarithm of the rate;  x - t log(x + ε)  where x is the rate
 
-    ∂ℓ/∂x = eˣ - t,   or   1 - t / (x + ε)            ∂ℓ/∂t = -x,   or   -log(x + ε)
+    ∂ℓ/∂x = eˣ - t,   1 - t / (x + ε)            ∂ℓ/∂t = -x,   -log(x + ε)
     """
 
     supports_complex = True
@@ -307,7 +288,7 @@ class PoissonNLLLossFunction(PairLoss):
 
 
 class StirlingFunction(Rule):
-    r"""y = t log t - t + ½ log 2πt  where t > 1, else 0:  log t! for large t      y′ = log t + 1/2t,  and 0"""
+    r"""y = t log t - t + ½ log 2πt  where t > 1, else 0      (≈ log t!)      ∂L/∂t = g (log t + 1/2t), else 0"""
 
     autocast = FLOAT32
 
@@ -316,7 +297,7 @@ class StirlingFunction(Rule):
         return value.masked_fill(input <= 1, 0)
 
     def grad_input(grad: Tensor, input: Tensor) -> Tensor:
-        t = input.clamp(min=1)  # the branch that is not taken stays finite, and so do its derivatives
+        t = input.clamp(min=1)  # where t ≤ 1, so that derivatives of log t + 1/2t are finite there too
         return torch.where(input > 1, grad * (t.log() + 0.5 / t), 0)
 
 
@@ -325,12 +306,12 @@ def poisson_nll_loss(
     input: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: int
 ) -> Tensor:
     if not isinstance(full, bool):
-        raise TypeError(f"full must be a bool, but is {full!r}")
+        raise TypeError(f"full must be a bool, got {full!r}")
     input, target = broadcast(input, target)
     if not full:
         return PoissonNLLLossFunction.apply(input, target, log_input, eps, reduction)
     losses = PoissonNLLLossFunction.apply(input, target, log_input, eps, NONE)
-    return reduced(losses + StirlingFunction.apply(target), reduction)
+    return reduce_losses(losses + StirlingFunction.apply(target), reduction)
 
 
 register(
@@ -343,8 +324,8 @@ register(
 )
 
 
-class FloorFunction(Rule):
-    r"""y = max(x, ε)      ∂L/∂x := g      (so torch defines it: a variance below the floor still learns)"""
+class VarianceFloorFunction(Rule):
+    r"""y = max(x, ε)      ∂L/∂x := g, even where x < ε, as in torch: so training can raise a variance below ε"""
 
     def forward(input: Tensor, eps: float) -> Tensor:
         return input.clone().clamp_(min=eps)
@@ -354,7 +335,7 @@ class FloorFunction(Rule):
 
 
 class GaussianNLLLossFunction(Rule):
-    r"""ℓ = ½ (log v + d²/v)      d: x - t   v: the variance
+    r"""ℓ = ½ (log v + d²/v)      d = x - t   v: the variance
 
     ∂L/∂d = g d/v            ∂L/∂v = ½ g (1/v - (d/v)²) = ½ g (1 - d²/v) / v
 
@@ -373,7 +354,20 @@ class GaussianNLLLossFunction(Rule):
         return 0.5 * grad * ((1 - difference * difference / var) / var)
 
 
-@overridable
+def with_torch_function_dispatch(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Passes a call to ``__torch_function__`` of a mode or a tensor subclass, as torch's Python functions do."""
+
+    @functools.wraps(function)
+    def dispatching(*args: Any, **kwargs: Any) -> Tensor:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if has_torch_function(tensors):
+            return handle_torch_function(dispatching, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return dispatching
+
+
+@with_torch_function_dispatch
 @with_torch_errors
 def gaussian_nll_loss(
     input: Tensor,
@@ -385,28 +379,27 @@ def gaussian_nll_loss(
 ) -> Tensor:
     """½ (log v + (x - t)²/v), reduced, as `torch.nn.functional.gaussian_nll_loss`.
 
-    Input and target broadcast; the variance is a number, or of the input's shape but for one axis, which may be of
-    size 1 or, the last, left out. Variances below ε count as ε.
+    Input and target broadcast. The variance is a number, or has the shape of the input, except that one axis may
+    have size 1, or the last axis may be absent. A variance below ε counts as ε.
 
     Raises:
-        ValueError: an unknown reduction, a variance below 0 or of another shape.
+        ValueError: the reduction is unknown, or a variance is negative or has another shape.
     """
     variance = var if isinstance(var, Tensor) else var * torch.ones_like(input)
-    if not torch.compiler.is_compiling() and (unwrapped(variance) < 0).any():
+    if not torch.compiler.is_compiling() and (unwrap_functorch(variance) < 0).any():
         raise ValueError("var has negative entry/entries")
-    sizes = input.size(), variance.size()
-    if sizes[0][:-1] == sizes[1]:
+    if input.shape[:-1] == variance.shape:
         variance = variance.unsqueeze(-1)
-    elif sizes[0] != sizes[1] and (
-        len(sizes[0]) != len(sizes[1]) or sum(v for x, v in zip(*sizes, strict=True) if x != v) != 1
-    ):
-        raise ValueError("var is of incorrect size")
+    elif input.shape != variance.shape:
+        differing = [size for n, size in zip(input.shape, variance.shape, strict=False) if n != size]
+        if input.dim() != variance.dim() or sum(differing) != 1:
+            raise ValueError("var is of incorrect size")
     if reduction not in REDUCTIONS:
         raise ValueError(reduction + " is not valid")
-    losses = GaussianNLLLossFunction.apply(*broadcast(input - target, FloorFunction.apply(variance, eps)))
+    losses = GaussianNLLLossFunction.apply(*broadcast(input - target, VarianceFloorFunction.apply(variance, eps)))
     if full:
         losses = losses + 0.5 * math.log(2 * math.pi)
-    return reduced(losses, REDUCTIONS.index(reduction))
+    return reduce_losses(losses, REDUCTIONS.index(reduction))
 
 
 register(
@@ -416,5 +409,5 @@ register(
         SampleInput(t(4, 3), t(3), t(4, low=0.5, high=2), full=True, reduction="none"),
     ],
     benchmark_input=lambda t: SampleInput(t(1024, 1024), t(1024, 1024), t(1024, 1024, low=0.5, high=2)),
-    supports_special_values=False,  # no variance below 0 is taken
+    supports_special_values=False,  # a variance must not be negative
 )

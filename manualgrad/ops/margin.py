@@ -1,16 +1,18 @@
-"""Losses with a margin: the loss is 0 once the right answer is ahead of the others by the margin."""
+"""Losses with a margin: the loss is 0 if the score of the right answer exceeds the others by the margin."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from manualgrad.ops.arithmetic import DifferenceFunction, WhereFunction
 from manualgrad.ops.distance import pairwise_distance
-from manualgrad.ops.elementary import ChooseFunction, DifferenceFunction, broadcast, implements
-from manualgrad.ops.loss import MEAN, NONE, Loss, _nn, reduced
+from manualgrad.ops.loss import MEAN, NONE, Loss, _nn, reduce_losses
+from manualgrad.ops.registration import implements
+from manualgrad.ops.shapes import broadcast
 from manualgrad.registry import SampleInput, TensorFactory, register
-from manualgrad.rule import FLOAT32, Rule, cast, replaces, reusing
-from manualgrad.rule.torch_internals import CLAMP_PASSES_AT_ITS_BOUND, COMPILED_MULTILABEL_MARGIN_IS_WRONG
+from manualgrad.rule import FLOAT32, Rule, autocast_inputs, replaces, with_reuse
+from manualgrad.torch_internals import CLAMP_PASSES_GRADIENT_AT_BOUND, COMPILED_MULTILABEL_MARGIN_IS_WRONG
 
 
 class SoftMarginLossFunction(Loss):
@@ -30,29 +32,32 @@ def soft_margin_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
 
 @implements(torch.clamp_min)
 class ClampMinFunction(Rule):
-    r"""y = max(x, low)      ∂L/∂x = g where x > low, else 0      (at x = low as the installed torch)"""
+    r"""y = max(x, low)      ∂L/∂x = g where x > low, else 0      (at x = low: as the installed torch)"""
 
     def forward(input: Tensor, low: float) -> Tensor:
         return torch.clamp_min(input, low)
 
     def grad_input(grad: Tensor, input: Tensor, low: float) -> Tensor:
-        return torch.where(input >= low if CLAMP_PASSES_AT_ITS_BOUND else input > low, grad, 0)
+        return torch.where(input >= low if CLAMP_PASSES_GRADIENT_AT_BOUND else input > low, grad, 0)
 
 
 class MinimumFunction(Rule):
-    r"""y = min(a, b)      ∂L/∂a = g where a < b, ½ g where a = b, else 0;   ∂L/∂b the same the other way round"""
+    r"""y = min(a, b)      ∂L/∂a = ḡ where a ≤ b, else 0      ∂L/∂b = ḡ where b ≤ a, else 0
+
+    ḡ = ½ g where a = b, else g
+    """
 
     def forward(a: Tensor, b: Tensor) -> Tensor:
         return torch.minimum(a, b)
 
-    def half(grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def gbar(grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.where(a == b, grad * 0.5, grad)
 
-    def grad_a(half: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(a <= b, half, 0)
+    def grad_a(gbar: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(a <= b, gbar, 0)
 
-    def grad_b(half: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(b <= a, half, 0)
+    def grad_b(gbar: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(b <= a, gbar, 0)
 
 
 @implements(torch.hinge_embedding_loss)
@@ -61,9 +66,9 @@ def hinge_embedding_loss(input: Tensor, target: Tensor, margin: float, reduction
 
     Hadsell, Chopra and LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", 2006.
     """
-    input, target = broadcast(*cast(Loss, (input, target)))
-    negative = ChooseFunction.apply(target != 1, _hinge(torch.full_like(input, margin) - input))
-    return reduced(negative + ChooseFunction.apply(target != -1, input), reduction)
+    input, target = broadcast(*autocast_inputs(Loss, (input, target)))
+    negative = WhereFunction.apply(target != 1, _hinge(torch.full_like(input, margin) - input))
+    return reduce_losses(negative + WhereFunction.apply(target != -1, input), reduction)
 
 
 def _hinge(input: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ def minimum(a: Tensor, b: Tensor) -> Tensor:
 def margin_ranking_loss(input1: Tensor, input2: Tensor, target: Tensor, margin: float, reduction: int) -> Tensor:
     """max(0, m - t (x₁ - x₂))"""
     difference = DifferenceFunction.apply(*broadcast(input1, input2))
-    return reduced(_hinge(-target * difference + margin), reduction)
+    return reduce_losses(_hinge(-target * difference + margin), reduction)
 
 
 @implements(torch.triplet_margin_loss)
@@ -93,25 +98,25 @@ def triplet_margin_loss(
     swap: bool,
     reduction: int,
 ) -> Tensor:
-    """max(0, m + ‖a - p‖ - ‖a - n‖); with `swap` n is as far as it is from the nearer of a and p.
+    """max(0, m + ‖a - p‖ - ‖a - n‖), with ``swap`` max(0, m + ‖a - p‖ - min(‖a - n‖, ‖p - n‖))
 
     Schroff, Kalenichenko and Philbin, "FaceNet", 2015. Balntas, Riba, Ponsa and Mikolajczyk, "Learning local
     feature descriptors with triplets and shallow convolutional neural networks", 2016.
     """
     if not isinstance(swap, bool):
-        raise TypeError(f"swap must be a bool, but is {swap!r}")
+        raise TypeError(f"swap must be a bool, got {swap!r}")
     if not anchor.dim() == positive.dim() == negative.dim():  # raises what torch raises
         return torch.triplet_margin_loss(anchor, positive, negative, margin, p, eps, swap, reduction)
-    anchor, positive, negative = cast(Loss, (anchor, positive, negative))
+    anchor, positive, negative = autocast_inputs(Loss, (anchor, positive, negative))
     near, far = pairwise_distance(anchor, positive, p, eps), pairwise_distance(anchor, negative, p, eps)
     if swap:
         far = minimum(far, pairwise_distance(positive, negative, p, eps))
-    return reduced(_hinge(margin + near - far), reduction)
+    return reduce_losses(_hinge(margin + near - far), reduction)
 
 
 def _signs(t: TensorFactory, *shape: int) -> Tensor:
-    """Fixed numbers of ±1."""
-    return t.fixed(*shape).sign_()
+    """±1 at random, without a gradient."""
+    return t.no_grad(*shape).sign_()
 
 
 register(
@@ -142,7 +147,7 @@ register(
 )
 
 _AT_INFINITY = {
-    "special_values": "as torch: an infinite distance has no slope, though none of it counts in the loss"
+    "special_values": "as in torch: the gradient of an infinite distance is nan, even if it is not in the loss"
 }
 
 register(
@@ -176,13 +181,13 @@ class CosineFunction(Rule):
     autocast = FLOAT32
 
     def forward(u: Tensor, v: Tensor) -> Tensor:
-        return _cosine(u, v, _square(u), _square(v)).squeeze(-1)
+        return _cosine(u, v, _square_norm(u), _square_norm(v)).squeeze(-1)
 
     def p(u: Tensor) -> Tensor:
-        return _square(u)
+        return _square_norm(u)
 
     def q(v: Tensor) -> Tensor:
-        return _square(v)
+        return _square_norm(v)
 
     def c(u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
         return _cosine(u, v, p, q)
@@ -197,7 +202,7 @@ class CosineFunction(Rule):
         return g / (p * q).sqrt() * u - g * c / q * v
 
 
-def _square(x: Tensor) -> Tensor:
+def _square_norm(x: Tensor) -> Tensor:
     return (x * x).sum(-1, keepdim=True) + 1e-12
 
 
@@ -208,12 +213,11 @@ def _cosine(u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
 @implements(torch.cosine_embedding_loss)
 def cosine_embedding_loss(input1: Tensor, input2: Tensor, target: Tensor, margin: float, reduction: int) -> Tensor:
     """1 - c where t = 1,  max(0, c - m) where t = -1"""
-    rows = target.dim()
-    if rows > 1 or not input1.dim() == input2.dim() == rows + 1:  # raises what torch raises
+    if target.dim() > 1 or not input1.dim() == input2.dim() == target.dim() + 1:  # raises what torch raises
         return torch.cosine_embedding_loss(input1, input2, target, margin, reduction)
     cosine, target = broadcast(CosineFunction.apply(*broadcast(input1, input2)), target)
-    positive = ChooseFunction.apply(target == 1, 1 - cosine)
-    return reduced(positive + ChooseFunction.apply(target == -1, _hinge(cosine - margin)), reduction)
+    positive = WhereFunction.apply(target == 1, 1 - cosine)
+    return reduce_losses(positive + WhereFunction.apply(target == -1, _hinge(cosine - margin)), reduction)
 
 
 register(
@@ -240,18 +244,19 @@ class MultiMarginLossFunction(Loss):
         return _nn.multi_margin_loss(input, target, p, margin, weight, reduction)
 
     def index(input: Tensor, target: Tensor) -> Tensor:
+        """t, with the axis of classes"""
         return target.reshape(*input.shape[:-1], 1)
 
-    def row_weight(h: Tensor, index: Tensor, input: Tensor, weight: Tensor | None) -> Tensor:
+    def factor(h: Tensor, index: Tensor, input: Tensor, weight: Tensor | None) -> Tensor:
         """h w[t] / C"""
         h = (h.reshape(index.shape) if h.dim() else h) / max(input.shape[-1], 1)
         return h if weight is None else h * weight[index]
 
-    def grad_input(row_weight: Tensor, index: Tensor, input: Tensor, p: int, margin: float) -> Tensor:
+    def grad_input(factor: Tensor, index: Tensor, input: Tensor, p: int, margin: float) -> Tensor:
         z = margin - input.gather(-1, index) + input
         is_other = torch.ones_like(z, dtype=torch.bool).scatter(-1, index, False)
-        power = 2 * z if p == 2 else torch.ones_like(z)
-        grad_others = torch.where(is_other & (z > 0), row_weight * power, 0)
+        derivative = 2 * z if p == 2 else torch.ones_like(z)  # p z^(p-1)
+        grad_others = torch.where(is_other & (z > 0), factor * derivative, 0)
         return grad_others.scatter_add(-1, index, -grad_others.sum(-1, keepdim=True))
 
 
@@ -264,31 +269,11 @@ def multi_margin_loss(
     return MultiMarginLossFunction.apply(input, target, p, margin, weight, reduction)
 
 
-def _active_pairs(input: Tensor, index: Tensor, is_label: Tensor) -> Tensor:
-    """Σ_j a_jc for each class c, less Σ_c a_jc at each label t_j."""
-    is_other = torch.zeros_like(input, dtype=torch.long).scatter_add(-1, index, is_label.long()) == 0
-    ahead = 1 - input.gather(-1, index).unsqueeze(-1) + input.unsqueeze(-2) > 0
-    active = ahead & is_label.unsqueeze(-1) & is_other.unsqueeze(-2)
-    return active.sum(-2).scatter_add(-1, index, -active.sum(-1))
-
-
-def multilabel_margin_gradient(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
-    is_label = (target < 0).cumsum(-1) == 0
-    return h / max(input.shape[-1], 1) * _active_pairs(input, target * is_label, is_label)
-
-
-@replaces(multilabel_margin_gradient)
-def _without_padding(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
-    """The gradient with only as many columns of labels as the longest row has: fewer pairs to compare."""
-    longest = int(((target < 0).cumsum(-1) == 0).sum(-1).max()) if target.numel() else 0
-    return reusing(multilabel_margin_gradient)(h, input, target[..., :longest])
-
-
 class MultiLabelMarginLossFunction(Rule):
-    r"""ℓ = (1/C) Σ_j Σ_c max(0, 1 - x[t_j] + x_c)      t_j: the labels, up to the first -1   c: no label
+    r"""ℓ = (1/C) Σ_j Σ_c max(0, 1 - x[t_j] + x_c)      t_j: the labels before the first -1   c: the other classes
 
-    a_jc = 1 where 1 - x[t_j] + x_c > 0:      ∂L/∂x_c = h/C Σ_j a_jc,      ∂L/∂x[t_j] = -h/C Σ_c a_jc
-    (h: the gradient of each row's loss)
+    L = reduction of ℓ over the rows, as for `Loss`, with h = ∂L/∂ℓ
+    a_jc = 1 where 1 - x[t_j] + x_c > 0, else 0:      ∂L/∂x_c = h/C Σ_j a_jc        ∂L/∂x[t_j] = -h/C Σ_c a_jc
     """
 
     autocast = FLOAT32
@@ -304,6 +289,26 @@ class MultiLabelMarginLossFunction(Rule):
         return multilabel_margin_gradient(h, input, target)
 
 
+def multilabel_margin_gradient(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
+    is_label = (target < 0).cumsum(-1) == 0
+    return h / max(input.shape[-1], 1) * _signed_counts(input, target * is_label, is_label)
+
+
+@replaces(multilabel_margin_gradient)
+def _multilabel_margin_gradient_of_longest_row(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
+    """The same without the columns in which no row has a label, so that there are fewer pairs (j, c)."""
+    longest = int(((target < 0).cumsum(-1) == 0).sum(-1).max()) if target.numel() else 0
+    return with_reuse(multilabel_margin_gradient)(h, input, target[..., :longest])
+
+
+def _signed_counts(input: Tensor, label: Tensor, is_label: Tensor) -> Tensor:
+    """Σ_j a_jc for each class c that is no label, and -Σ_c a_jc for each label t_j"""
+    is_other = torch.zeros_like(input, dtype=torch.long).scatter_add(-1, label, is_label.long()) == 0
+    within_margin = 1 - input.gather(-1, label).unsqueeze(-1) + input.unsqueeze(-2) > 0
+    a = within_margin & is_label.unsqueeze(-1) & is_other.unsqueeze(-2)
+    return a.sum(-2).scatter_add(-1, label, -a.sum(-1))
+
+
 @implements(_nn.multilabel_margin_loss)
 def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
     if input.dim() == 0:  # a single class
@@ -315,7 +320,7 @@ register(
     "multi_margin_loss",
     sample_inputs=lambda t: [
         SampleInput(t(5, 4), t.index(4, 5)),
-        SampleInput(t(5, 4), t.index(4, 5), 2, 0.7, t.fixed(4, low=0.5, high=2), reduction="none"),
+        SampleInput(t(5, 4), t.index(4, 5), 2, 0.7, t.no_grad(4, low=0.5, high=2), reduction="none"),
     ],
     benchmark_input=lambda t: SampleInput(t(8192, 100), t.index(100, 8192)),
 )
@@ -333,6 +338,6 @@ register(
     ),
     expected_failures=dict.fromkeys(
         ("compile", "compile_dynamic") if COMPILED_MULTILABEL_MARGIN_IS_WRONG else (),
-        "torch.compile puts another forward in place of torch's, and before torch 2.14 a wrong one",
+        "torch.compile replaces torch's forward by its own, which is wrong before torch 2.14",
     ),
 )

@@ -1,4 +1,4 @@
-"""Padding: values around a tensor, given or taken from within it."""
+"""Padding: a constant, or copies of a tensor's own values, around the tensor."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import with_torch_errors
+from manualgrad.ops.registration import with_torch_errors
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule, replaces
 
 
 @dataclass(frozen=True)
 class Border:
-    """How many values are put before and after each axis, the last axis first (less than none: cut off)."""
+    """The numbers of values added before and after each axis, last axis first. Negative sizes remove values."""
 
     sizes: tuple[int, ...]
 
     def inverse(self) -> Border:
         return Border(tuple(-size for size in self.sizes))
 
-    def axes(self) -> list[tuple[int, int, int]]:
-        """Each padded axis, counted from the last one, with its sizes before and after."""
+    def padded_axes(self) -> list[tuple[int, int, int]]:
+        """(axis, before, after) for each padded axis, -1 for the last axis."""
         pairs = zip(self.sizes[::2], self.sizes[1::2], strict=True)
         return [(-axis, before, after) for axis, (before, after) in enumerate(pairs, 1) if before or after]
 
 
 class ConstantPadFunction(Rule):
-    r"""y[i] = x[i - before] inside, else the value
+    r"""y[i] = x[i - before] inside, else a constant
 
-    ⟨g, dy⟩ = Σ g[i + before] dx[i]:  ∂L/∂x is g without the border, which is g padded by the negative sizes.
+    ⟨g, dy⟩ = Σ g[i + before] dx[i]:      ∂L/∂x[i] = g[i + before],  which is g padded by the negative sizes
     """
 
     supports_complex = True
@@ -45,42 +45,36 @@ class ConstantPadFunction(Rule):
 
 
 class BorderPadFunction(Rule):
-    r"""y[i] = x[j(i)]      along each padded axis, of length n, for i from -before to n + after - 1
+    r"""y[i] = x[j(i)]      along each padded axis, of size n, for i from -before to n + after - 1
 
     reflect     j = n - 1 - | n - 1 - |i| |       replicate     j = i, clamped to [0, n - 1]
     circular    j = i mod n
 
-    ⟨g, dy⟩ = Σᵢ g[i] dx[j(i)]:  each x receives the sum of g over all its copies,
-    ∂L/∂x[j] = Σ g[i] over j(i) = j,  axis by axis
+    ⟨g, dy⟩ = Σᵢ g[i] dx[j(i)], so each element of x receives the sum of g over all its copies:
+    ∂L/∂x[j] = Σ g[i] over j(i) = j,  one axis after the other
     """
 
     supports_complex = True
-    format_of_grad = ("grad_input",)
+    preserve_memory_format = ("grad_input",)
 
     def forward(input: Tensor, border: Border, mode: str, value: float | None) -> Tensor:
         return F.pad(input, border.sizes, mode, value)
 
     def grad_input(grad: Tensor, border: Border, mode: str) -> Tensor:
-        for axis, before, after in border.axes():
+        for axis, before, after in border.padded_axes():
             grad = sum_over_copies(grad, axis, before, after, mode)
         return grad
-
-
-class Float32BorderPadFunction(BorderPadFunction):
-    """The modes and dimensions that autocast widens on the CPU."""
-
-    autocast = {"cpu": "float32"}
 
 
 def sum_over_copies(g: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
     """Σ g[i] over j(i) = j, along one axis."""
     n = g.shape[axis] - before - after
-    j = source(torch.arange(-before, n + after, device=g.device), n, mode)
+    j = source_index(torch.arange(-before, n + after, device=g.device), n, mode)
     zeros = g.new_zeros(*g.shape[:axis], n, *g.shape[axis:][1:])
     return zeros.index_add(axis, j, g)
 
 
-def source(i: Tensor, n: int, mode: str) -> Tensor:
+def source_index(i: Tensor, n: int, mode: str) -> Tensor:
     """j(i)"""
     if mode == "reflect":
         return n - 1 - (n - 1 - i.abs()).abs()
@@ -88,14 +82,20 @@ def source(i: Tensor, n: int, mode: str) -> Tensor:
 
 
 @replaces(sum_over_copies)
-def _border_added(g: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
-    """The inside, and the slices of the border added to it one by one."""
+def _sum_over_copies_inplace(g: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
+    """g without the border, to which the slices of the border are added one by one."""
     n = g.shape[axis] - before - after
     total = F.pad(g, (*(0, 0) * (-1 - axis), -before, -after))
     border = [i for i in range(-before, n + after) if not 0 <= i < n]
-    for i, j in zip(border, source(torch.tensor(border, dtype=torch.int64), n, mode).tolist(), strict=True):
+    for i, j in zip(border, source_index(torch.tensor(border, dtype=torch.int64), n, mode).tolist(), strict=True):
         total.select(axis, j).add_(g.select(axis, before + i))
     return total
+
+
+class Float32BorderPadFunction(BorderPadFunction):
+    """For the modes and dimensions that CPU autocast computes in float32."""
+
+    autocast = {"cpu": "float32"}
 
 
 @with_torch_errors
@@ -103,16 +103,16 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
     """Values before and after each axis, the last axis first, as `torch.nn.functional.pad`. Any shape.
 
     Raises:
-        NotImplementedError: an unknown mode, or one that does not pad so many axes of such an input.
+        NotImplementedError: the mode is unknown, or does not pad so many axes of this input.
     """
     border = Border(tuple(pad))
     if mode == "constant":
         return ConstantPadFunction.apply(input, border, value)
-    if mode == "circular" and min(border.sizes) < 0:  # what is cut off is not copied
+    if mode == "circular" and min(border.sizes) < 0:  # removed values are not copied
         input = ConstantPadFunction.apply(input, Border(tuple(min(size, 0) for size in border.sizes)), None)
         border = Border(tuple(max(size, 0) for size in border.sizes))
-    widened = mode == "replicate" or (mode == "reflect" and len(border.sizes) < 6)
-    rule = Float32BorderPadFunction if widened else BorderPadFunction
+    in_float32 = mode == "replicate" or (mode == "reflect" and len(border.sizes) < 6)
+    rule = Float32BorderPadFunction if in_float32 else BorderPadFunction
     return rule.apply(input, border, mode, value)
 
 

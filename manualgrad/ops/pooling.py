@@ -17,22 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _list_with_default
 
-from manualgrad.ops.elementary import (
-    AbsoluteFunction,
-    Numbers,
-    PowerFunction,
-    each,
-    flatten,
-    implements,
-    of_dimensions,
-    with_torch_errors,
-)
+from manualgrad.memory_format import is_channels_last
+from manualgrad.ops.arithmetic import AbsoluteFunction, PowerFunction
 from manualgrad.ops.padding import pad
-from manualgrad.recomputation import large
+from manualgrad.ops.registration import for_1d_2d_3d, implements, with_torch_errors
+from manualgrad.ops.shapes import IntOrInts, flatten, to_tuple
+from manualgrad.recomputation import is_large
 from manualgrad.registry import SampleInput, TensorFactory, kernel_replacements, register
-from manualgrad.rule import Rule, replaces, reusing
-from manualgrad.rule.operations import is_channels_last
-from manualgrad.rule.torch_internals import UNPOOL_CHECK_IS_NOT_TRACED
+from manualgrad.rule import Rule, replaces, with_reuse
+from manualgrad.torch_internals import UNPOOL_CHECK_IS_NOT_TRACED
 
 kernels: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -105,7 +98,7 @@ class MaxPoolFunction(Rule):
 
     statistics = ("indices",)
     save_instead = ("compact_indices",)
-    format_of_grad = ("grad_input",)
+    preserve_memory_format = ("grad_input",)
 
     def forward(input: Tensor, samples: Tensor | None, pool: Pool) -> tuple[Tensor, Tensor]:
         if input.dim() == len(pool.sizes) + 1:  # torch takes volumes without a batch for images, by their strides
@@ -136,7 +129,7 @@ def _sum_in_channels_last(g: Tensor, j: Tensor, sizes: tuple[int, ...]) -> Tenso
         g, j = (x.movedim(1, -1).flatten(1, -2) for x in (g, j))
         total = g.new_zeros(len(g), math.prod(sizes), g.shape[-1]).scatter_add_(1, j, g)
         return total.unflatten(1, sizes).movedim(-1, 1)
-    return reusing(sum_over_windows)(g, j, sizes)
+    return with_reuse(sum_over_windows)(g, j, sizes)
 
 
 def compacted(indices: Tensor, pool: Pool) -> Tensor:
@@ -186,7 +179,7 @@ def _regular(pool: Pool) -> list[tuple[int, ...]]:
     """Kernel, stride, padding and dilation of each axis."""
     n = len(pool.sizes)
     kernel, stride, padding, dilation, *_ = pool.settings
-    return [each(x, n) for x in (kernel, stride if stride != () else kernel, padding, dilation)]
+    return [to_tuple(x, n) for x in (kernel, stride if stride != () else kernel, padding, dilation)]
 
 
 def origins(pool: Pool, windows: Tensor) -> Tensor:
@@ -249,7 +242,7 @@ def _max_pool(
         if not input.is_floating_point():
             return stood_for(input, *settings)
         *given, samples = settings if fractional else (*settings, None)
-        compact = large(input) and not torch.compiler.is_compiling()
+        compact = is_large(input) and not torch.compiler.is_compiling()
         pool = _pool(n, kernel.__name__, input, given, compact=compact)
         return rule.apply(input, samples, pool, with_statistics=stood_for is kernel)
 
@@ -288,7 +281,7 @@ class AvgPoolFunction(Rule):
     Windows are products of intervals, and n is a product of their lengths: one axis after the other.
     """
 
-    format_of_grad = ("grad_input",)
+    preserve_memory_format = ("grad_input",)
 
     def forward(input: Tensor, pool: Pool) -> Tensor:
         return pool(input)
@@ -387,7 +380,7 @@ def _sum_over_adaptive_windows(g: Tensor, axis: int, n: int) -> Tensor:
 
 def _mean(n: int, rule: type[Rule], input: Tensor, settings: Sequence[Any]) -> Tensor:
     kernel_size, stride, padding, _, include_pad, *divisor = settings
-    moves = (each(numbers, n) for numbers in (kernel_size, stride or kernel_size, padding))
+    moves = (to_tuple(numbers, n) for numbers in (kernel_size, stride or kernel_size, padding))
     windows = tuple(Along(k, s, p, include_pad) for k, s, p in zip(*moves, strict=True))
     pool = _pool(n, f"avg_pool{n}d", input, settings, windows=windows, divisor=divisor[0] if divisor else None)
     return rule.apply(input, pool)
@@ -396,9 +389,9 @@ def _mean(n: int, rule: type[Rule], input: Tensor, settings: Sequence[Any]) -> T
 @with_torch_errors
 def avg_pool1d(
     input: Tensor,
-    kernel_size: Numbers,
-    stride: Numbers | None = None,
-    padding: Numbers = 0,
+    kernel_size: IntOrInts,
+    stride: IntOrInts | None = None,
+    padding: IntOrInts = 0,
     ceil_mode: bool = False,
     count_include_pad: bool = True,
 ) -> Tensor:
@@ -411,9 +404,9 @@ def _avg_pool(n: int) -> Callable[..., Tensor]:
 
     def avg_pool(
         input: Tensor,
-        kernel_size: Numbers,
-        stride: Numbers | None = None,
-        padding: Numbers = 0,
+        kernel_size: IntOrInts,
+        stride: IntOrInts | None = None,
+        padding: IntOrInts = 0,
         ceil_mode: bool = False,
         count_include_pad: bool = True,
         divisor_override: int | None = None,
@@ -428,18 +421,18 @@ def _avg_pool(n: int) -> Callable[..., Tensor]:
     return avg_pool
 
 
-avg_pool2d, avg_pool3d = of_dimensions(_avg_pool, (2, 3))
+avg_pool2d, avg_pool3d = for_1d_2d_3d(_avg_pool, (2, 3))
 
 
 @with_torch_errors
-def adaptive_avg_pool1d(input: Tensor, output_size: Numbers) -> Tensor:
+def adaptive_avg_pool1d(input: Tensor, output_size: IntOrInts) -> Tensor:
     """The mean of each of so many windows, as `torch.nn.functional.adaptive_avg_pool1d`: (N, C, L) or (C, L)."""
     return AvgPoolFunction.apply(input, _pool(1, "adaptive_avg_pool1d", input, (output_size,)))
 
 
 def _adaptive_avg_pool(n: int, kernel: Callable[..., Any], rule: type[Rule]) -> None:
     @implements(kernel)
-    def adaptive_avg_pool(input: Tensor, output_size: Numbers) -> Tensor:
+    def adaptive_avg_pool(input: Tensor, output_size: IntOrInts) -> Tensor:
         return rule.apply(input, _pool(n, kernel.__name__, input, (output_size,)))
 
 
@@ -476,8 +469,8 @@ def _lp_pool(n: int) -> Callable[..., Tensor]:
     def lp_pool(
         input: Tensor,
         norm_type: int | float,
-        kernel_size: Numbers,
-        stride: Numbers | None = None,
+        kernel_size: IntOrInts,
+        stride: IntOrInts | None = None,
         ceil_mode: bool = False,
     ) -> Tensor:
         """(Σ xᵖ)^(1/p) of each window of the last {n} axes, as `torch.nn.functional.lp_pool{n}d`.
@@ -490,12 +483,12 @@ def _lp_pool(n: int) -> Callable[..., Tensor]:
             found = largest(sign * AbsoluteFunction.apply(input), kernel_size, stride or (), 0, 1, ceil_mode)
             return sign * found
         powers = mean(PowerFunction.apply(input, norm_type), kernel_size, stride, 0, ceil_mode)
-        return RootFunction.apply(powers, math.prod(each(kernel_size, n)), norm_type)
+        return RootFunction.apply(powers, math.prod(to_tuple(kernel_size, n)), norm_type)
 
     return lp_pool
 
 
-lp_pool1d, lp_pool2d, lp_pool3d = of_dimensions(_lp_pool)
+lp_pool1d, lp_pool2d, lp_pool3d = for_1d_2d_3d(_lp_pool)
 
 
 # --- the table ---

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from manualgrad.fallback import ShapeMismatchError
 from manualgrad.ops.dropout import dropout
-from manualgrad.ops.elementary import ShapeMismatchError, rows, unflatten, with_torch_errors
+from manualgrad.ops.registration import with_torch_errors
+from manualgrad.ops.shapes import rows, unflatten
 from manualgrad.registry import SampleInput, TensorFactory, register
-from manualgrad.rule import LOWER, Rule
-from manualgrad.rule.torch_internals import PACKED_LSTM_BY_STEPS, unwrapped
+from manualgrad.rule import LOWER_PRECISION, Rule
+from manualgrad.torch_internals import PACKED_LSTM_RUNS_STEP_BY_STEP, unwrap_functorch
 
 Sizes = tuple[int, ...]
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -164,7 +166,7 @@ class RNNFunction(Recurrence):
     Elman, "Finding Structure in Time", 1990.
     """
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
     forward = _forward(lambda a, m, h: (m + a).tanh())
 
     def back(grad: Tensor, hidden: Tensor, w_hh: Tensor, sizes: Sizes, reverse: bool) -> Back:
@@ -174,7 +176,7 @@ class RNNFunction(Recurrence):
 class ReLURNNFunction(Recurrence):
     r"""hₜ = max(0, aₜ + mₜ)      αₜ = μₜ = ηₜ where hₜ ≠ 0, else 0"""
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
     forward = _forward(lambda a, m, h: (m + a).relu())
 
     def back(grad: Tensor, hidden: Tensor, w_hh: Tensor, sizes: Sizes, reverse: bool) -> Back:
@@ -216,7 +218,7 @@ class GRUFunction(Recurrence):
     Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", 2014.
     """
 
-    autocast = {"cuda": "lower"}
+    autocast = {"cuda": "lower_precision"}
     gates = 3
     forward = _forward(_gru_cell)
 
@@ -257,7 +259,7 @@ class LSTMFunction(Recurrence):
     al., "Long Short-Term Memory Recurrent Neural Network Architectures", 2014 (V).
     """
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
     gates = 4
 
     def forward(
@@ -338,12 +340,12 @@ class LSTMFunction(Recurrence):
 class SteppedLSTMFunction(LSTMFunction):
     """The same where torch goes step by step; there autocast on the CPU does not lower the states."""
 
-    autocast = {"cuda": "lower"}
+    autocast = {"cuda": "lower_precision"}
 
 
 def _has_kernel(tensors: Tensors) -> bool:
     """On the CPU torch has oneDNN's kernel; whoever looks on gets the steps."""
-    plainly = all(x.is_cpu and type(x) in (Tensor, Parameter) and unwrapped(x) is x for x in tensors)
+    plainly = all(x.is_cpu and type(x) in (Tensor, Parameter) and unwrap_functorch(x) is x for x in tensors)
     return plainly and tensors[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -433,7 +435,7 @@ def _layers(rule: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     each, directions = 2 + 2 * biased + projected, 1 + both
     if not sizes or len(params) != each * directions * layers:
         raise RuntimeError("at least one step and as many weights as layers and directions expected")
-    by_steps = len(set(sizes)) > 1 or (packed and PACKED_LSTM_BY_STEPS)
+    by_steps = len(set(sizes)) > 1 or (packed and PACKED_LSTM_RUNS_STEP_BY_STEP)
     if rule is LSTMFunction and by_steps and not projected:
         rule = SteppedLSTMFunction
     if any(len(x) != directions * layers for x in states):
@@ -543,8 +545,8 @@ def _of_a_cell(gates: int, t: TensorFactory, n: int, width: int, size: int, bias
     return SampleInput(t(n, width), hx, *_weights(t, gates, width, size, size, bias))
 
 
-_SATURATED = "an infinite weight saturates the cell, and the step before gets 0 · ∞ = nan, as in torch"
-_COMPUTED = "where only a bias learns, keeps inputs and weights, from which it computes the gates that torch keeps"
+_SATURATED = "as in torch: an infinite weight saturates the cell, and the previous step's gradient is 0 · ∞ = nan"
+_COMPUTED = "for only a bias's gradient, inputs and weights are saved, to compute the gates that torch saves"
 
 for _layer, _cell in ((rnn_tanh, rnn_tanh_cell), (rnn_relu, rnn_relu_cell), (gru, gru_cell), (lstm, lstm_cell)):
     _gates = {gru: 3, lstm: 4}.get(_layer, 1)
@@ -562,5 +564,5 @@ for _layer, _cell in ((rnn_tanh, rnn_tanh_cell), (rnn_relu, rnn_relu_cell), (gru
             _of_a_cell(gates, t, 3, 1, 2, False),
         ],
         benchmark_input=lambda t, gates=_gates: _of_a_cell(gates, t, 128, 128, 256, True),
-        expected_failures={"kept_for_backward": _COMPUTED},
+        expected_failures={"saves_no_more_than_torch": _COMPUTED},
     )

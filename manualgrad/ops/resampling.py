@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import Numbers, each, flatten, implements, unflatten, with_torch_errors
+from manualgrad.memory_format import CHANNELS_LAST, is_channels_last
+from manualgrad.ops.registration import implements, with_torch_errors
+from manualgrad.ops.shapes import IntOrInts, flatten, to_tuple, unflatten
 from manualgrad.registry import SampleInput, register
-from manualgrad.rule import LOWER, Rule, cast, replaces, reusing
-from manualgrad.rule.operations import CHANNELS_LAST, is_channels_last
-from manualgrad.rule.torch_internals import is_batched
+from manualgrad.rule import LOWER_PRECISION, Rule, autocast_inputs, replaces, with_reuse
+from manualgrad.torch_internals import is_vmapped
 
 Pair = tuple[int, int]
 
@@ -29,7 +30,7 @@ class InterpolateFunction(Rule):
     """
 
     autocast = {"cuda": "float32"}
-    format_of_grad = ("grad_input",)
+    preserve_memory_format = ("grad_input",)
 
     def forward(
         input: Tensor,
@@ -111,7 +112,7 @@ class Nearest:
     dtype: torch.dtype
 
     def __call__(self, input: Tensor) -> Tensor:
-        if is_batched(input):
+        if is_vmapped(input):
             input = input.contiguous()
         return F.interpolate(input, self.size, self.scale, self.mode)
 
@@ -151,7 +152,7 @@ class NearestFunction(Rule):
     """
 
     autocast = {"cuda": "float32"}
-    format_of_grad = ("grad_input",)
+    preserve_memory_format = ("grad_input",)
 
     def forward(input: Tensor, nearest: Nearest) -> Tensor:
         return nearest(input)
@@ -179,7 +180,7 @@ def _sum_over_places(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
     """The same in the memory format of g."""
     if is_channels_last(g):
         return _sum_over_places(g.movedim(1, -1), axis - 1, i, n).movedim(-1, 1)
-    return reusing(sum_over_places)(g, axis, i, n)
+    return with_reuse(sum_over_places)(g, axis, i, n)
 
 
 def _with_kernel(
@@ -187,10 +188,10 @@ def _with_kernel(
 ) -> tuple[Tensor, Nearest]:
     """The input in the dtype that autocast gives it, and the kernel for it."""
     shape = tuple(input.shape[2:])
-    (input,) = cast(NearestFunction, (input,))
+    (input,) = autocast_inputs(NearestFunction, (input,))
     form = CHANNELS_LAST.get(input.dim())
     eager = not torch.compiler.is_compiling()  # torch.compile's replacement of a kernel depends on no layout
-    innermost = eager and form is not None and not is_batched(input) and input.is_contiguous(memory_format=form)
+    innermost = eager and form is not None and not is_vmapped(input) and input.is_contiguous(memory_format=form)
     return input, Nearest(mode, shape, size, scale, min(input.shape[1], 4), innermost, input.dtype)
 
 
@@ -482,7 +483,7 @@ def grid_sampler(
     """
     shape = tuple(input.shape)
     if interpolation_mode == _NEAREST:
-        input, grid = cast(GridNearestFunction, (input, grid))
+        input, grid = autocast_inputs(GridNearestFunction, (input, grid))
         return GridNearestFunction.apply(input, grid, shape, input.dtype, padding_mode, align_corners)
     return GridSampleFunction.apply(input, grid, shape, interpolation_mode, padding_mode, align_corners)
 
@@ -509,7 +510,7 @@ class AffineGridFunction(Rule):
     dy[p] = dθ (p, 1)      ∂L/∂θ = Σₚ g[p] (p, 1)ᵀ
     """
 
-    autocast = LOWER
+    autocast = LOWER_PRECISION
 
     def forward(theta: Tensor, size: tuple[int, ...], aligned: bool) -> Tensor:
         return torch.affine_grid_generator(theta, size, aligned)
@@ -585,33 +586,33 @@ class FoldFunction(Rule):
 @with_torch_errors
 def unfold(
     input: Tensor,
-    kernel_size: Numbers,
-    dilation: Numbers = 1,
-    padding: Numbers = 0,
-    stride: Numbers = 1,
+    kernel_size: IntOrInts,
+    dilation: IntOrInts = 1,
+    padding: IntOrInts = 0,
+    stride: IntOrInts = 1,
 ) -> Tensor:
     """The patches of an image as columns, as `torch.nn.functional.unfold`.
 
     Shapes: input ([N,] C, H, W); the result ([N,] C · the kernel's size, number of patches).
     """
-    settings = [each(x, 2) for x in (kernel_size, dilation, padding, stride)]
+    settings = [to_tuple(x, 2) for x in (kernel_size, dilation, padding, stride)]
     return UnfoldFunction.apply(input, tuple(input.shape[-2:]), *settings)
 
 
 @with_torch_errors
 def fold(
     input: Tensor,
-    output_size: Numbers,
-    kernel_size: Numbers,
-    dilation: Numbers = 1,
-    padding: Numbers = 0,
-    stride: Numbers = 1,
+    output_size: IntOrInts,
+    kernel_size: IntOrInts,
+    dilation: IntOrInts = 1,
+    padding: IntOrInts = 0,
+    stride: IntOrInts = 1,
 ) -> Tensor:
     """The sum of patches into an image, as `torch.nn.functional.fold`.
 
     Shapes: input ([N,] C · the kernel's size, number of patches); the result ([N,] C, *output_size).
     """
-    settings = [each(x, 2) for x in (output_size, kernel_size, dilation, padding, stride)]
+    settings = [to_tuple(x, 2) for x in (output_size, kernel_size, dilation, padding, stride)]
     return FoldFunction.apply(input, *settings)
 
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.ops.elementary import with_torch_errors
+from manualgrad.ops.registration import with_torch_errors
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule
 
 
 class AlongAxis(Rule):
-    r"""A function of the vectors along one axis: the rows of the other axes are independent."""
+    """A function of each vector along the axis ``dim``. It is independent along the axes before ``dim``."""
 
     autocast = {"cuda": "float32"}
 
@@ -25,7 +25,7 @@ class AlongAxis(Rule):
 class SoftmaxFunction(AlongAxis):
     r"""yᵢ = e^xᵢ / Σ e^x      (along one axis)
 
-    dyᵢ = yᵢ (dxᵢ - Σⱼ yⱼ dxⱼ),  that is J = diag y - y yᵀ, its own transpose:      ∂L/∂x = y (g - Σ g y)
+    dyᵢ = yᵢ (dxᵢ - Σⱼ yⱼ dxⱼ),  so J = diag y - y yᵀ, which is symmetric:      ∂L/∂x = y (g - Σ g y)
     """
 
     def forward(input: Tensor, dim: int) -> Tensor:
@@ -48,7 +48,7 @@ class SoftminFunction(SoftmaxFunction):
 class LogSoftmaxFunction(AlongAxis):
     r"""yᵢ = xᵢ - log Σ e^x      (along one axis)
 
-    dyᵢ = dxᵢ - Σⱼ pⱼ dxⱼ,  p = eʸ;  J = I - 1 pᵀ      ∂L/∂x = Jᵀ g = g - p Σ g
+    dyᵢ = dxᵢ - Σⱼ pⱼ dxⱼ,  p = eʸ,  so J = I - 1 pᵀ:      ∂L/∂x = Jᵀ g = g - p Σ g
     """
 
     def forward(input: Tensor, dim: int) -> Tensor:
@@ -58,8 +58,8 @@ class LogSoftmaxFunction(AlongAxis):
         return grad - output.exp() * grad.sum(dim, keepdim=True)
 
 
-def _axis(name: str, input: Tensor, dim: int | None, stacklevel: int) -> int:
-    """The axis, or if it is not passed, the one that torch guesses, with its warning."""
+def _dim_or_default(name: str, input: Tensor, dim: int | None, stacklevel: int) -> int:
+    """``dim``, or if it is None, torch's deprecated default, with torch's warning."""
     return getattr(F, "_get_softmax_dim")(name, input.dim(), stacklevel + 1) if dim is None else dim  # noqa: B009
 
 
@@ -67,8 +67,8 @@ def _axis(name: str, input: Tensor, dim: int | None, stacklevel: int) -> int:
 def softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """e^xᵢ / Σ e^x along `dim`, as `torch.nn.functional.softmax`. Any shape; computed in `dtype` if given."""
-    dim = _axis("softmax", input, dim, _stacklevel)
+    """e^xᵢ / Σ e^x along ``dim``, as `torch.nn.functional.softmax`. Any shape; computed in `dtype` if given."""
+    dim = _dim_or_default("softmax", input, dim, _stacklevel)
     return SoftmaxFunction.apply(input if dtype is None else input.to(dtype), dim)
 
 
@@ -76,10 +76,10 @@ def softmax(
 def softmin(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """softmax(-x) along `dim`, as `torch.nn.functional.softmin`. Any shape; computed in `dtype` if given."""
+    """softmax(-x) along ``dim``, as `torch.nn.functional.softmin`. Any shape; computed in `dtype` if given."""
     if input.dtype == torch.bool:
         return F.softmin(input, 0)  # raises what torch raises
-    dim = _axis("softmin", input, dim, _stacklevel)
+    dim = _dim_or_default("softmin", input, dim, _stacklevel)
     return SoftminFunction.apply(input if dtype is None else input.to(dtype), dim)
 
 
@@ -87,8 +87,8 @@ def softmin(
 def log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """log softmax along `dim`, as `torch.nn.functional.log_softmax`. Any shape; computed in `dtype` if given."""
-    dim = _axis("log_softmax", input, dim, _stacklevel)
+    """log softmax along ``dim``, as `torch.nn.functional.log_softmax`. Any shape; computed in `dtype` if given."""
+    dim = _dim_or_default("log_softmax", input, dim, _stacklevel)
     return LogSoftmaxFunction.apply(input if dtype is None else input.to(dtype), dim)
 
 
@@ -108,10 +108,10 @@ for _function in (softmax, softmin, log_softmax):
 def gumbel_softmax(
     logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
 ) -> Tensor:
-    """softmax((x + G) / τ) with G drawn from Gumbel's distribution, as `torch.nn.functional.gumbel_softmax`.
+    """softmax((x + G) / τ) with G from Gumbel's distribution, as `torch.nn.functional.gumbel_softmax`. Any shape.
 
-    With `hard` the value is the one-hot vector of the largest, and the gradient that of the softmax. Any shape.
-    Draws the same numbers as torch does from the same random state.
+    With ``hard`` the output is the one-hot vector of the largest element, and the gradient is that of the softmax.
+    The random numbers are those that torch draws from the same state.
     """
     if eps != 1e-10:
         warnings.warn("`eps` is deprecated and has no effect.", stacklevel=3)
@@ -128,7 +128,7 @@ register(
     gumbel_softmax,
     sample_inputs=lambda t: [
         SampleInput(t(5, 3), tau=0.7),
-        SampleInput(t(2, 3, 2), hard=True, dim=1).with_gradient_by_definition(),
+        SampleInput(t(2, 3, 2), hard=True, dim=1).with_surrogate_gradient(),
     ],
     benchmark_input=lambda t: SampleInput(t(1024, 1024)),
     random=True,

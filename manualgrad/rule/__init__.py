@@ -1,7 +1,7 @@
-r"""A rule: a function, and by hand the gradient for each of its inputs. Everything else follows.
+r"""`Rule`: a function and its hand-derived gradients. A `torch.autograd.Function` is generated from it.
 
-A `Rule` is a `torch.autograd.Function` written as a set of pure functions that name what they need. They never see
-``ctx``:
+A rule is a class of pure functions. Each of them names the quantities that it needs as parameters. None of them
+sees ``ctx``:
 
     class LinearFunction(Rule):
         def forward(input: Tensor, weight: Tensor, bias: Tensor | None): return F.linear(input, weight, bias)
@@ -9,32 +9,45 @@ A `Rule` is a `torch.autograd.Function` written as a set of pure functions that 
         def grad_weight(grad: Tensor, input: Tensor):                    return rows(grad).mT @ rows(input)
         def grad_bias(grad: Tensor):                                     return rows(grad).sum(0)
 
-The parameters of a method may be
+``grad_x`` computes ∂L/∂x. An input without a ``grad_`` method has no gradient. A parameter of a method is
 
     an input of ``forward``    a tensor, or a setting (a parameter that is not annotated as a Tensor)
-    ``output``                 what ``forward`` returned
-    a statistic                what ``forward`` returned besides the output, named in `statistics`
-    ``grad``                   ∂L/∂output, in the gradients only
-    another method             its value, computed once in each backward
+    ``output``                 the output of ``forward``
+    a statistic                what ``forward`` returns besides the output, named in `statistics`
+    ``grad``                   ∂L/∂output
+    another method             its value, computed once per backward
 
-``grad_x`` is ∂L/∂x. An input without a ``grad_`` method has no gradient. What a gradient names, directly or
-through other methods, is what is saved for it. What no needed gradient names is not saved.
+How a rule becomes a Function:
 
-Except for ``forward`` a method is mathematics: it makes new tensors, and never writes into one. So it is a
-formula (see formulas.py). The program of a backward is written from the formulas: as they stand for whoever reads
-or differentiates it, and with its temporaries reused for large tensors (see reuse.py).
+    spec.py        reads the class when it is defined, and refuses it with file and line if it is inconsistent
+    formulas.py    keeps each method as a formula (a syntax tree with parameters), orders formulas, and joins them
+                   to one program
+    reuse.py       writes a variant of the program that reuses its temporaries, for large tensors
+    plan.py        for each set of needed gradients: what is saved, and the programs that compute the gradients
+                   from it. Saved is what the needed gradients name, directly or through other methods, and nothing
+                   else
+    function.py    setup_context, backward and jvp of the Function: they save, choose a program of the plan and run
+                   it
+    dispatch.py    ``Rule.apply``: chooses the Function for autocast, torch.compile, torch.func, forward mode,
+                   no_grad
 
-A statistic that depends on a differentiable input (a mean, a logsumexp) has a derivative of its own, which counts
-if the backward is itself differentiated. A method of the statistic's name computes it from the inputs and replaces
-it then. A statistic without such a method is a constant.
+Methods other than ``forward`` are mathematics: they create new tensors and never write into one. Writing in place
+is the generator's work (reuse.py).
+
+What follows from the formulas:
 
     forward mode     a backward is linear in ``grad``, so the pushforward is its transpose
-    higher orders    the formulas are torch operations (or rules), so they are differentiated again
+    higher orders    the formulas consist of torch operations and rules, so autograd differentiates them
     vmap             `generate_vmap_rule`
-    autocast         the cast that `Rule.autocast` declares, made before the Function, so it is differentiated too
-    torch.compile    the same Function without ``jvp`` (which Dynamo refuses), put into the graph
+    autocast         inputs are cast before the Function, as `Rule.autocast` says, so the cast is differentiated
+                     too
+    torch.compile    a Function without ``jvp``, which Dynamo does not accept, is put into the graph
 
-spec.py reads and checks the class, function.py makes the Function, dispatch.py makes ``apply``.
+A statistic that depends on a differentiable input (a mean, a logsumexp) contributes to higher derivatives. A
+method named like the statistic computes it from the inputs, and a backward that is differentiated uses this method
+instead of the saved value. A statistic without such a method is a constant.
+
+README.md in this directory has a worked example, all options, and how to add an operation.
 """
 
 from __future__ import annotations
@@ -45,81 +58,82 @@ from typing import Any, ClassVar
 
 from torch.autograd import Function
 
-from manualgrad.rule import torch_internals as torch_internals
-from manualgrad.rule.dispatch import cast as cast
-from manualgrad.rule.dispatch import make_apply, make_apply_
+from manualgrad.rule.dispatch import autocast_inputs as autocast_inputs
+from manualgrad.rule.dispatch import make_apply, make_inplace_apply
 from manualgrad.rule.function import Implementation
-from manualgrad.rule.function import saved_by as saved_by
+from manualgrad.rule.function import saved_values as saved_values
 from manualgrad.rule.reuse import replaces as replaces
-from manualgrad.rule.reuse import reusing as reusing
-from manualgrad.rule.spec import Spec
+from manualgrad.rule.reuse import with_reuse as with_reuse
+from manualgrad.rule.spec import RuleSpec
+from manualgrad.rule.spec import derivation as derivation
 
 
 class Rule:
-    """A `torch.autograd.Function` from pure functions that name what they need; see the module's text.
+    """The base class of rules. The module's docstring describes how a subclass becomes an autograd Function.
 
     Raises:
-        TypeError: when a class is defined that does not hold together: an unknown name, a circle, no gradient, a
-            formula that writes into a tensor. The message says where.
+        TypeError: a subclass is inconsistent: an unknown name, a circular definition, no gradient, a formula that
+            writes into a tensor. The message has the file and the line.
     """
 
     statistics: ClassVar[tuple[str, ...]] = ()
-    """Names of what ``forward`` returns besides the output (it then returns a tuple)."""
+    """Names of what ``forward`` returns besides the output. It then returns a tuple."""
 
     autocast: ClassVar[Mapping[str, str]] = {}
-    """By device type, what autocast does to floating inputs: "lower" (to autocast's dtype), "float32",
-    "promote" (to the widest among them) or "refuse". Absent: nothing, as for torch's own operation."""
+    """Device type -> how autocast casts floating inputs: "lower_precision" (to autocast's dtype), "float32",
+    "promote" (to float32 if one of them is float32) or "banned" (raise an error). No entry: no cast."""
 
     upcast_gradients: ClassVar[bool] = True
-    """Gradients of bfloat16 and float16 are computed in float32 and rounded once, as torch's kernels do."""
+    """Gradients of bfloat16 and float16 are computed in float32 and rounded once, as in torch's kernels."""
 
     supports_complex: ClassVar[bool] = False
-    """The gradients hold for complex numbers."""
+    """The gradients are right for complex numbers."""
 
     save_instead: ClassVar[tuple[str, ...]] = ()
-    """Names of methods with a small value: computed in the forward, and saved in place of what they name."""
+    """Names of methods with a small value. The forward computes it, and it is saved instead of what the method
+    names."""
 
     recomputable: ClassVar[bool] = False
-    """The output takes one pass over memory to compute: a rule that would save it may compute it again by this
-    rule instead (see recomputation.py). A method ``recompute``, which uses saved quantities, replaces this."""
+    """The output takes one pass over memory. A rule that would save it may recompute it by ``apply`` of this rule
+    (see recomputation.py). A rule with a method ``recompute`` of saved quantities does not need this option."""
 
     vendor_kernels: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-    """For the name of a gradient a vendor's kernel that computes it from the same parameters (or returns None: it
-    does not apply). It is used where nothing observes the backward (see vendor_kernels.py)."""
+    """Name of a gradient -> a function with the same parameters that calls a vendor's kernel. It may return None
+    to use the formula. It runs in a backward that nothing observes (see vendor_kernels.py)."""
 
-    format_of_grad: ClassVar[tuple[str, ...]] = ()
-    """Names of gradients with a channel axis that have the memory format of ``grad``, channels_last or not."""
+    preserve_memory_format: ClassVar[tuple[str, ...]] = ()
+    """Names of gradients that get the memory format of ``grad``, channels_last or contiguous."""
 
     forward: ClassVar[Callable[..., Any]]
     forward_: ClassVar[Callable[..., Any]]
-    """The same, written over the first input, the only one that has a gradient. With it the rule has `apply_`."""
+    """``forward`` that overwrites its first input, the only one with a gradient. Optional."""
 
     implementation: ClassVar[Implementation]
     function: ClassVar[type[Function]]
     apply: ClassVar[Callable[..., Any]]
     apply_: ClassVar[Callable[..., Any]]
-    """`apply`, written over the input."""
+    """`apply` that overwrites the input. It exists if ``forward_`` does."""
 
     def __init_subclass__(cls) -> None:
         for name, method in list(vars(cls).items()):
             if inspect.isfunction(method):
                 setattr(cls, name, staticmethod(method))
         if hasattr(cls, "forward"):
-            spec = Spec(cls, Rule)
+            spec = RuleSpec(cls, Rule)
             spec.check()
             implementation = Implementation(spec)
             cls.apply = staticmethod(make_apply(implementation))
             if hasattr(cls, "forward_"):
-                cls.apply_ = staticmethod(make_apply_(implementation))
+                cls.apply_ = staticmethod(make_inplace_apply(implementation))
             cls.implementation = implementation
 
 
-def every_rule(of: type[Rule] = Rule) -> Iterator[type[Rule]]:
-    """The rules that are defined so far. One with several bases comes several times."""
-    for rule in of.__subclasses__():
+def every_rule(base: type[Rule] = Rule) -> Iterator[type[Rule]]:
+    """All rules that are defined so far. A rule with several bases occurs several times."""
+    for rule in base.__subclasses__():
         yield rule
         yield from every_rule(rule)
 
 
-LOWER = {"cpu": "lower", "cuda": "lower"}
+LOWER_PRECISION = {"cpu": "lower_precision", "cuda": "lower_precision"}
 FLOAT32 = {"cpu": "float32", "cuda": "float32"}

@@ -1,4 +1,12 @@
-"""How a rule is called: ``apply``, with what autocast, torch.compile, torch.func and no_grad ask for."""
+"""``Rule.apply``: chooses the Function, or the plain forward, for the current state of torch.
+
+autocast is enabled           cast the inputs as `Rule.autocast` says, then call ``apply`` without autocast
+torch.compile traces          a Function without ``jvp``, which Dynamo does not accept
+a torch.func transform        `Rule.function`, with ``generate_vmap_rule``
+grad mode or forward mode     the memory-saving Function (see recomputation.py)
+torch.jit.trace records       the plain forward: the trace records torch's operations only
+otherwise                     the plain forward
+"""
 
 from __future__ import annotations
 
@@ -11,130 +19,137 @@ from torch import Tensor
 from torch.autograd import Function
 
 from manualgrad import recomputation
-from manualgrad.fallback import TRACED, fallback, tracing_state
-from manualgrad.rule.function import Implementation, device_type, function, without_autocast
-from manualgrad.rule.torch_internals import (
+from manualgrad.fallback import TRACING_REASON, get_tracing_state, report_fallback
+from manualgrad.rule.function import Implementation, device_type, disable_autocast, make_function
+from manualgrad.torch_internals import (
+    can_write_inplace,
     in_forward_mode,
+    in_functorch_transform,
     is_any_autocast_enabled,
-    is_transformed,
-    may_be_overwritten,
 )
 
 
-class Whole(tuple[Any, ...]):
-    """A tuple that torch.func takes for one setting.
+class OpaqueTuple(tuple[Any, ...]):
+    """A tuple that torch.func does not flatten.
 
-    A plain tuple it spreads out, and then it miscounts the parts if forward modes are nested.
+    In nested forward mode, torch.func miscounts the elements of a plain tuple among the arguments.
     """
 
 
 def make_apply(implementation: Implementation) -> Callable[..., Any]:
-    """The entry of a rule, for each state of torch the fastest that gives the right result."""
+    """``Rule.apply`` of a rule. It also sets ``Rule.function``."""
     rule = implementation.rule
-    parts: dict[str, Any] = {"forward": implementation.writable_forward, "backward": implementation.backward}
-    rule.function = function(
+    methods: dict[str, Any] = {
+        "forward": implementation.forward_without_views,
+        "backward": implementation.backward,
+    }
+    rule.function = make_function(
         rule,
         setup_context=implementation.setup_context,
         jvp=implementation.jvp,
         generate_vmap_rule=True,
-        **parts,
+        **methods,
     )
-    general = rule.function.apply
-    memory_saving = function(
-        rule, setup_context=implementation.setup_memory_saving, jvp=implementation.jvp, **parts
+    transformed_apply = rule.function.apply
+    memory_saving = make_function(
+        rule, setup_context=implementation.setup_context_memory_saving, jvp=implementation.jvp, **methods
     )
-    parent: Any = super(Function, memory_saving)
-    direct = parent.apply  # Function.apply without the 10 µs in which it reads the signature
+    eager_apply = _apply_without_signature(memory_saving)
     forward = rule.forward
     has_statistics = implementation.has_statistics
 
     @cache
-    def without_jvp() -> Any:
-        return function(rule, setup_context=implementation.setup_context, **parts)
+    def function_without_jvp() -> Any:
+        return make_function(rule, setup_context=implementation.setup_context, **methods)
 
-    def compiled(*args: Any) -> Any:
-        """In a graph of torch.compile: Dynamo refuses a Function with jvp."""
-        return without_jvp().apply(*args)
+    def compiled_apply(*args: Any) -> Any:
+        return function_without_jvp().apply(*args)
 
-    def allow() -> bool:
-        torch.compiler.allow_in_graph(compiled)
+    def allow_in_graph() -> bool:
+        torch.compiler.allow_in_graph(compiled_apply)
         return True
 
-    # What `torch.compiler.assume_constant_result` sets: Dynamo calls the function while it traces. To call that or
-    # allow_in_graph here would import all of Dynamo, which takes as long as to import torch.
-    vars(allow)["_dynamo_marked_constant"] = True
+    # `torch.compiler.assume_constant_result` sets this attribute, and Dynamo runs the function while it traces.
+    # Calling it or allow_in_graph here would import all of Dynamo, which takes as long as importing torch.
+    vars(allow_in_graph)["_dynamo_marked_constant"] = True
 
-    def traced(*args: Any) -> Any:
-        fallback(rule, TRACED)
+    def traced_apply(*args: Any) -> Any:
+        report_fallback(rule, TRACING_REASON)
         return forward(*args)
 
     def apply(*args: Any, with_statistics: bool = False) -> Any:
         if is_any_autocast_enabled():
-            args = cast(rule, args)
-            with without_autocast(args):
+            args = autocast_inputs(rule, args)
+            with disable_autocast(args):
                 return apply(*args, with_statistics=with_statistics)
         if torch.compiler.is_compiling():
-            allow()
-            result = compiled(*args)
-        elif is_transformed():
-            result = general(*[Whole(x) if type(x) is tuple else x for x in args])
+            allow_in_graph()
+            result = compiled_apply(*args)
+        elif in_functorch_transform():
+            result = transformed_apply(*[OpaqueTuple(x) if type(x) is tuple else x for x in args])
         elif torch.is_grad_enabled() or in_forward_mode():
-            # torch.jit.trace records no Function, but torch's functions
-            result = direct(*args) if tracing_state() is None else traced(*args)
+            result = eager_apply(*args) if get_tracing_state() is None else traced_apply(*args)
         else:
             result = forward(*args)
         return result[0] if has_statistics and not with_statistics else result
 
-    # Dynamo caches what it compiled by the code object, so two rules need two.
+    # Dynamo caches compiled code by code object, so every rule needs its own.
     apply.__code__ = apply.__code__.replace(co_name=f"{rule.__name__}.apply")
     return apply
 
 
-def make_apply_(implementation: Implementation) -> Callable[..., Tensor]:
-    """``apply`` that writes over the input, and saves no more than torch does when it writes there.
+def make_inplace_apply(implementation: Implementation) -> Callable[..., Tensor]:
+    """``Rule.apply_`` of a rule: writes the output into the input.
 
-    If a saved quantity needs the input, and that has no recipe, a copy is saved, as torch saves one. A later rule
-    that would save the output saves the copy instead.
+    It saves no more than torch's in-place function. If the plan saves the input and the input has no recipe, a
+    copy of it is saved, as torch does. A later rule that would save the output saves that copy instead.
     """
     rule = implementation.rule
-    in_place = function(rule, forward=implementation.forward_in_place, backward=implementation.backward_in_place)
-    parent: Any = super(Function, in_place)
-    direct = parent.apply
+    inplace_apply = _apply_without_signature(
+        make_function(rule, forward=implementation.forward_inplace, backward=implementation.backward_inplace)
+    )
     has_statistics = implementation.has_statistics
     first = implementation.spec.inputs[0]
-    needed = (True, *[False] * (implementation.n - 1))
+    needed = (True, *[False] * (implementation.num_inputs - 1))
 
     def apply_(input: Tensor, *settings: Any) -> Tensor:
-        if rule.autocast or not may_be_overwritten(input, as_view=not has_statistics):
+        if rule.autocast or not can_write_inplace(input, as_view=not has_statistics):
             return input.copy_(rule.apply(input.clone(), *settings))
         if not (input.requires_grad and torch.is_grad_enabled()):
             result = rule.forward_(input, *settings)
         else:
-            large = recomputation.large(input)
-            plan = implementation.plan(needed, False, large)
-            before: Any = recomputation.usable_recipe_of(input) if large else None
-            if before is None and first in plan.names:
-                before = (input.clone(),)
-            result = direct(plan, before, input, *settings)
+            is_large = recomputation.is_large(input)
+            plan = implementation.plan(needed, False, is_large)
+            original: Any = recomputation.find_usable_recipe(input) if is_large else None
+            if original is None and first in plan.names:
+                original = (input.clone(),)
+            result = inplace_apply(plan, original, input, *settings)
         return result[0] if has_statistics else result
 
     return apply_
 
 
-def cast(rule: type[Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Floating tensors as autocast passes them to the rule (float64 stays)."""
+def _apply_without_signature(function: type[Function]) -> Callable[..., Any]:
+    """``Function.apply`` without `inspect.signature`, which takes 10 µs in each call. No transform may be
+    active."""
+    parent: Any = super(Function, function)
+    return parent.apply
+
+
+def autocast_inputs(rule: type[Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with floating tensors cast as `Rule.autocast` says. float64 is not cast."""
     device = device_type(args)
     policy = rule.autocast.get(device)
     if policy is None or not torch.is_autocast_enabled(device):
         return args
-    if policy == "refuse":
+    if policy == "banned":
         raise RuntimeError(f"{rule.__name__} is unsafe to autocast on {device}")
-    floats = [x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()]
-    if policy == "float32" or (policy == "promote" and torch.float32 in floats):
-        to = torch.float32
+    dtypes = [x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()]
+    if policy == "float32" or (policy == "promote" and torch.float32 in dtypes):
+        dtype = torch.float32
     else:
-        to = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(device)
     return tuple(
-        x.to(to) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in args
     )

@@ -1,4 +1,4 @@
-"""What a rule declares, read from its class and checked when the class is made."""
+"""What a rule declares, read from its class and checked when the class is defined."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch import Tensor
 
 from manualgrad.rule.formulas import Formula, topological_order
 
-SHAPE_OF_OUTPUT = "shape_of_output_"
-"""What forward mode saves for the output's shape: zeros that are one number in memory. (If the output itself were
-saved, nobody could write into it.)"""
+OUTPUT_SHAPE = "output_shape_"
+"""The name of a tensor that forward mode saves: a zero expanded to the shape of the output. Saving the output
+itself would forbid writes into it."""
 
 _OPTIONS = (
     *("statistics", "autocast", "upcast_gradients", "supports_complex", "save_instead", "recomputable"),
-    *("vendor_kernels", "format_of_grad"),
+    *("vendor_kernels", "preserve_memory_format"),
 )
 _METHODS = ("forward", "forward_", "recompute", "batch_dims")
 _DEVICES = ("cpu", "cuda")
-_POLICIES = ("lower", "float32", "promote", "refuse")
+_POLICIES = ("lower_precision", "float32", "promote", "banned")
 
 
 @dataclass(frozen=True)
-class Spec:
+class RuleSpec:
     """The declaration of a rule.
 
     Raises:
-        TypeError: the class does not hold together. The message says which method, and where it is.
+        TypeError: the class is inconsistent. The message names the method and its line.
     """
 
     rule: type[Any]
@@ -46,56 +46,64 @@ class Spec:
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """What ``forward`` takes: tensors and settings."""
+        """The parameters of ``forward``: tensors and settings."""
         return tuple(self.parameters)
 
     @cached_property
     def values(self) -> tuple[str, ...]:
-        """What is known after the forward."""
+        """Everything that is known after the forward: inputs, output, statistics."""
         return (*self.inputs, "output", *self.rule.statistics)
 
     @cached_property
     def settings(self) -> frozenset[str]:
-        """The inputs that are no tensors, by their annotations."""
+        """The inputs that are not annotated as a Tensor."""
         hints = typing.get_type_hints(self.rule.forward)
         return frozenset(name for name in self.inputs if not _is_tensor(hints[name]))
 
     @cached_property
     def formulas(self) -> dict[str, Formula]:
-        """The methods of the rule, its own and inherited, except ``forward`` and ``forward_``."""
+        """The methods of the rule, also inherited ones, except ``forward`` and ``forward_``."""
         methods = {name: getattr(self.rule, name) for name in dir(self.rule) if not hasattr(self.base, name)}
         return {
-            name: Formula.of(name, method)
+            name: Formula.from_function(name, method)
             for name, method in methods.items()
             if inspect.isfunction(method) and name not in self.base.__annotations__
         }
 
     @cached_property
     def gradients(self) -> tuple[str, ...]:
+        """``grad_x`` for each input ``x``, with or without a formula."""
         return tuple(f"grad_{name}" for name in self.inputs)
 
     @cached_property
-    def given(self) -> frozenset[str]:
-        """What no formula needs to compute."""
+    def available(self) -> frozenset[str]:
+        """What a backward has without a formula."""
         return frozenset((*self.values, "grad"))
 
     @cached_property
-    def moving(self) -> frozenset[str]:
-        """Statistics that are functions of the inputs: a formula of the same name computes them."""
+    def differentiable_statistics(self) -> frozenset[str]:
+        """Statistics with a formula of the same name, which computes them from the inputs."""
         return frozenset(self.rule.statistics) & frozenset(self.formulas)
 
-    def order(self, targets: Iterable[str], given: frozenset[str]) -> list[Formula]:
-        return topological_order(self.formulas, targets, given)
+    @cached_property
+    def available_when_differentiated(self) -> frozenset[str]:
+        """The same for a backward that is differentiated. It computes these statistics from the inputs."""
+        return self.available - self.differentiable_statistics
+
+    def formulas_for(self, targets: Iterable[str], available: frozenset[str]) -> list[Formula]:
+        return topological_order(self.formulas, targets, available)
 
     def check(self) -> None:
         self._check_attributes()
         self._check_forward()
         for name, formula in self.formulas.items():
             self._check_formula(name, formula)
-        self._check_use()
+        self._check_unused_methods()
         for formula in self.formulas.values():
-            for line, what in impurities(formula.tree, ["writes"]):
-                raise TypeError(f"{formula.place(line)}: a formula computes new tensors, but this one {what}")
+            for line, problem in impurities(formula.tree, ["writes"]):
+                raise TypeError(
+                    f"{formula.location(line)}: a formula computes new tensors, but this one {problem}"
+                )
 
     def _check_attributes(self) -> None:
         classes = self.rule.__mro__[: self.rule.__mro__.index(self.base)]
@@ -113,8 +121,8 @@ class Spec:
         for device, policy in self.rule.autocast.items():
             if device not in _DEVICES or policy not in _POLICIES:
                 raise TypeError(
-                    f"{self.rule.__name__}.autocast: for a device ({', '.join(_DEVICES)}) one of "
-                    f"{', '.join(_POLICIES)}, but it is {{{device!r}: {policy!r}}}"
+                    f"{self.rule.__name__}.autocast: {{{device!r}: {policy!r}}} is not a device "
+                    f"({', '.join(_DEVICES)}) with a policy ({', '.join(_POLICIES)})"
                 )
 
     def _check_forward(self) -> None:
@@ -124,46 +132,64 @@ class Spec:
                 raise TypeError(
                     f"{name}.forward: annotate {parameter.name!r} (a Tensor, or the type of a setting)"
                 )
-        if hasattr(self.rule, "forward_") and self._definer("forward_") is not self._definer("forward"):
-            raise TypeError(f"{name}: define forward_ where forward is defined, so that both compute the same")
-        for option in ("save_instead", "vendor_kernels", "format_of_grad"):
+        if hasattr(self.rule, "forward_") and self._defining_class("forward_") is not self._defining_class(
+            "forward"
+        ):
+            raise TypeError(f"{name}: define forward_ in the class that defines forward, so that both agree")
+        for option in ("save_instead", "vendor_kernels", "preserve_memory_format"):
             for method in getattr(self.rule, option):
                 if method not in self.formulas:
                     suggestion = _suggestion(method, self.formulas)
-                    raise TypeError(f"{name}.{option} names {method!r}, which is no method{suggestion}")
+                    raise TypeError(f"{name}.{option}: there is no method {method!r}{suggestion}")
 
-    def _definer(self, name: str) -> type:
+    def _defining_class(self, name: str) -> type:
         return next(cls for cls in self.rule.__mro__ if name in vars(cls))
 
     def _check_formula(self, name: str, formula: Formula) -> None:
         target = name.removeprefix("grad_")
         if name.startswith("grad_") and target not in self.inputs:
             raise TypeError(
-                f"{formula.place()}: forward has no input {target!r}{_suggestion(target, self.inputs)}"
+                f"{formula.location()}: forward has no input {target!r}{_suggestion(target, self.inputs)}"
             )
-        known = {*self.given, *self.formulas}
-        for needed in formula.names:
-            if needed not in known:
+        known = {*self.available, *self.formulas}
+        for parameter in formula.parameters:
+            if parameter not in known:
                 raise TypeError(
-                    f"{formula.place()} asks for {needed!r}, which is no input, output, statistic or method"
-                    f"{_suggestion(needed, known)}"
+                    f"{formula.location()}: parameter {parameter!r} is no input, output, statistic, grad or method"
+                    f"{_suggestion(parameter, known)}"
                 )
         try:
-            self.order([name], self.given)
+            self.formulas_for([name], self.available)
         except TypeError as error:
-            raise TypeError(f"{formula.place()}: {error}") from None
+            raise TypeError(f"{formula.location()}: {error}") from None
 
-    def _check_use(self) -> None:
-        """Each method that the class itself has is part of a gradient."""
+    def _check_unused_methods(self) -> None:
+        """Every method that this class defines must be part of a gradient."""
         roots = [name for name in (*self.gradients, *_METHODS, *self.rule.save_instead) if name in self.formulas]
-        used = {formula.target for formula in self.order(roots, self.given)} | self.moving
-        used |= {formula.target for formula in self.order(self.moving, self.given - self.moving)}
+        used = {formula.target for formula in self.formulas_for(roots, self.available)}
+        used |= {
+            formula.target
+            for formula in self.formulas_for(self.differentiable_statistics, self.available_when_differentiated)
+        }
         for name, method in vars(self.rule).items():
             if name in self.formulas and name not in used and isinstance(method, staticmethod):
                 names = {*self.gradients, *_METHODS}
-                raise TypeError(f"{self.formulas[name].place()}: no gradient names it{_suggestion(name, names)}")
+                raise TypeError(f"{self.formulas[name].location()}: no gradient uses it{_suggestion(name, names)}")
         if not any(name in self.formulas for name in self.gradients):
             raise TypeError(f"{self.rule.__name__} has no gradient: define grad_{self.inputs[0]}, for example")
+
+
+def derivation(rule: type[Any]) -> str:
+    """The docstring of a rule, and those of the base classes that define one of its formulas."""
+    base = rule.implementation.spec.base
+    texts = []
+    for cls in rule.__mro__[: rule.__mro__.index(base)]:
+        formulas = vars(cls).keys() - {"forward", "batch_dims", "recompute"}
+        methods = [name for name in formulas if isinstance(vars(cls)[name], staticmethod)]
+        is_used = any(getattr(rule, name) is getattr(cls, name) for name in methods)
+        if (cls is rule or is_used) and cls.__doc__:
+            texts.append(inspect.cleandoc(cls.__doc__))
+    return "\n\n".join(texts)
 
 
 def _is_tensor(hint: Any) -> bool:
@@ -177,14 +203,17 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else ""
 
 
-# --- what a formula may not do ---
+# --- impurities ---
 
 
-def impurities(tree: ast.FunctionDef | None, kinds: Iterable[str] = ("writes", "tests")) -> list[tuple[int, str]]:
-    """What a function does besides mathematics, each with its line.
+def impurities(
+    tree: ast.FunctionDef | None, kinds: Iterable[str] = ("writes", "branches")
+) -> list[tuple[int, str]]:
+    """What a function does besides mathematics: the line and a description of each.
 
-    It "writes" by an operation in place, by ``out=`` or by an augmented assignment, or "tests" the device or the
-    size of a tensor.
+    Args:
+        kinds: "writes" finds in-place operations, ``out=``, augmented and indexed assignments. "branches" finds
+            conditions on the device, the size or the memory layout of a tensor.
     """
     found: list[tuple[int, str]] = []
     for node in () if tree is None else ast.walk(tree):
@@ -198,13 +227,15 @@ def impurities(tree: ast.FunctionDef | None, kinds: Iterable[str] = ("writes", "
                     found.append((node.lineno, "has an augmented assignment, which may write into a tensor"))
                 case ast.Assign(targets=targets) if any(isinstance(x, ast.Subscript) for x in targets):
                     found.append((node.lineno, "assigns to an index, which writes into a tensor"))
-        if "tests" in kinds:
+        if "branches" in kinds:
             match node:
                 case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
                     for x in ast.walk(test):
-                        if isinstance(x, ast.Attribute) and x.attr in _TESTED:
-                            found.append((node.lineno, f"depends on {x.attr}"))
+                        if isinstance(x, ast.Attribute) and x.attr in _LAYOUT_ATTRIBUTES:
+                            found.append((node.lineno, f"branches on {x.attr}"))
     return found
 
 
-_TESTED = frozenset(["is_cpu", "is_cuda", "device", "numel", "element_size", "is_contiguous", "data_ptr"])
+_LAYOUT_ATTRIBUTES = frozenset(
+    ["is_cpu", "is_cuda", "device", "numel", "element_size", "is_contiguous", "data_ptr"]
+)

@@ -81,8 +81,8 @@ class DataOrder:
         """Begin the previous epoch again, to check that epochs repeat. For a run resumed between two epochs.
 
         Raises:
-            CheckpointError: if its indices differ. A stream, where noise alone may change the first batch, gets a
-                warning instead.
+            CheckpointError: if its indices differ. For a stream, where noise may change the first batch too, it is
+                a warning instead.
         """
         if state.updates_drawn or state.previous_order == OrderFingerprint():
             return

@@ -114,7 +114,7 @@ class Distributed:
         return nullcontext()
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Give all processes the buffers of process 0: each has running statistics of its own shards."""
+        """Give all processes the buffers of process 0: the running statistics of each are those of its shards."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -260,7 +260,7 @@ class ShardSampler:
         self.batches, self.distributed = batches, distributed
         self.sampler = batches.sampler
         self.counts: deque[int] = deque()
-        """The examples of the shards whose batches are not used yet."""
+        """The examples of the shards that are drawn but not yet used."""
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -1,4 +1,4 @@
-"""Pictures for a run's page, drawn by pillow, with letters that can be read where TensorBoard shrinks them."""
+"""Pictures for TensorBoard, with letters large enough to read after TensorBoard shrinks them."""
 
 import math
 from collections.abc import Sequence
@@ -11,16 +11,17 @@ _SIZE, _MARGIN = 26, 16
 
 
 def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Image.Image:
-    """How often each class was taken for each: a row for what it truly was, a column for what was predicted.
+    """Draw a confusion matrix: a row for each true class, a column for each predicted class.
 
-    What is right is blue and what is wrong is red, the darker, the larger its share of its row; 0 is left out.
+    Correct predictions are blue and wrong ones red. A cell is darker if its share of the row is larger. Zeros are
+    not shown.
 
     Args:
-        counts: (classes, classes) integers; counts[i, j] examples of class i were taken for class j.
-        names: of the classes.
+        counts: (classes, classes) integers; counts[i, j] examples of class i were predicted as class j.
+        names: the names of the classes.
 
     Raises:
-        ValueError: where there is not one row and one column for each name.
+        ValueError: if there is not one row and one column for each name.
     """
     if counts.shape != (len(names), len(names)):
         raise ValueError(f"{len(names)} names need as many rows and columns, not {tuple(counts.shape)}")
@@ -35,16 +36,16 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Image.Image:
     draw = ImageDraw.Draw(picture)
 
     draw.text((left + side / 2, _MARGIN), "predicted", _GREY, font, "mt")
-    picture.paste(_upright("true", _GREY, font, side), (_MARGIN, top))
+    picture.paste(_rotated_text("true", _GREY, font, side), (_MARGIN, top))
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         middle = round((number + 0.5) * cell)
         draw.text((left - 10, top + middle), name, _BLACK, font, "rm")
-        column = _upright(name, _BLACK, font, longest, "lm")
+        column = _rotated_text(name, _BLACK, font, longest, "lm")
         picture.paste(column, (left + middle - column.width // 2, top - 10 - longest))
         for other, count in enumerate(row):
             x, y = left + other * cell, top + number * cell
-            share = math.sqrt(count / max(sum(row), 1))  # the root, so that a few mistakes in a hundred are seen
-            shade = _mixed(_BLUE if other == number else _RED, share)
+            share = math.sqrt(count / max(sum(row), 1))  # the root makes rare mistakes visible
+            shade = _with_white(_BLUE if other == number else _RED, share)
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), shade if count else "#f1f3f4")
             if count:
                 colour = "white" if share > 0.6 else _BLACK
@@ -53,20 +54,20 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Image.Image:
 
 
 def grid(images: Tensor, captions: Sequence[str]) -> Image.Image:
-    """Small images side by side and one below the other, enlarged in whole pixels, each with words below it.
+    """Arrange small images in a grid, enlarged by a whole number, each with a caption below.
 
     Args:
-        images: (n, height, width) greys, or (n, height, width, 3) colours, uint8.
-        captions: one for each image, of one or more lines.
+        images: uint8, (n, height, width) grey or (n, height, width, 3) RGB.
+        captions: one for each image, with one or more lines.
 
     Raises:
-        ValueError: where there is not one caption for each image.
+        ValueError: if there is not one caption for each image.
     """
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images need as many captions, not {len(captions)}")
     font = ImageFont.load_default(_SIZE)
-    words = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    boxes = [words.multiline_textbbox((0, 0), caption, font) for caption in captions]
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [measure.multiline_textbbox((0, 0), caption, font) for caption in captions]
     widest, highest = (max((math.ceil(box[end]) for box in boxes), default=0) for end in (2, 3))
     height, width = images.shape[1:3]
     scale = max(1, max(140, widest) // max(height, width, 1))
@@ -87,14 +88,14 @@ Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def _mixed(colour: Colour, share: float) -> Colour:
-    """So much of a colour, and white."""
+def _with_white(colour: Colour, share: float) -> Colour:
+    """Mix a share of a colour with white."""
     red, green, blue = (round(255 + (part - 255) * share) for part in colour)
     return red, green, blue
 
 
-def _upright(words: str, colour: Colour, font: Font, length: int, anchor: str = "mm") -> Image.Image:
-    """Words that run from the bottom to the top of a picture of this height."""
+def _rotated_text(text: str, colour: Colour, font: Font, length: int, anchor: str = "mm") -> Image.Image:
+    """Draw text from the bottom to the top of a picture of this height."""
     picture = Image.new("RGB", (max(length, 1), _SIZE + 8), "white")
-    ImageDraw.Draw(picture).text((0 if anchor == "lm" else length / 2, _SIZE / 2 + 4), words, colour, font, anchor)
+    ImageDraw.Draw(picture).text((0 if anchor == "lm" else length / 2, _SIZE / 2 + 4), text, colour, font, anchor)
     return picture.transpose(Image.Transpose.ROTATE_90)

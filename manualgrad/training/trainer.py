@@ -385,7 +385,7 @@ class Trainer:
         """Check the size of the last batch, and log the bytes that the first one saves for backward."""
         model, world_size = unwrap_compiled(self.model), self.distributed.world_size
         check_last_batch(model, self._full_train_loader, batch, world_size)
-        if self.settings.strategy == "ddp" or world_size == 1:  # with FSDP one process alone cannot run the model
+        if self.settings.strategy == "ddp" or world_size == 1:  # FSDP cannot run the model in one process only
             with noting_shapes(self.model, batch, "train_loader"), self._objective.autocast():
                 self._logger.log_saved_bytes(self.model, batch.input, self.state.global_step)
 

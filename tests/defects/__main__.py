@@ -1,3 +1,3 @@
-from .gradcheck import table
+from .other_checkers import table
 
 print(table())

@@ -20,7 +20,7 @@ _LABELS = ("got", "for a contiguous tensor")
 
 def _noncontiguous(tensor: Tensor) -> list[tuple[str, Tensor]]:
     """Tensors with the same values and other strides."""
-    variants = [("every second element of", tensor.repeat_interleave(2, -1)[..., ::2])] if tensor.dim() else []
+    variants = [("strided", tensor.repeat_interleave(2, -1)[..., ::2])] if tensor.dim() else []
     if tensor.dim() > 1:
         variants.append(("transposed", tensor.transpose(0, -1).contiguous().transpose(0, -1)))
     if tensor.dim() in _CHANNELS_LAST:
@@ -32,7 +32,7 @@ def _expanded(tensor: Tensor) -> list[tuple[str, Tensor]]:
     """Tensors of the same shape with stride 0 along some axes."""
     variants = []
     if tensor.is_floating_point() and tensor.numel():
-        variants.append(("one number expanded to", real_vector(tensor)[:1].view(()).expand(tensor.shape)))
+        variants.append(("expanded", real_vector(tensor)[:1].view(()).expand(tensor.shape)))
     return variants + [
         (f"expanded along axis {axis}", tensor.narrow(axis, 0, 1).expand(tensor.shape))
         for axis in range(tensor.dim())

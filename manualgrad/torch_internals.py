@@ -1,6 +1,6 @@
-"""The versions of torch that were tried, its private names that are used, and what is done with them.
+"""The tested versions of torch, the private names of torch that manualgrad uses, and wrappers around them.
 
-Each private name has one place: here, if a rule needs it; else where `PRIVATE` says by its name.
+This is the lowest layer: it imports nothing of manualgrad. The import fails if torch lacks a private name.
 """
 
 from __future__ import annotations
@@ -17,25 +17,20 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.torch_version import TorchVersion
 
-TRIED = ("2.11.0", "2.13.0", "2.14.1")
-"""In ascending order. `scripts/check_versions.py` runs the tests on them."""
+TESTED_VERSIONS = ("2.11.0", "2.13.0", "2.14.1")
+"""In ascending order. `scripts/check_versions.py` runs the tests with each of them."""
 
-CLAMP_PASSES_AT_ITS_BOUND = torch.__version__ < TorchVersion("2.14")
-"""The derivative of clamp where x is the bound: 1 before torch 2.14, 0 since."""
+CLAMP_PASSES_GRADIENT_AT_BOUND = torch.__version__ < TorchVersion("2.14")
+"""The derivative of clamp at its bound is 1 before torch 2.14 and 0 since."""
 
 COMPILED_MULTILABEL_MARGIN_IS_WRONG = torch.__version__ < TorchVersion("2.14")
-"""torch.compile replaces its forward by a composition, which gives other values before torch 2.14."""
+"""torch.compile decomposes multilabel_margin_loss. Before torch 2.14 the decomposition gives wrong values."""
 
-UNPOOL_CHECK_IS_NOT_TRACED = torch.__version__ >= TorchVersion("2.13")
-"""With dynamic shapes torch.compile does not trace torch's own check of the output size; torch 2.11 does."""
+PACKED_LSTM_RUNS_STEP_BY_STEP = torch.__version__ < TorchVersion("2.13")
+"""On the CPU, an LSTM processes packed sequences of equal lengths step by step. torch 2.13 uses oneDNN's
+kernel."""
 
-INFER_SIZE_IS_NOT_TRACED = torch.__version__ < TorchVersion("2.13")
-"""torch.compile passes a plain tuple to `torch._C._infer_size`, which takes only a torch.Size."""
-
-PACKED_LSTM_BY_STEPS = torch.__version__ < TorchVersion("2.13")
-"""On the CPU an LSTM takes packed sequences of equal lengths step by step; since then by oneDNN's kernel."""
-
-PRIVATE = (
+PRIVATE_NAMES = (
     "torch.Tensor._is_view",
     "torch.Tensor._version",
     "torch._C._are_functorch_transforms_active",
@@ -50,7 +45,6 @@ PRIVATE = (
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._C._functorch.is_legacy_batchedtensor",
     "torch._C._get_tracing_state",
-    "torch._C._infer_size",
     "torch._C._is_any_autocast_enabled",
     "torch._C._nn.elu",
     "torch._C._nn.elu_",
@@ -84,35 +78,36 @@ PRIVATE = (
     "torch.utils._pytree.tree_map_only",
     "torch.utils._pytree.tree_unflatten",
 )
-"""What the import and the rules need. What is imported on use only (of DTensor, torch.compile) is not checked."""
+"""The private names that `check` looks for. Names that are imported on first use (DTensor, torch.compile) are not
+listed."""
 
 
-def check(private: Iterable[str] = PRIVATE) -> None:
-    """Warn of a newer torch than the newest that was tried.
+def check(private: Iterable[str] = PRIVATE_NAMES) -> None:
+    """Warn if torch is newer than the newest tested version.
 
     Raises:
-        ImportError: torch lacks a private name that is used here.
+        ImportError: torch lacks one of the private names.
     """
     for name in private:
         if not _exists(name):
             raise ImportError(
                 f"manualgrad uses {name}, which torch {torch.__version__} does not have. "
-                f"Install a version of torch that it was tried with ({', '.join(TRIED)}), or a newer manualgrad."
+                f"Install a tested version of torch ({', '.join(TESTED_VERSIONS)}) or a newer manualgrad."
             )
-    newest = TRIED[-1]
-    if _minor(torch.__version__) > _minor(newest):
+    newest = TESTED_VERSIONS[-1]
+    if _major_minor(torch.__version__) > _major_minor(newest):
         warnings.warn(
-            f"manualgrad was not tried with torch {torch.__version__}: the newest version tried is {newest}",
-            stacklevel=4,  # who imports manualgrad
+            f"manualgrad was not tested with torch {torch.__version__}: the newest tested version is {newest}",
+            stacklevel=4,  # the line that imports manualgrad
         )
 
 
-def _minor(version: str) -> tuple[int, ...]:
+def _major_minor(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")[:2]))
 
 
 def _exists(name: str) -> bool:
-    """The dotted name is there, its modules imported if need be."""
+    """The dotted name exists. Modules on its path are imported."""
     found: Any = torch
     path = name.split(".")
     for i, part in enumerate(path[1:], 2):
@@ -128,18 +123,18 @@ def _exists(name: str) -> bool:
 check()
 
 
-# After the check, which names what is missing.
+# These imports come after the check, which reports a missing name better than an ImportError.
 
 from torch._C import _autograd, _functorch  # noqa: E402  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch import eager_transforms  # noqa: E402
-from torch._functorch.utils import unwrap_dead_wrappers  # noqa: E402
+from torch._functorch import utils as functorch_utils  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
 
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-is_transformed = torch._C._are_functorch_transforms_active
+in_functorch_transform = torch._C._are_functorch_transforms_active
 """A transform of torch.func is active."""
-without_dead_wrappers = unwrap_dead_wrappers
-"""Tensors without the wrappers of torch.func transforms that have ended: a pullback called later receives some."""
+unwrap_dead_wrappers = functorch_utils.unwrap_dead_wrappers
+"""Unwraps tensors of torch.func transforms that have ended. A pullback that is called later may get some."""
 
 
 def in_forward_mode() -> bool:
@@ -150,60 +145,62 @@ def in_nested_forward_mode() -> bool:
     return eager_transforms.JVP_NESTING > 1
 
 
-def beyond_reverse_mode() -> bool:
-    """A level of forward mode is open, or a transform of torch.func is active."""
-    return in_forward_mode() or is_transformed()
+def in_forward_mode_or_transform() -> bool:
+    """A level of forward-mode AD is open, or a transform of torch.func is active."""
+    return in_forward_mode() or in_functorch_transform()
 
 
 def backward_is_differentiated() -> bool:
-    """The backward that runs now may itself be differentiated. Grad mode alone does not show this."""
-    return torch.is_grad_enabled() or beyond_reverse_mode()
+    """The running backward may itself be differentiated. (Grad mode does not show forward mode and transforms.)"""
+    return torch.is_grad_enabled() or in_forward_mode_or_transform()
 
 
 def inplace_is_safe(*tensors: Tensor) -> bool:
-    """Nothing observes the computation: it is not differentiated, transformed or compiled, and the tensors are
-    ordinary. Then an operation may write into a tensor that the computation has made."""
+    """Operations may write into the temporaries of a computation on these tensors.
+
+    It holds if the computation is not differentiated, transformed or compiled, and no tensor is a subclass.
+    """
     if backward_is_differentiated():
         return False
     for x in tensors:
-        if (type(x) is not Tensor and type(x) is not Parameter) or _functorch.is_legacy_batchedtensor(
-            x
-        ):  # of grad(is_grads_batched=True)
+        if type(x) is not Tensor and type(x) is not Parameter:
+            return False
+        if _functorch.is_legacy_batchedtensor(x):  # of torch.autograd.grad(is_grads_batched=True)
             return False
     return True
 
 
-def cuda_autocasts(operation: str) -> bool:
-    """CUDA's autocast casts the arguments of this operation (the dispatcher says so, with or without a GPU)."""
+def is_autocast_on_cuda(operation: str) -> bool:
+    """CUDA autocast casts the arguments of this ATen operation. The dispatcher knows this without a GPU."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operation}", "AutocastCUDA")
 
 
-def outer_forward_mode() -> AbstractContextManager[None]:
-    """Forward mode for the levels around the one whose ``jvp`` runs.
+def enable_outer_forward_mode() -> AbstractContextManager[None]:
+    """Enable forward mode for the outer levels while a ``jvp`` runs.
 
-    torch turns forward mode off while it calls ``jvp``, which loses the tangents of the levels around it
+    torch disables forward mode while it calls ``jvp``. That loses the tangents of the outer levels
     (pytorch#197867).
     """
     return forward_ad._set_fwd_grad_enabled(True) if in_nested_forward_mode() else nullcontext()
 
 
-def primal(tensor: Any) -> Any:
-    """The tensor without its tangent of the innermost level, but with those of the levels around it."""
+def unpack_primal(tensor: Any) -> Any:
+    """The tensor without its tangent of the innermost level. Tangents of outer levels stay."""
     if isinstance(tensor, Tensor) and in_nested_forward_mode() and not _functorch.is_batchedtensor(tensor):
         return forward_ad.unpack_dual(tensor, level=0).primal
     return tensor
 
 
-def unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor inside torch.func's wrappers: what it holds, for a check that may not depend on a batch."""
+def unwrap_functorch(tensor: Tensor) -> Tensor:
+    """The tensor inside all wrappers of torch.func, for checks that read values."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """One of the wrappers around the tensor is that of `torch.vmap`, which has no memory format."""
-    if torch.compiler.is_compiling() or not is_transformed():
+def is_vmapped(tensor: Tensor) -> bool:
+    """One of the tensor's wrappers is a batched tensor of `torch.vmap`. Its memory format cannot be queried."""
+    if torch.compiler.is_compiling() or not in_functorch_transform():
         return False
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):
@@ -213,23 +210,26 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def is_last_backward() -> bool:
-    """The graph is not retained: saved tensors are read now for the last time."""
+    """The running backward frees the graph, so it reads saved tensors for the last time."""
     return not torch.compiler.is_compiling() and not _autograd._get_current_graph_task_keep_graph()
 
 
-def is_distributed(tensor: Tensor) -> bool:
-    """A DTensor. (Its module takes half a second to import; a process that has a DTensor has imported it.)"""
+def is_dtensor(tensor: Tensor) -> bool:
+    """The tensor is a DTensor. (The import takes half a second. A process that has a DTensor has imported it.)"""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def may_be_overwritten(tensor: Tensor, as_view: bool) -> bool:
-    """A rule may write its output over this input, in reverse mode only.
+def can_write_inplace(tensor: Tensor, as_view: bool) -> bool:
+    """A rule may write its output into this input. It holds in reverse mode only.
 
-    torch refuses it for a leaf that requires a gradient, and for some views: its own functions raise before they
-    write.
+    torch refuses writes into a leaf that requires a gradient, and into some views. Its own functions raise the
+    error before they write.
+
+    Args:
+        as_view: a view is allowed.
     """
-    if type(tensor) is not Tensor or beyond_reverse_mode() or torch.compiler.is_compiling():
+    if type(tensor) is not Tensor or in_forward_mode_or_transform() or torch.compiler.is_compiling():
         return False
     if not tensor._is_view():
         return not (tensor.is_leaf and tensor.requires_grad)
@@ -238,11 +238,12 @@ def may_be_overwritten(tensor: Tensor, as_view: bool) -> bool:
     return as_view and usual and not (base.is_leaf and base.requires_grad)
 
 
-def without_view(output: Tensor, inputs: Iterable[Any]) -> Tensor:
-    """The output as a tensor that is no view, unless it is a view of an input.
+def as_non_view(output: Tensor, inputs: Iterable[Any]) -> Tensor:
+    """The output as a tensor that is not a view, unless it is a view of an input.
 
-    torch's own operations return such views (a product of three axes is one of a product of two) and allow writes
-    into them. Autograd refuses a write into a view that was made inside a Function. ``.data`` shares the memory.
+    Some torch operations return a view of a temporary (a product of 3-d tensors is a view of a product of 2-d
+    tensors). torch allows writes into it, but not if it was made inside a Function. ``.data`` shares the memory
+    and is no view.
     """
     if not output._is_view() or any(_shares_base(x, output) for x in inputs if isinstance(x, Tensor)):
         return output

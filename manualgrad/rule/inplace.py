@@ -1,7 +1,7 @@
-"""The operations of a program that reuses its temporaries.
+"""The operations that a program with reused temporaries calls (see reuse.py).
 
-Each has the result of the plain operation, to rounding. One that may write into an operand does so if the result
-has the shape and the dtype of the operand, and returns it; else it makes a new tensor.
+Each gives the result of the plain operation up to rounding. One that may write into an operand does so if the
+result has the shape and dtype of the operand, and returns the operand. Otherwise it returns a new tensor.
 """
 
 from __future__ import annotations
@@ -13,35 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""By the number of axes."""
-
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
-def is_channels_last(tensor: Tensor) -> bool:
-    """A batch of images (or of volumes) whose channels are innermost in memory."""
-    form = CHANNELS_LAST.get(tensor.dim())
-    return form is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=form)
-
-
-def _fits(operand: Any, other: Any) -> bool:
-    """The result of an arithmetic operation has the shape and the dtype of the operand."""
+def _result_fits(operand: Any, other: Any) -> bool:
+    """The result of an arithmetic operation on both has the shape and dtype of the operand."""
     if not isinstance(operand, Tensor):
         return False
     if not isinstance(other, Tensor):
         return operand.is_floating_point() and not isinstance(other, complex)
     if operand.dtype != other.dtype:
         return False
-    return other.shape == operand.shape or _broadcasts(other, operand)
+    return other.shape == operand.shape or _broadcasts_to(other, operand)
 
 
 def _into_left(plain: Callable[..., Any], into: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-    return lambda left, right: into(left, right) if _fits(left, right) else plain(left, right)
+    return lambda left, right: into(left, right) if _result_fits(left, right) else plain(left, right)
 
 
 def _into_right(plain: Callable[..., Any], into: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-    return lambda left, right: into(left, right) if _fits(right, left) else plain(left, right)
+    return lambda left, right: into(left, right) if _result_fits(right, left) else plain(left, right)
 
 
 def _subtract_into_right(left: Any, right: Tensor) -> Tensor:
@@ -57,40 +48,39 @@ def _neg_into(operand: Any) -> Any:
 
 
 def _into(method: str, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    """The method, whose name ends in _, on a tensor that it may write into."""
+    """Call an in-place method, or its out-of-place variant if the result does not fit into the tensor."""
     others = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     if (
         not tensor.is_floating_point()
-        or not _keeps_shape(method, tensor, others)
+        or not _result_has_shape_of(method, tensor, others)
         or any(x.dtype != tensor.dtype for x in others if x.is_floating_point())
     ):
         method = method.removesuffix("_")
     return getattr(tensor, method)(*args, **kwargs)
 
 
-def _keeps_shape(method: str, tensor: Tensor, others: list[Tensor]) -> bool:
-    """The result has the shape of the tensor."""
+def _result_has_shape_of(method: str, tensor: Tensor, others: list[Tensor]) -> bool:
+    """The result of the method has the shape of the tensor."""
     if method in ("addmm_", "baddbmm_"):
         return tensor.shape == (*others[0].shape[:-1], others[1].shape[-1])
-    return method in ("scatter_add_", "index_add_", "index_put_") or all(_broadcasts(x, tensor) for x in others)
+    return method in ("scatter_add_", "index_add_", "index_put_") or all(_broadcasts_to(x, tensor) for x in others)
 
 
-def _broadcasts(other: Tensor, tensor: Tensor) -> bool:
-    """To the shape of the tensor."""
+def _broadcasts_to(other: Tensor, tensor: Tensor) -> bool:
     sizes = zip(reversed(other.shape), reversed(tensor.shape), strict=False)
     return other.dim() <= tensor.dim() and all(m in (1, n) for m, n in sizes)
 
 
 def _addcmul(term: Any, a: Any, b: Any, sign: int) -> Any:
     """term ± a b"""
-    if _are_alike(term, a, b):
+    if _addcmul_applies(term, a, b):
         return torch.addcmul(term, a, b, value=sign)
     return _add_signed(term, a * b, sign)
 
 
 def _add_signed(term: Any, product: Any, sign: int) -> Any:
-    """term ± product, which is a temporary."""
-    if _fits(product, term):
+    """term ± product. The product is a temporary."""
+    if _result_fits(product, term):
         if sign > 0:
             return product.add_(term)
         return _subtract_into_right(term, product)
@@ -98,32 +88,33 @@ def _add_signed(term: Any, product: Any, sign: int) -> Any:
 
 
 def _addcmul_into_term(term: Any, a: Any, b: Any, sign: int) -> Any:
-    if _are_alike(term, a, b):
+    if _addcmul_applies(term, a, b):
         return term.addcmul_(a, b, value=sign)
     for tensor, number in ((a, b), (b, a)):
-        if isinstance(number, (int, float)) and isinstance(tensor, Tensor) and _fits(term, tensor):
+        if isinstance(number, (int, float)) and isinstance(tensor, Tensor) and _result_fits(term, tensor):
             return term.add_(tensor, alpha=sign * number)
     product = a * b
-    if _fits(term, product):
+    if _result_fits(term, product):
         return term.add_(product) if sign > 0 else term.sub_(product)
     return _add_signed(term, product, sign)
 
 
 def _addcmul_into_factor(term: Any, factor: Any, other: Any, sign: int) -> Any:
-    return _add_signed(term, factor.mul_(other) if _fits(factor, other) else factor * other, sign)
+    return _add_signed(term, factor.mul_(other) if _result_fits(factor, other) else factor * other, sign)
 
 
-def _are_alike(term: Any, a: Any, b: Any) -> bool:
-    """Tensors of one dtype and shape; one factor may broadcast. (With two addcmul is not vectorized.)"""
+def _addcmul_applies(term: Any, a: Any, b: Any) -> bool:
+    """All are tensors of one dtype and shape. One factor may broadcast. (If both do, addcmul is not
+    vectorized.)"""
     if not (isinstance(term, Tensor) and isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
     if not (term.dtype == a.dtype == b.dtype) or not (term.is_floating_point() or term.is_complex()):
         return False
     shape = term.shape
-    return (a.shape == shape and _fits(term, b)) or (b.shape == shape and _fits(term, a))
+    return (a.shape == shape and _result_fits(term, b)) or (b.shape == shape and _result_fits(term, a))
 
 
-# --- comparisons and choices: on the CPU those with booleans are not vectorized ---
+# --- comparisons and torch.where: on the CPU, operations on booleans are not vectorized ---
 
 
 def _is_vectorized(a: Any, b: Any) -> bool:
@@ -142,14 +133,14 @@ def _compare(name: str, a: Any, b: Any) -> Any:
 
 
 def _indicator(name: str, a: Any, b: Any) -> Any:
-    """A comparison as numbers, 1 and 0, if that is faster; else as booleans."""
+    """A comparison as numbers 1 and 0 if that is faster, otherwise as booleans."""
     if not _is_vectorized(a, b):
         return getattr(operator, name)(a, b)
     return getattr(torch, name)(a, b, out=torch.empty_like(a))
 
 
 def _and(a: Any, b: Any) -> Any:
-    """Of two indicators."""
+    """The conjunction of two indicators."""
     if a.dtype == torch.bool or b.dtype == torch.bool or a.shape != b.shape:
         return a.bool() & b.bool()
     return a.mul_(b)
@@ -166,30 +157,30 @@ def _not(a: Any) -> Any:
 
 
 def where(mask: Any, a: Any, b: Any) -> Any:
-    """`torch.where`, of a mask of booleans, or of numbers that nothing else reads."""
+    """`torch.where`. The mask has booleans, or numbers 1 and 0 that nothing else reads."""
     first = a if isinstance(a, Tensor) else b
-    if not _is_on_bits(mask, first, a, b):
+    if not _can_select_bitwise(mask, first, a, b):
         return torch.where(mask if mask.dtype == torch.bool else mask.bool(), a, b)
-    # Integer arithmetic on the bits is vectorized and exact: what is not chosen, even nan, has no influence
+    # Integer arithmetic on the bits is vectorized and exact. A nan that is not selected has no influence.
     bits = _INTEGERS[first.element_size()]
     if mask.dtype == torch.bool:
-        chosen = mask.expand(first.shape).to(bits)
+        selected = mask.expand(first.shape).to(bits)
     else:
-        chosen = mask.view(bits).ne_(0)
+        selected = mask.view(bits).ne_(0)
     if _is_zero(a):
-        return chosen.sub_(1).bitwise_and_(b.view(bits)).view(first.dtype)
+        return selected.sub_(1).bitwise_and_(b.view(bits)).view(first.dtype)
     if _is_zero(b):
-        return chosen.neg_().bitwise_and_(a.view(bits)).view(first.dtype)
+        return selected.neg_().bitwise_and_(a.view(bits)).view(first.dtype)
     a, b = ((x if isinstance(x, Tensor) else torch.full_like(first, x)).view(bits) for x in (a, b))
-    return chosen.mul_(a - b).add_(b).view(first.dtype)
+    return selected.mul_(a - b).add_(b).view(first.dtype)
 
 
 def _is_zero(value: Any) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-def _is_on_bits(mask: Tensor, first: Any, *values: Any) -> bool:
-    """The choice can be made on the bits of the numbers: on the CPU, where the result is as the first tensor."""
+def _can_select_bitwise(mask: Tensor, first: Any, *values: Any) -> bool:
+    """The selection can be computed on the bits: on the CPU, if all tensors have one floating dtype and shape."""
     if not isinstance(first, Tensor) or not first.is_cpu or not first.is_floating_point():
         return False
     for x in values:
@@ -197,10 +188,10 @@ def _is_on_bits(mask: Tensor, first: Any, *values: Any) -> bool:
             return False
     if mask.dtype != torch.bool:
         return mask.shape == first.shape and mask.dtype == first.dtype
-    return _broadcasts(mask, first)
+    return _broadcasts_to(mask, first)
 
 
-SCOPE: dict[str, Any] = {
+NAMESPACE: dict[str, Any] = {
     "_mul_into_left": _into_left(operator.mul, Tensor.mul_),
     "_add_into_left": _into_left(operator.add, Tensor.add_),
     "_sub_into_left": _into_left(operator.sub, Tensor.sub_),
@@ -220,4 +211,4 @@ SCOPE: dict[str, Any] = {
     "_or": _or,
     "_not": _not,
 }
-"""What the text of such a program calls, by name."""
+"""The functions that the source of such a program calls, by name."""

@@ -1,7 +1,8 @@
-"""The models that scripts/benchmark.py measures: ordinary torch code, each written once. `CASES` lists them.
+"""The models that scripts/benchmark.py and scripts/check_gpu.py measure (`CASES`), in ordinary torch code.
 
-A model's ``forward`` takes a batch and gives the loss. Some of their modules have a switch, set from outside: that
-of `Blocks` is ``checkpointed`` (each block is computed again in the backward), of `Head` and `Layer` ``form``.
+A model's ``forward`` takes a batch and returns the loss. Some modules have an attribute that a benchmark variant
+sets: ``Blocks.checkpointed`` (recompute each block in the backward), ``Head.implementation`` and
+``Layer.implementation``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Batch = tuple[Tensor, ...]
 
 
 class Blocks(nn.ModuleList):
-    """Blocks one after the other."""
+    """Blocks in sequence."""
 
     checkpointed = False
 
@@ -37,11 +38,13 @@ class Blocks(nn.ModuleList):
 
 
 class MLP(nn.Module):
-    """Linear layers with something between them, and the cross entropy of ten classes."""
+    """Linear layers with activations between them, and the cross entropy of ten classes."""
 
-    def __init__(self, width: int, depth: int, between: Callable[[int], list[nn.Module]]) -> None:
+    def __init__(self, width: int, depth: int, make_activation: Callable[[int], list[nn.Module]]) -> None:
         super().__init__()
-        layers = [layer for _ in range(depth - 1) for layer in (nn.Linear(width, width), *between(width))]
+        layers: list[nn.Module] = []
+        for _ in range(depth - 1):
+            layers += [nn.Linear(width, width), *make_activation(width)]
         self.layers = nn.Sequential(*layers, nn.Linear(width, 10))
         self.loss = nn.CrossEntropyLoss()
 
@@ -53,13 +56,13 @@ class MLP(nn.Module):
 
 
 class VGG(nn.Module):
-    """Stages of convolutions and ReLU, each with max-pooling at its end."""
+    """Stages of two convolutions with ReLU, each followed by max pooling."""
 
     def __init__(self, widths: tuple[int, ...] = (64, 128, 256)) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for before, width in zip((3, *widths), widths, strict=False):
-            layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(inplace=True)]
+        for in_channels, width in zip((3, *widths), widths, strict=False):
+            layers += [nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.classifier = nn.Sequential(
@@ -71,15 +74,16 @@ class VGG(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    def __init__(self, before: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or before != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        if stride > 1 or in_channels != width:
+            projection = nn.Conv2d(in_channels, width, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -104,40 +108,38 @@ class ResNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of several heads, some of which may share keys and values, with rotary positions or not."""
+    """Multi-head self-attention, optionally with grouped queries and rotary position embedding."""
 
     def __init__(
         self, d: int, heads: int, kv_heads: int, bias: bool, dropout: float, causal: bool, rotary: bool
     ) -> None:
         super().__init__()
         self.sizes = (d, kv_heads * d // heads, kv_heads * d // heads)
-        self.head, self.dropout, self.causal, self.grouped = d // heads, dropout, causal, kv_heads < heads
+        self.head_dim, self.dropout, self.causal, self.enable_gqa = d // heads, dropout, causal, kv_heads < heads
         self.qkv = nn.Linear(d, sum(self.sizes), bias=bias)
         self.out = nn.Linear(d, d, bias=bias)
-        self.rotary = Rotary(self.head) if rotary else None
+        self.rotary = RotaryEmbedding(self.head_dim) if rotary else None
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head)).transpose(1, 2) for part in self.qkv(x).split(self.sizes, -1)
-        )
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in self.qkv(x).split(self.sizes, -1))
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=self.causal, enable_gqa=self.grouped
+            q, k, v, dropout_p=dropout, is_causal=self.causal, enable_gqa=self.enable_gqa
         )
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-class Rotary(nn.Module):
-    """Pairs of features turned by an angle that grows with the position (Su et al., RoFormer, 2021)."""
+class RotaryEmbedding(nn.Module):
+    """Rotate pairs of features by an angle proportional to the position (Su et al., RoFormer, 2021)."""
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, d: int, longest: int = 1024) -> None:
+    def __init__(self, d: int, max_length: int = 1024) -> None:
         super().__init__()
-        angles = torch.arange(longest)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
+        angles = torch.arange(max_length)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
         self.register_buffer("cos", torch.cat([angles.cos()] * 2, -1), persistent=False)
         self.register_buffer("sin", torch.cat([angles.sin()] * 2, -1), persistent=False)
 
@@ -187,28 +189,29 @@ def llama_block(d: int, heads: int) -> nn.Module:
 
 
 class Head(nn.Module):
-    """The cross entropy of the next token: of scores, which are a linear layer's, or of both as one function."""
+    """A linear layer and the cross entropy of the next token."""
 
-    form: Literal["scores", "whole", "chunked", "liger"] = "scores"
-    """With scores; as one function, ours; torch's own, which goes in chunks if it is told to; Liger's."""
+    implementation: Literal["logits", "fused", "chunked", "liger"] = "logits"
+    """Two functions with all logits between them, or one function: manualgrad's (fused), torch's with chunks
+    (chunked), or Liger-Kernel's (liger)."""
 
     def __init__(self, vocabulary: int, d: int) -> None:
         super().__init__()
         self.linear = nn.Linear(d, vocabulary, bias=False)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        if self.form == "scores":
+        if self.implementation == "logits":
             return F.cross_entropy(self.linear(x), target)
-        if self.form == "liger":
+        if self.implementation == "liger":
             return liger().liger_fused_linear_cross_entropy(x, self.linear.weight, target)
-        if self.form == "whole":
+        if self.implementation == "fused":
             return manualgrad.nn.functional.linear_cross_entropy(x, self.linear.weight, target)
         options = nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(x, self.linear.weight, target, options=options)
 
 
 class LanguageModel(nn.Module):
-    """Predicts the next token. The head's weight is that of the embedding."""
+    """Predict the next token. Head and embedding share their weight."""
 
     def __init__(
         self, vocabulary: int, d: int, positions: int, dropout: float, norm: nn.Module, blocks: Blocks
@@ -240,7 +243,7 @@ def llama(vocabulary: int, d: int = 512, depth: int = 4, heads: int = 8) -> nn.M
 
 
 class BERT(nn.Module):
-    """Post-norm encoder, classifying by the first token."""
+    """A post-norm encoder that classifies by the first token."""
 
     def __init__(self, vocabulary: int = 30522, d: int = 512, depth: int = 4, heads: int = 8) -> None:
         super().__init__()
@@ -252,13 +255,13 @@ class BERT(nn.Module):
         self.head = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Dropout(0.1), nn.Linear(d, 2))
 
     def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.blocks(self.dropout(self.norm(self.tokens(tokens) + self.positions(places))))
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.blocks(self.dropout(self.norm(self.tokens(tokens) + self.positions(positions))))
         return F.cross_entropy(self.head(x[:, 0]), target)
 
 
 class ViT(nn.Module):
-    """Patches of an image as tokens, their mean classified."""
+    """A transformer over the patches of an image that classifies by their mean."""
 
     def __init__(self, size: int = 128, patch: int = 8, d: int = 256, depth: int = 4, heads: int = 8) -> None:
         super().__init__()
@@ -272,11 +275,11 @@ class ViT(nn.Module):
         return F.cross_entropy(self.head(self.norm(self.blocks(x)).mean(1)), target)
 
 
-# Models of the package transformers, with random weights
+# Models of the transformers package, with random weights
 
 
 class Transformers(nn.Module):
-    """One of its models, called for the loss."""
+    """A model of the transformers package. Its forward returns the loss."""
 
     def __init__(self, model: str, config: str, **sizes: Any) -> None:
         super().__init__()
@@ -315,37 +318,40 @@ def hf_resnet() -> nn.Module:
     return Transformers("ResNetForImageClassification", "ResNetConfig", layer_type="basic", **sizes)
 
 
-# Single layers, beside Liger-Kernel's
+# Single layers that Liger-Kernel also has
 
 
 def liger() -> Any:
-    """Liger-Kernel's functions: kernels in Triton, for CUDA."""
+    """Return the module of Liger-Kernel's functions (Triton kernels for CUDA)."""
     return importlib.import_module("liger_kernel.transformers.functional")
 
 
 class Layer(nn.Module):
-    """A function of tensors that all learn."""
+    """A function of tensors that all require a gradient."""
 
-    form: str = "plain"
-    """Another than "liger": the plain one."""
+    implementation: str = "torch"
+    """Liger-Kernel's function for "liger", torch's for any other value."""
 
     def __init__(
-        self, plain: Callable[..., Tensor], ligers: Callable[..., Tensor], *shapes: tuple[int, ...]
+        self,
+        torch_function: Callable[..., Tensor],
+        liger_function: Callable[..., Tensor],
+        *shapes: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.plain, self.ligers = plain, ligers
+        self.torch_function, self.liger_function = torch_function, liger_function
         self.tensors = nn.ParameterList([torch.randn(shape) for shape in shapes])
 
     def forward(self, *targets: Tensor) -> Tensor:
-        if self.form == "liger":
-            return self.ligers(*self.tensors, *targets)
-        return self.plain(*self.tensors, *targets)
+        if self.implementation == "liger":
+            return self.liger_function(*self.tensors, *targets)
+        return self.torch_function(*self.tensors, *targets)
 
 
 def rms_norm() -> nn.Module:
     return Layer(
         lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6),
-        lambda x, weight: liger().liger_rms_norm(x, weight, 1e-6, in_place=False),  # else it writes over g
+        lambda x, weight: liger().liger_rms_norm(x, weight, 1e-6, in_place=False),  # else it overwrites g
         *((4096, 4096), (4096,)),
     )
 
@@ -382,8 +388,8 @@ def cross_entropy() -> nn.Module:
     )
 
 
-class FromLearned(nn.Module):
-    """A head whose input learns as well."""
+class HeadWithInput(nn.Module):
+    """A head with an input that requires a gradient."""
 
     def __init__(self, vocabulary: int, d: int) -> None:
         super().__init__()
@@ -398,30 +404,30 @@ class FromLearned(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One model and its batch, made by the random state."""
+    """A model and its batch. Both are made from the global random state."""
 
     name: str
     title: str
     make: Callable[[], nn.Module]
     batch: Callable[[], Batch]
-    contestants: tuple[str, ...] = ("ours", "compiled")
-    """Who is measured, besides torch.nn as it is: see `CONTESTANTS` in scripts/benchmark.py."""
+    variants: tuple[str, ...] = ("manualgrad", "torch_compiled")
+    """The variants to measure besides plain torch.nn. See `VARIANTS` in lib/steps.py."""
     functional: bool = True
-    """It calls functions; else it consists of modules alone."""
+    """Whether the model also calls functions of torch.nn.functional."""
 
 
-_BLOCKS = ("ours", "checkpointed", "ours_checkpointed", "compiled")
-_HEADS = (*_BLOCKS, "chunked", "liger")
-_LAYERS = ("ours", "compiled", "liger")
+_BLOCK_VARIANTS = ("manualgrad", "torch_checkpointed", "manualgrad_checkpointed", "torch_compiled")
+_HEAD_VARIANTS = (*_BLOCK_VARIANTS, "torch_chunked", "liger")
+_LAYER_VARIANTS = ("manualgrad", "torch_compiled", "liger")
 
 
-def classes(batch: int, *shape: int) -> Callable[[], Batch]:
-    """Random inputs of ten classes."""
+def classification_batch(batch: int, *shape: int) -> Callable[[], Batch]:
+    """Random inputs and labels of ten classes."""
     return lambda: (torch.randn(batch, *shape), torch.randint(10, (batch,)))
 
 
-def text(vocabulary: int, batch: int = 4, length: int = 256) -> Callable[[], Batch]:
-    """Random tokens, and each one's next."""
+def language_batch(vocabulary: int, batch: int = 4, length: int = 256) -> Callable[[], Batch]:
+    """Random tokens, and for each the next one as its target."""
 
     def make() -> Batch:
         tokens = torch.randint(vocabulary, (batch, length + 1))
@@ -442,61 +448,80 @@ def _relu(width: int) -> list[nn.Module]:
     return [nn.ReLU(), nn.Dropout(0.1)]
 
 
-def targets(below: int) -> Callable[[], Batch]:
-    return lambda: (torch.randint(below, (4096,)),)
+def label_batch(classes: int) -> Callable[[], Batch]:
+    return lambda: (torch.randint(classes, (4096,)),)
 
 
+_wide_batch = classification_batch(4096, 512)
 CASES = [
-    Case("mlp_gelu", "MLP: GELU, dropout", lambda: MLP(512, 6, _gelu), classes(4096, 512), functional=False),
+    Case(
+        "mlp_gelu",
+        "MLP: GELU, dropout",
+        lambda: MLP(512, 6, _gelu),
+        _wide_batch,
+        functional=False,
+    ),
     Case(
         "mlp_batch_norm",
         "MLP: batch norm, ReLU, dropout",
         lambda: MLP(512, 6, _batch_norm),
-        classes(4096, 512),
+        _wide_batch,
         functional=False,
     ),
-    Case("mlp_relu", "MLP: ReLU, dropout", lambda: MLP(512, 6, _relu), classes(4096, 512), functional=False),
+    Case(
+        "mlp_relu",
+        "MLP: ReLU, dropout",
+        lambda: MLP(512, 6, _relu),
+        _wide_batch,
+        functional=False,
+    ),
     Case(
         "mlp_tiny",
         "MLP: ReLU, batch 64, width 64",
         lambda: MLP(64, 3, lambda _: [nn.ReLU()]),
-        classes(64, 64),
+        classification_batch(64, 64),
         functional=False,
     ),
-    Case("vgg", "VGG-like, 32x32", VGG, classes(32, 3, 32, 32)),
-    Case("resnet", "ResNet-like, 32x32", ResNet, classes(32, 3, 32, 32)),
-    Case("vit", "ViT-like, 256 patches", ViT, classes(8, 3, 128, 128)),
+    Case("vgg", "VGG-like, 32x32", VGG, classification_batch(32, 3, 32, 32)),
+    Case("resnet", "ResNet-like, 32x32", ResNet, classification_batch(32, 3, 32, 32)),
+    Case("vit", "ViT-like, 256 patches", ViT, classification_batch(8, 3, 128, 128)),
     Case("bert", "BERT-like, T=256", BERT, lambda: (torch.randint(30522, (4, 256)), torch.randint(2, (4,)))),
-    Case("gpt", "GPT, V=256", lambda: gpt(256), text(256), _BLOCKS),
-    Case("gpt_50257", "GPT, V=50257", lambda: gpt(50257), text(50257), _HEADS),
-    Case("llama", "Llama-like, V=32000", lambda: llama(32000), text(32000), _HEADS),
+    Case("gpt", "GPT, V=256", lambda: gpt(256), language_batch(256), _BLOCK_VARIANTS),
+    Case("gpt_50257", "GPT, V=50257", lambda: gpt(50257), language_batch(50257), _HEAD_VARIANTS),
+    Case("llama", "Llama-like, V=32000", lambda: llama(32000), language_batch(32000), _HEAD_VARIANTS),
 ]
 if importlib.util.find_spec("transformers"):
-    _two = lambda: torch.randint(2, (4,))  # noqa: E731 (labels of its two classes)
+
+    def _labels(batch: int = 4) -> Tensor:
+        return torch.randint(2, (batch,))
+
+    def _tokens(vocabulary: int) -> Tensor:
+        return torch.randint(vocabulary, (4, 256))
+
     CASES += [
-        Case("hf_gpt2", "transformers' GPT-2, V=50257", hf_gpt2, lambda: (torch.randint(50257, (4, 256)),) * 2),
-        Case("hf_llama", "transformers' Llama, V=32000", hf_llama, lambda: (torch.randint(32000, (4, 256)),) * 2),
-        Case("hf_bert", "transformers' BERT, T=256", hf_bert, lambda: (torch.randint(30522, (4, 256)), _two())),
-        Case("hf_vit", "transformers' ViT, 256 patches", hf_vit, lambda: (torch.randn(4, 3, 128, 128), _two())),
+        Case("hf_gpt2", "transformers' GPT-2, V=50257", hf_gpt2, lambda: (_tokens(50257),) * 2),
+        Case("hf_llama", "transformers' Llama, V=32000", hf_llama, lambda: (_tokens(32000),) * 2),
+        Case("hf_bert", "transformers' BERT, T=256", hf_bert, lambda: (_tokens(30522), _labels())),
+        Case("hf_vit", "transformers' ViT, 256 patches", hf_vit, lambda: (torch.randn(4, 3, 128, 128), _labels())),
         Case(
             "hf_resnet",
             "transformers' ResNet, 64x64",
             hf_resnet,
-            lambda: (torch.randn(32, 3, 64, 64), torch.randint(2, (32,))),
+            lambda: (torch.randn(32, 3, 64, 64), _labels(32)),
         ),
     ]
 LAYERS = [
-    Case("liger_rms_norm", "RMSNorm, 4096x4096", rms_norm, lambda: (), _LAYERS),
-    Case("liger_layer_norm", "LayerNorm, 4096x4096", layer_norm, lambda: (), _LAYERS),
-    Case("liger_swiglu", "SwiGLU, 4096x11008", swiglu, lambda: (), _LAYERS),
-    Case("liger_geglu", "GeGLU, 4096x11008", geglu, lambda: (), _LAYERS),
-    Case("liger_softmax", "softmax, 4096x4096", softmax, lambda: (), _LAYERS),
-    Case("liger_cross_entropy", "cross entropy, 4096x32000", cross_entropy, targets(32000), _LAYERS),
+    Case("liger_rms_norm", "RMSNorm, 4096x4096", rms_norm, lambda: (), _LAYER_VARIANTS),
+    Case("liger_layer_norm", "LayerNorm, 4096x4096", layer_norm, lambda: (), _LAYER_VARIANTS),
+    Case("liger_swiglu", "SwiGLU, 4096x11008", swiglu, lambda: (), _LAYER_VARIANTS),
+    Case("liger_geglu", "GeGLU, 4096x11008", geglu, lambda: (), _LAYER_VARIANTS),
+    Case("liger_softmax", "softmax, 4096x4096", softmax, lambda: (), _LAYER_VARIANTS),
+    Case("liger_cross_entropy", "cross entropy, 4096x32000", cross_entropy, label_batch(32000), _LAYER_VARIANTS),
     Case(
         *("liger_linear_cross_entropy", "linear cross entropy, 4096x4096, V=32000"),
-        *(lambda: FromLearned(32000, 4096), targets(32000), (*_LAYERS, "chunked")),
+        *(lambda: HeadWithInput(32000, 4096), label_batch(32000), (*_LAYER_VARIANTS, "torch_chunked")),
     ),
 ]
-"""Measured on CUDA, where Liger-Kernel runs; single operations of torch's are in the table of operations."""
+"""Measured on CUDA only, where Liger-Kernel runs."""
 
-NAMED = {case.name: case for case in CASES + LAYERS}
+CASES_BY_NAME = {case.name: case for case in CASES + LAYERS}

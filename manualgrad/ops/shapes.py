@@ -1,0 +1,47 @@
+"""Shapes: settings per dimension, flattened and broadcast tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IntOrInts = int | Sequence[int]
+
+
+def to_tuple(value: IntOrInts, n: int) -> tuple[int, ...]:
+    """One number per dimension. An int, or a sequence of one, applies to all n dimensions."""
+    if isinstance(value, int):
+        return (value,) * n
+    if len(value) not in (1, n):
+        raise RuntimeError(f"expected one number or {n}, but got {tuple(value)}")
+    return tuple(value) * n if len(value) == 1 else tuple(value)
+
+
+def rows(tensor: Tensor, k: int = 1) -> Tensor:
+    """Flatten all axes but the last k into one."""
+    if tensor.dim() == k + 1:
+        return tensor
+    return tensor.reshape(math.prod(tensor.shape[: tensor.dim() - k]), *tensor.shape[tensor.dim() - k :])
+
+
+def flatten(tensor: Tensor, first: int = 0, last: int = -1) -> Tensor:
+    """`torch.flatten`, also for empty tensors and gradcheck's vmap, which torch's does not support."""
+    first, last = first % tensor.dim(), last % tensor.dim()
+    shape = tensor.shape
+    return tensor.reshape(*shape[:first], math.prod(shape[first : last + 1]), *shape[last + 1 :])
+
+
+def unflatten(tensor: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
+    """`torch.unflatten`, likewise."""
+    axis = axis % tensor.dim()
+    return tensor.reshape(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :])
+
+
+def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`torch.broadcast_tensors`. Tensors of one shape are returned unchanged."""
+    if all(x.size() == tensors[0].size() for x in tensors):
+        return tensors
+    return tuple(torch.broadcast_tensors(*tensors))
