@@ -23,7 +23,7 @@ from manualgrad.rule import Rule
 from manualgrad.show import show
 from manualgrad.verification import verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FallbackError",

@@ -26,6 +26,12 @@ CLAMP_PASSES_GRADIENT_AT_BOUND = torch.__version__ < TorchVersion("2.14")
 COMPILED_MULTILABEL_MARGIN_IS_WRONG = torch.__version__ < TorchVersion("2.14")
 """torch.compile decomposes multilabel_margin_loss. Before torch 2.14 the decomposition gives wrong values."""
 
+UNPOOL_CHECK_IS_NOT_TRACED = torch.__version__ >= TorchVersion("2.13")
+"""With dynamic shapes, torch.compile does not trace torch's own check of the output size. torch 2.11 does."""
+
+INFER_SIZE_IS_NOT_TRACED = torch.__version__ < TorchVersion("2.13")
+"""torch.compile passes a plain tuple to `torch._C._infer_size`, which accepts only a torch.Size."""
+
 PACKED_LSTM_RUNS_STEP_BY_STEP = torch.__version__ < TorchVersion("2.13")
 """On the CPU, an LSTM processes packed sequences of equal lengths step by step. torch 2.13 uses oneDNN's
 kernel."""
@@ -45,6 +51,7 @@ PRIVATE_NAMES = (
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._C._functorch.is_legacy_batchedtensor",
     "torch._C._get_tracing_state",
+    "torch._C._infer_size",
     "torch._C._is_any_autocast_enabled",
     "torch._C._nn.elu",
     "torch._C._nn.elu_",

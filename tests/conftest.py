@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from manualgrad.registry import Op, TensorFactory, ops
+from manualgrad.verification import LAWS
 
 os.environ.setdefault("PYTHONWARNINGS", "ignore:manualgrad was not tested with torch")  # for subprocesses
 
@@ -41,11 +42,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("op", [pytest.param(op, id=op.name) for op in ops().values()])
 
 
+MARKERS_OF_FILES = {
+    "test_check_gpu.py": ("scripts", "slow"),
+    "test_distributed.py": ("multiprocess", "slow"),
+    "test_faults.py": ("multiprocess", "slow"),
+    "test_standalone.py": ("slow",),
+    "test_sync_batch_norm.py": ("multiprocess",),
+    "test_transformers.py": ("slow",),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Set the markers that follow from the fixtures of a test."""
+    """Set the markers that follow from the file, the fixtures and the parameters of a test."""
     for item in items:
+        markers = [*MARKERS_OF_FILES.get(item.path.name, ())]
         if "call_script" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.scripts)
+            markers.append("scripts")
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}  # pyright: ignore
+        law = LAWS.get(str(parameters.get("law")))
+        if parameters.get("number") or (law is not None and law.on_request):  # each law on one sample is enough
+            markers.append("slow")
+        for marker in markers:
+            item.add_marker(marker)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,11 @@ _BLACK, _GREY, _BLUE, _RED = (32, 33, 36), (95, 99, 104), (26, 115, 232), (217, 
 _SIZE, _MARGIN = 26, 16
 
 
+def confusion_counts(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Count how often each class (row) is predicted as each class (column): (classes, classes) integers."""
+    return (labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
+
+
 def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Image.Image:
     """Draw a confusion matrix: a row for each true class, a column for each predicted class.
 
