@@ -1,16 +1,17 @@
-"""Backpropagation written by hand, inside PyTorch, good enough to train on.
+"""PyTorch layers and losses with gradients that are derived and written by hand.
 
-    import manualgrad.nn as nn      # instead of import torch.nn as nn
-    manualgrad.convert(model)       # or a model that exists, in place; `revert` gives it back
-    with manualgrad.override_torch_functions(): ...  # or torch's own functions, called in here
-    print(manualgrad.show(nn.GELU)) # the derivation, the gradient as written, and the program made of it
+    import manualgrad.nn as nn          # instead of: import torch.nn as nn
+    manualgrad.convert(model)           # convert an existing model in place; `revert` undoes it
+    with manualgrad.override_torch_functions(): ...  # torch's functions are manualgrad's inside
+    print(manualgrad.show(nn.GELU))     # the derivation, the gradient, and the generated program
+    print(manualgrad.saved_bytes(model, x))  # what the forward saves for the backward, by layer
 
-Each layer and loss is a `torch.autograd.Function` whose gradient is written by hand, its derivation beside it
-(`manualgrad.ops`). `Rule` makes one from pure functions; `registry.ops` lists them all; `verify` tries the laws
-that they hold on anyone's; `saved_bytes` counts what any model keeps for its backward, layer by layer.
+Each layer and loss is a `torch.autograd.Function`. `manualgrad.ops` has its derivation and its gradient in one
+place. `Rule` makes such a Function from pure functions, `registry.ops` lists all operations, and `verify` tests
+the laws that they obey on any autograd.Function.
 """
 
-import manualgrad.torch_internals  # isort: skip  (first: it checks what the others need)
+import manualgrad.torch_internals  # isort: skip  (first: it checks the version of torch)
 import manualgrad.ops  # noqa: F401  # isort: skip  (nn uses the operations that it registers)
 from manualgrad import nn, registry
 from manualgrad.adapters import register_adapter

@@ -294,22 +294,22 @@ class _Recorder:
         nodes = list(_graph_nodes(tensors_in(output), since=self.switches[0][0]))
         found += self.saved_by_other_means(nodes)
         leaves = [node.variable for node in nodes if hasattr(node, "variable")]
-        parameters, given, other = (
+        parameters, arguments, other = (
             {key for x in tensors_in(values) for key, _ in storages(x)}
             for values in (list(map(_parameters_and_buffers, self.layers)), inputs, leaves)
         )
-        given -= parameters
-        parameters |= other - given
+        arguments -= parameters
+        parameters |= other - arguments
         sizes: dict[int, int] = {}
         layers = dict.fromkeys((layer for _, layer in self.switches), 0)
         for tensor, layer in found:
             for key, size in storages(tensor):
-                if key not in sizes and key not in parameters | given:
+                if key not in sizes and key not in parameters | arguments:
                     layers[layer] += size
                 sizes[key] = size
         return SavedBytes(
             layers,
-            sum(sizes[key] for key in given if key in sizes),
+            sum(sizes[key] for key in arguments if key in sizes),
             sum(sizes[key] for key in parameters if key in sizes),
         )
 

@@ -1,4 +1,4 @@
-"""Tensor-likes get torch's own function, or what their type makes of it; tools work, or say what to do."""
+"""Nested, sparse and other tensor-likes get torch's functions. Tools work, or their error says what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import manualgrad
-import manualgrad.nn as ours
+import manualgrad.nn as manual_nn
 from manualgrad import convert, override_torch_functions, record_fallbacks
 
 
@@ -38,12 +38,12 @@ LAYERS: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
-def of_seed(make: Callable[[Any], nn.Module], lib: Any) -> nn.Module:
+def build(make: Callable[[Any], nn.Module], lib: Any) -> nn.Module:
     torch.manual_seed(0)
     return make(lib)
 
 
-def gradients(layer: nn.Module) -> tuple[Tensor, ...]:
+def output_and_gradients(layer: nn.Module) -> tuple[Tensor, ...]:
     x = jagged()
     torch.manual_seed(1)
     output = layer(x)
@@ -52,12 +52,13 @@ def gradients(layer: nn.Module) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_jagged_tensors_have_torchs_gradients(layer: str) -> None:
-    expected = gradients(of_seed(LAYERS[layer], nn))
+def test_gradients_of_jagged_tensors(layer: str) -> None:
+    expected = output_and_gradients(build(LAYERS[layer], nn))
     with record_fallbacks() as fallbacks:
-        assert_close(gradients(of_seed(LAYERS[layer], ours)), expected, rtol=0, atol=0)
+        assert_close(output_and_gradients(build(LAYERS[layer], manual_nn)), expected, rtol=0, atol=0)
     assert {found.reason for found in fallbacks} == {"a torch.nested._internal.nested_tensor.NestedTensor"}
-    assert_close(gradients(convert(of_seed(LAYERS[layer], nn), functional=True)), expected, rtol=0, atol=0)
+    converted = convert(build(LAYERS[layer], nn), functional=True)
+    assert_close(output_and_gradients(converted), expected, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
@@ -66,14 +67,14 @@ def test_jagged_functions() -> None:
     query = query.transpose(1, 2).detach().requires_grad_()
     index = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([0])], layout=torch.jagged)
     weight = torch.randn(3, 4, requires_grad=True)
-    for lib in (F, ours.functional):
+    for lib in (F, manual_nn.functional):
         attended = lib.scaled_dot_product_attention(query, query, query)
         assert torch.autograd.grad(attended.values().sum(), query)[0].is_nested
         assert torch.autograd.grad(lib.embedding(index, weight).values().sum(), weight)[0].shape == weight.shape
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
-def test_the_encoder_takes_its_fast_path_for_padded_batches() -> None:
+def test_the_encoder_uses_its_fast_path_for_padded_batches() -> None:
     def make(lib: Any) -> Any:
         torch.manual_seed(0)
         layer = lib.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -82,41 +83,41 @@ def test_the_encoder_takes_its_fast_path_for_padded_batches() -> None:
     x, padded = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
     with torch.no_grad():
         expected = make(nn)(x, src_key_padding_mask=padded)
-        assert_close(make(ours)(x, src_key_padding_mask=padded), expected)
+        assert_close(make(manual_nn)(x, src_key_padding_mask=padded), expected)
         assert_close(convert(make(nn))(x, src_key_padding_mask=padded), expected)
 
 
 class Recorder:
-    """Not a tensor, but with the protocol."""
+    """Not a tensor, but with ``__torch_function__``."""
 
-    seen: list[Any]
+    called: list[Any]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> str:
-        cls.seen.append(func)
+        cls.called.append(func)
         return "handled"
 
 
-class Listening(Tensor):
-    """A subclass with a handler, which calls what it is given."""
+class RecordingTensor(Tensor):
+    """A subclass with ``__torch_function__``, which calls the function."""
 
-    seen: list[Any]
+    called: list[Any]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.seen.append(func)
+        cls.called.append(func)
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-class Plain(Tensor):
-    """A subclass without one."""
+class PlainTensor(Tensor):
+    """A subclass with Tensor's ``__torch_function__``."""
 
 
 CALLS: dict[str, Callable[[Any, Any], Any]] = {
-    "linear": lambda lib, x: lib.linear(x, torch.ones(4, 4)),  # ours is written out
+    "linear": lambda lib, x: lib.linear(x, torch.ones(4, 4)),  # a function of manualgrad's
     "relu": lambda lib, x: lib.relu(x),
     "leaky_relu": lambda lib, x: lib.leaky_relu(x, 0.1, True),
-    "mse_loss": lambda lib, x: lib.mse_loss(x, torch.zeros(2, 4)),  # torch's function calls our kernel
+    "mse_loss": lambda lib, x: lib.mse_loss(x, torch.zeros(2, 4)),  # torch's function with manualgrad's kernel
     "mse_loss of a target": lambda lib, x: lib.mse_loss(input=torch.zeros(2, 4), target=x),
     "cross_entropy": lambda lib, x: lib.cross_entropy(x, torch.tensor([1, 2])),
     "max_pool1d": lambda lib, x: lib.max_pool1d(x, 2),
@@ -129,35 +130,35 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("make", [Recorder, lambda: torch.randn(2, 4).as_subclass(Listening)])
-def test_a_handler_sees_torchs_function(call: str, make: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("make", [Recorder, lambda: torch.randn(2, 4).as_subclass(RecordingTensor)])
+def test_torch_function_receives_torchs_function(call: str, make: Callable[[], Any]) -> None:
     x = make()
-    seen: list[list[Any]] = []
-    for lib in (F, ours.functional):
-        type(x).seen = []
+    called: list[list[Any]] = []
+    for lib in (F, manual_nn.functional):
+        type(x).called = []
         CALLS[call](lib, x)
-        seen.append(type(x).seen)
-    assert seen[0]
-    assert seen[1] == seen[0]
+        called.append(type(x).called)
+    assert called[0]
+    assert called[1] == called[0]
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_subclass_without_a_handler_keeps_our_gradient(call: str) -> None:
-    base = torch.randn(2, 4, requires_grad=True)
+def test_a_plain_subclass_has_manual_gradients(call: str) -> None:
+    base, libraries = torch.randn(2, 4, requires_grad=True), (manual_nn.functional, F)
     with record_fallbacks(error=True):
-        found, expected = (CALLS[call](lib, (base * 1).as_subclass(Plain)) for lib in (ours.functional, F))
+        found, expected = (CALLS[call](lib, (base * 1).as_subclass(PlainTensor)) for lib in libraries)
     parts = [x if isinstance(x, tuple) else (x,) for x in (found, expected)]
-    assert [type(x) for x in parts[0]] == [type(x) for x in parts[1]] == [Plain] * len(parts[0])
+    assert [type(x) for x in parts[0]] == [type(x) for x in parts[1]] == [PlainTensor] * len(parts[0])
     assert "FunctionBackward" in " ".join(nodes(parts[0][0]))
     grads = [torch.autograd.grad(x[0].sum(), base)[0].as_subclass(Tensor) for x in parts]
     assert_close(*grads)
 
 
-def test_a_mode_gets_ours_and_changes_nothing() -> None:
+def test_a_mode_keeps_manual_gradients() -> None:
     x = torch.randn(2, 4, requires_grad=True)
     with torch.device("cpu"), record_fallbacks(error=True):
         for call in CALLS.values():
-            output = call(ours.functional, x * 1)
+            output = call(manual_nn.functional, x * 1)
             assert "FunctionBackward" in " ".join(nodes(output[0] if isinstance(output, tuple) else output))
 
 
@@ -174,14 +175,14 @@ SPARSE: dict[str, Callable[[Any], Tensor]] = {
 
 @pytest.mark.filterwarnings("ignore:.*(beta|prototype|deprecated|quantize|nested)")
 @pytest.mark.parametrize("case", SPARSE)
-def test_other_layouts_are_torchs(case: str) -> None:
+def test_other_layouts_fall_back(case: str) -> None:
     def dense(x: Tensor) -> Any:
         if x.is_nested:
             return [*x.unbind()]
         return x.dequantize() if x.is_quantized else x.to_dense()
 
     with record_fallbacks() as fallbacks:
-        found = SPARSE[case](ours.functional)
+        found = SPARSE[case](manual_nn.functional)
     expected = SPARSE[case](F)
     assert (found.layout, found.dtype) == (expected.layout, expected.dtype)
     assert_close(dense(found), dense(expected))
@@ -197,7 +198,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(*parts)
 
 
-class Calling(nn.Module):
+class CallsFunctions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = network()
@@ -214,65 +215,68 @@ def step(model: nn.Module) -> list[Tensor | None]:
     return [output.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("make", [network, Calling])
+@pytest.mark.parametrize("make", [network, CallsFunctions])
 @pytest.mark.parametrize("training", [False, True])
 def test_fx_traces_a_converted_model(make: Callable[[], nn.Module], training: bool) -> None:
     model = make().train(training)
     expected = step(copy.deepcopy(model))
     traced = torch.fx.symbolic_trace(convert(model, functional=True))
-    assert {type(module) for module in traced.modules()} > {ours.Conv2d, ours.BatchNorm2d}  # our layers are called
+    assert {type(module) for module in traced.modules()} > {
+        manual_nn.Conv2d,
+        manual_nn.BatchNorm2d,
+    }  # fx calls these layers
     assert_close(step(copy.deepcopy(traced)), expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("functional", [False, True])
 def test_jit_trace_records_torchs_functions(functional: bool) -> None:
-    model = Calling().eval()
+    model = CallsFunctions().eval()
     expected = step(copy.deepcopy(model))
     with record_fallbacks() as fallbacks:
         traced: Any = torch.jit.trace(convert(model, functional=functional), torch.randn(3, 1, 8, 8))
     assert any("jit.trace" in found.reason for found in fallbacks)
     assert_close(step(traced), expected)
 
-    def by_hand(x: Tensor, w: Tensor) -> Tensor:
-        return ours.functional.dropout(ours.functional.linear(ours.functional.relu(x * w), w), 0.0)
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return manual_nn.functional.dropout(manual_nn.functional.linear(manual_nn.functional.relu(x * w), w), 0.0)
 
-    function: Any = torch.jit.trace(by_hand, (torch.ones(2), torch.ones(2, requires_grad=True)))
-    assert_close(function(-torch.ones(2), torch.ones(2)), torch.tensor(0.0))
+    traced = torch.jit.trace(function, (torch.ones(2), torch.ones(2, requires_grad=True)))
+    assert_close(traced(-torch.ones(2), torch.ones(2)), torch.tensor(0.0))
 
 
-def test_export_keeps_working() -> None:
-    model, x = convert(Calling().eval(), functional=True), torch.randn(3, 1, 8, 8)
+def test_export() -> None:
+    model, x = convert(CallsFunctions().eval(), functional=True), torch.randn(3, 1, 8, 8)
     assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore:.*is deprecated:FutureWarning", "ignore:Please use", "ignore:torch.quan"
 )
-def test_tools_that_look_at_classes_say_what_to_do() -> None:
+def test_tools_that_need_torchs_classes_say_what_to_do() -> None:
     from torch.ao import quantization
     from torch.ao.quantization.quantize_fx import prepare_fx
 
-    def prepared(model: nn.Module) -> nn.Module:
+    def prepare(model: nn.Module) -> nn.Module:
         mapping = quantization.get_default_qconfig_mapping("x86")
         return prepare_fx(model, mapping, (torch.randn(1, 1, 8, 8),))
 
-    for tool in (torch.jit.script, quantization.quantize_dynamic, prepared):
+    for tool in (torch.jit.script, quantization.quantize_dynamic, prepare):
         model = convert(network().eval())
         with pytest.raises(RuntimeError, match=r"manualgrad.revert\(model\) first"):
             tool(model)
         tool(manualgrad.revert(model))
     with pytest.raises(RuntimeError, match="script supports"):
-        torch.jit.script(convert(Calling(), functional=True))
+        torch.jit.script(convert(CallsFunctions(), functional=True))
 
 
-def test_inside_enabled() -> None:
+def test_inside_the_override() -> None:
     x = torch.randn(2, 4, requires_grad=True)
     with override_torch_functions(), record_fallbacks() as fallbacks:
-        assert type(torch.softmax(x.as_subclass(Plain), -1)) is Plain
+        assert type(torch.softmax(x.as_subclass(PlainTensor), -1)) is PlainTensor
         assert not fallbacks
-        Listening.seen = []
-        torch.softmax(x.as_subclass(Listening), -1)
-        assert torch.softmax in Listening.seen
+        RecordingTensor.called = []
+        torch.softmax(x.as_subclass(RecordingTensor), -1)
+        assert torch.softmax in RecordingTensor.called
         x.pow(x)
     assert sorted(found.function for found in fallbacks) == ["pow", "softmax"]

@@ -1,4 +1,4 @@
-"""Models of `transformers`, with random weights: converted they compute the same, reverted they are the same."""
+"""Models of `transformers` with random weights: conversion keeps their loss and gradients, and can be reverted."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ IDS = torch.arange(14).remainder(11).reshape(2, 7)
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=torch.float64).sin().reshape(2, 3, 32, 32)
 
 
-def made(name: str, model: str | None = None, /, **config: Any) -> Callable[[], Any]:
+def factory(name: str, model: str | None = None, /, **config: Any) -> Callable[[], Any]:
     def make() -> Any:
         torch.manual_seed(0)
         if "vocab_size" not in config and name not in ("ViT", "ResNet", "ConvNext"):
             config["vocab_size"] = 29
-        kind = getattr(transformers, model or f"{name}ForCausalLM")
-        built = kind(getattr(transformers, f"{name}Config")(**config)).to(torch.float64)
-        for parameter in built.parameters():  # norms and biases too
+        cls = getattr(transformers, model or f"{name}ForCausalLM")
+        built = cls(getattr(transformers, f"{name}Config")(**config)).to(torch.float64)
+        for parameter in built.parameters():  # of norms and biases too
             nn.init.normal_(parameter, std=0.2)
         return built.train()
 
@@ -64,25 +64,25 @@ WHISPER = (
 )
 
 LANGUAGE = {
-    "gpt2": made("GPT2", "GPT2LMHeadModel", **GPT2),
-    "llama": made("Llama", **LLAMA),
-    "qwen2": made("Qwen2", **LLAMA),
-    "mistral": made("Mistral", **LLAMA),
-    "gemma": made("Gemma", **LLAMA, head_dim=8),
-    "mamba": made("Mamba", **MAMBA),
+    "gpt2": factory("GPT2", "GPT2LMHeadModel", **GPT2),
+    "llama": factory("Llama", **LLAMA),
+    "qwen2": factory("Qwen2", **LLAMA),
+    "mistral": factory("Mistral", **LLAMA),
+    "gemma": factory("Gemma", **LLAMA, head_dim=8),
+    "mamba": factory("Mamba", **MAMBA),
 }
 TEXT = {"input_ids": IDS, "labels": IDS}
 CLASSES = {"pixel_values": IMAGE, "labels": torch.tensor([0, 2])}
 SPEECH = {"input_features": IMAGE.reshape(-1)[:128].reshape(2, 4, 16), "labels": IDS}
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     **{name: (make, TEXT) for name, make in LANGUAGE.items()},
-    "bert": (made("Bert", "BertForMaskedLM", **SMALL), TEXT),
-    "t5": (made("T5", "T5ForConditionalGeneration", **T5), TEXT),
-    "t5-gated": (made("T5", "T5ForConditionalGeneration", **T5, feed_forward_proj="gated-gelu"), TEXT),
-    "vit": (made("ViT", "ViTForImageClassification", **VIT), CLASSES),
-    "resnet": (made("ResNet", "ResNetForImageClassification", **RESNET), CLASSES),
-    "convnext": (made("ConvNext", "ConvNextForImageClassification", **CONVNEXT), CLASSES),
-    "whisper": (made("Whisper", "WhisperForConditionalGeneration", **WHISPER), SPEECH),
+    "bert": (factory("Bert", "BertForMaskedLM", **SMALL), TEXT),
+    "t5": (factory("T5", "T5ForConditionalGeneration", **T5), TEXT),
+    "t5-gated": (factory("T5", "T5ForConditionalGeneration", **T5, feed_forward_proj="gated-gelu"), TEXT),
+    "vit": (factory("ViT", "ViTForImageClassification", **VIT), CLASSES),
+    "resnet": (factory("ResNet", "ResNetForImageClassification", **RESNET), CLASSES),
+    "convnext": (factory("ConvNext", "ConvNextForImageClassification", **CONVNEXT), CLASSES),
+    "whisper": (factory("Whisper", "WhisperForConditionalGeneration", **WHISPER), SPEECH),
 }
 CASES = [pytest.param(*case, id=name) for name, case in MODELS.items()]
 
@@ -105,50 +105,49 @@ def in_float64() -> Iterator[None]:
         yield
 
 
-def step(model: Any, given: dict[str, Any]) -> tuple[Tensor, list[Tensor | None]]:
+def step(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor | None]]:
     """The loss and all gradients, for equal random numbers."""
     torch.manual_seed(1)
     model.zero_grad()
-    loss = model(**given).loss
+    loss = model(**inputs).loss
     loss.backward()
     return loss.detach(), [parameter.grad for parameter in model.parameters()]
 
 
 @pytest.mark.usefixtures("in_float64")
-@pytest.mark.parametrize(("make", "given"), CASES)
-def test_loss_and_gradients(make: Callable[[], Any], given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("make", "inputs"), CASES)
+def test_loss_and_gradients(make: Callable[[], Any], inputs: dict[str, Any]) -> None:
     model = make()
     before = [type(module) for module in model.modules()]
-    expected = step(copy.deepcopy(model), given)
+    expected = step(copy.deepcopy(model), inputs)
     convert(model, functional=True)
-    assert_close(step(model, given), expected, rtol=1e-9, atol=1e-9)
-    assert_close(step(pickle.loads(pickle.dumps(model)), given), expected, rtol=1e-9, atol=1e-9)
+    assert_close(step(model, inputs), expected, rtol=1e-9, atol=1e-9)
+    assert_close(step(pickle.loads(pickle.dumps(model)), inputs), expected, rtol=1e-9, atol=1e-9)
     revert(model)
     assert [type(module) for module in model.modules()] == before
-    assert_close(step(model, given), expected, rtol=0, atol=0)
+    assert_close(step(model, inputs), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("make", "given"), CASES)
-def test_without_functional(make: Callable[[], Any], given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("make", "inputs"), CASES)
+def test_without_functional(make: Callable[[], Any], inputs: dict[str, Any]) -> None:
     model = make()
-    expected = step(copy.deepcopy(model), given)
-    assert_close(step(convert(model), given), expected, rtol=1e-4, atol=1e-4)  # norms in float32 there
+    expected = step(copy.deepcopy(model), inputs)
+    assert_close(step(convert(model), inputs), expected, rtol=1e-4, atol=1e-4)  # norms in float32 there
 
 
-def test_which_modules_go() -> None:
+def test_which_modules_are_converted() -> None:
     model = convert(LANGUAGE["llama"]())
     notes = {row.class_name: row.note for row in manualgrad.conversion_report(model).rows if row.converted}
     assert notes["LlamaRMSNorm"] == "its forward is manualgrad.adapters.rms_norm"
     assert notes["LlamaMLP"] == "its forward is manualgrad.adapters.gated_mlp"
     gemma = convert(LANGUAGE["gemma"]())
-    kinds = {row.class_name: row.note for row in manualgrad.conversion_report(gemma).rows if row.converted}
-    assert kinds["GemmaRMSNorm"] == "its forward is manualgrad.adapters.rms_norm_weight_plus_one"
+    notes = {row.class_name: row.note for row in manualgrad.conversion_report(gemma).rows if row.converted}
+    assert notes["GemmaRMSNorm"] == "its forward is manualgrad.adapters.rms_norm_weight_plus_one"
     gpt2 = convert(LANGUAGE["gpt2"](), functional=True)
-    kept = nodes(gpt2(input_ids=IDS, labels=IDS).loss)
-    assert "AddmmBackward0" not in kept
-    assert not {name for name in kept if any(x in name for x in ("Norm", "Gelu", "Softmax", "Tanh", "Nll"))} - {
-        name for name in kept if name.endswith("FunctionBackward")
-    }
+    names = nodes(gpt2(input_ids=IDS, labels=IDS).loss)
+    assert "AddmmBackward0" not in names
+    names = {name for name in names if not name.endswith("FunctionBackward")}
+    assert not [name for name in names if any(x in name for x in ("Norm", "Gelu", "Softmax", "Tanh", "Nll"))]
 
 
 @pytest.mark.parametrize(
@@ -169,26 +168,28 @@ NORMS = {"llama": "LlamaRMSNorm", "gemma": "GemmaRMSNorm", "t5": "T5LayerNorm", 
 ACTIVATIONS = ("gelu_new", "gelu_python", "quick_gelu", "gelu_10", "silu")
 
 
-@pytest.mark.parametrize(("of_weight", "of_input"), [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    ("weight_dtype", "input_dtype"), [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16")]
+)
 @pytest.mark.parametrize("name", [*NORMS, *ACTIVATIONS])
-def test_nothing_is_rounded_that_was_not(name: str, of_weight: str, of_input: str) -> None:
-    """In low precision, value and gradients are no farther from those in float64 than the module's own are."""
+def test_low_precision_error(name: str, weight_dtype: str, input_dtype: str) -> None:
+    """Value and gradients in low precision are as close to float64 as those of the original module."""
     torch.manual_seed(0)
     if name in NORMS:
-        area = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        module = getattr(area, NORMS[name])(64)
+        package = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        module = getattr(package, NORMS[name])(64)
     else:
         module = copy.deepcopy(transformers.activations.ACT2FN[name])
     for parameter in module.parameters():
         nn.init.normal_(parameter)
-    module = module.to(getattr(torch, of_weight))
-    x = (4 * torch.randn(64, 64)).to(getattr(torch, of_input))
-    upstream = torch.randn(64, 64).bfloat16()
+    module = module.to(getattr(torch, weight_dtype))
+    x = (4 * torch.randn(64, 64)).to(getattr(torch, input_dtype))
+    grad_output = torch.randn(64, 64).bfloat16()
 
     def results(module: nn.Module, x: Tensor) -> list[Tensor]:
         leaves = [x.clone().requires_grad_(), *module.parameters()]
         y = module(leaves[0])
-        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad_output.to(y.dtype))]
 
     with InFloat64():
         exact = results(copy.deepcopy(module).double(), x.double())
@@ -199,7 +200,7 @@ def test_nothing_is_rounded_that_was_not(name: str, of_weight: str, of_input: st
 
 
 class OtherRMSNorm(nn.Module):
-    """Goes by the name, and does something else."""
+    """Computes something else than its name says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,16 +211,16 @@ class OtherRMSNorm(nn.Module):
 
 
 class NoRMSNorm(nn.Identity):
-    """Has none of it."""
+    """Has no weight."""
 
 
-def test_a_name_proves_nothing() -> None:
+def test_adapters_are_tried_on_inputs() -> None:
     for module in (OtherRMSNorm(), NoRMSNorm(), OtherRMSNorm().to("meta")):
         assert find_adapter(module) is None
         assert type(convert(module)) is type(module)
 
 
-def test_a_trial_leaves_no_trace() -> None:
+def test_trials_have_no_side_effects() -> None:
     model = LANGUAGE["llama"]()
     model.model.layers[0].mlp.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
     state = torch.get_rng_state()
@@ -237,7 +238,7 @@ def twice(module: Any, input: Tensor) -> Tensor:
     return 2 * manualgrad.nn.functional.relu(input)
 
 
-def test_an_adapter_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_register_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("manualgrad.adapters._adapters", [])
     manualgrad.register_adapter(r"Twice\w+")(twice)
     module = convert(TwiceActivation())
@@ -258,35 +259,35 @@ def test_an_adapter_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_fused_loss(name: str, more: dict[str, Any]) -> None:
     labels = IDS.masked_fill(IDS == 3, -100)
-    given = {"input_ids": IDS, "labels": labels, **more}
+    inputs = {"input_ids": IDS, "labels": labels, **more}
     model = LANGUAGE[name]()
     before = [type(module) for module in model.modules()]
-    expected = step(copy.deepcopy(model), given)
-    usual = copy.deepcopy(model)
+    expected = step(copy.deepcopy(model), inputs)
+    unfused = copy.deepcopy(model)
     convert(convert(model, functional=True, fused_loss=True), fused_loss=True)
     for converted in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert_close(step(converted, given), expected, rtol=1e-9, atol=1e-9)
-    output = model(**given)
+        assert_close(step(converted, inputs), expected, rtol=1e-9, atol=1e-9)
+    output = model(**inputs)
     assert output.logits is None
-    assert len(model(**given, return_dict=False)) == len(usual(**given, return_dict=False)) - 1
+    assert len(model(**inputs, return_dict=False)) == len(unfused(**inputs, return_dict=False)) - 1
     assert model(input_ids=IDS).logits.shape == (2, 7, 29)
-    assert_close(model.eval()(**given).logits, usual.eval()(**given).logits, rtol=1e-9, atol=1e-9)
+    assert_close(model.eval()(**inputs).logits, unfused.eval()(**inputs).logits, rtol=1e-9, atol=1e-9)
     revert(model)
     assert [type(module) for module in model.modules()] == before
-    assert_close(step(model.train(), given), expected, rtol=0, atol=0)
+    assert_close(step(model.train(), inputs), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("more", [{}, {"num_items_in_batch": 11}])
 def test_fused_loss_in_low_precision(dtype: torch.dtype, more: dict[str, Any]) -> None:
-    """The loss is in float32, and the gradients are as near to those in float64 as the model's own."""
+    """The loss is in float32, and the gradients are as close to float64 as those of the original model."""
     model = LANGUAGE["llama"]().to(dtype)
-    given = TEXT | more
+    inputs = TEXT | more
     with InFloat64():
-        loss, exact = step(copy.deepcopy(model).double(), given)
+        loss, exact = step(copy.deepcopy(model).double(), inputs)
     errors = []
-    for each in (model, convert(copy.deepcopy(model), functional=True, fused_loss=True)):
-        found, gradients = step(each, given)
+    for candidate in (model, convert(copy.deepcopy(model), functional=True, fused_loss=True)):
+        found, gradients = step(candidate, inputs)
         assert found.dtype == torch.float32
         assert found != found.to(dtype)
         assert abs(found - loss) <= torch.finfo(dtype).eps * loss / 16
@@ -295,46 +296,47 @@ def test_fused_loss_in_low_precision(dtype: torch.dtype, more: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("fused_loss", [False, True])
-def test_no_logits_are_kept(fused_loss: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        importlib.import_module("manualgrad.ops.linear_cross_entropy"), "MAX_LOGITS_PER_CHUNK", 4 * 29
-    )
-    kept: list[torch.Size] = []
+def test_logits_are_not_saved(fused_loss: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("manualgrad.ops.linear_cross_entropy")
+    monkeypatch.setattr(module, "MAX_LOGITS_PER_CHUNK", 4 * 29)
+    saved: list[torch.Size] = []
     model = convert(LANGUAGE["llama"](), fused_loss=fused_loss)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
         model(input_ids=IDS, labels=IDS)
-    assert any(shape[-1:] == (29,) and shape.numel() >= 14 * 29 for shape in kept) is not fused_loss
+    assert any(shape[-1:] == (29,) and shape.numel() >= 14 * 29 for shape in saved) is not fused_loss
 
 
-def test_fused_loss_where_it_cannot_be() -> None:
+def test_fused_loss_is_refused() -> None:
     for model in (nn.Linear(2, 2), MODELS["bert"][0]()):
         with pytest.raises(ValueError, match="fused_loss"):
             convert(model, fused_loss=True)
-    capped = made("Gemma2", **LLAMA, head_dim=8, final_logit_softcapping=5.0)()
+    capped = factory("Gemma2", **LLAMA, head_dim=8, final_logit_softcapping=5.0)()
     convert(capped, fused_loss=True)
-    with pytest.raises(RuntimeError, match="does something to its logits"):
+    with pytest.raises(RuntimeError, match="changes its logits before the loss"):
         capped(input_ids=IDS, labels=IDS)
     assert capped(input_ids=IDS).logits.shape == (2, 7, 29)
 
 
 @pytest.mark.usefixtures("in_float64")
 def test_gradient_checkpointing() -> None:
-    given = {"input_ids": IDS, "labels": IDS}
+    inputs = {"input_ids": IDS, "labels": IDS}
     model = LANGUAGE["llama"]()
-    expected = step(copy.deepcopy(model), given)
+    expected = step(copy.deepcopy(model), inputs)
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        assert_close(step(convert(model, functional=True, fused_loss=True), given), expected, rtol=1e-9, atol=1e-9)
+        assert_close(
+            step(convert(model, functional=True, fused_loss=True), inputs), expected, rtol=1e-9, atol=1e-9
+        )
 
 
 def test_compiled() -> None:
-    given = {"input_ids": IDS, "labels": IDS}
+    inputs = {"input_ids": IDS, "labels": IDS}
     model = LANGUAGE["llama"]()
-    expected = step(copy.deepcopy(model), given)
+    expected = step(copy.deepcopy(model), inputs)
     for fused_loss in (False, True):
         torch._dynamo.reset()
         convert(model, functional=True, fused_loss=fused_loss)
-        found = step(torch.compile(model, backend="aot_eager"), given)
+        found = step(torch.compile(model, backend="aot_eager"), inputs)
         assert_close(found, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
@@ -348,7 +350,7 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
 
 
 class Wrapper(torch.nn.Module):
-    """Passes on the attributes of the model inside, as PEFT's does."""
+    """Passes on the attributes of the model inside, as in PEFT."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -384,7 +386,7 @@ def with_peft(model: Any, **settings: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("wrap", [Wrapper, lambda model: with_peft(model, target_modules=["q_proj"])])
-def test_the_model_in_a_wrapper_is_fused(wrap: Any) -> None:
+def test_fused_loss_of_a_wrapped_model(wrap: Any) -> None:
     ids = torch.randint(0, 99, (2, 8))
     torch.manual_seed(0)
     model = wrap(small_llama())
@@ -392,8 +394,8 @@ def test_the_model_in_a_wrapper_is_fused(wrap: Any) -> None:
     output = manualgrad.convert(model, functional=True, fused_loss=True)(input_ids=ids, labels=ids)
     assert "logits" not in output
     torch.testing.assert_close(output.loss, expected)
-    kinds = [type(module) for module in manualgrad.revert(model).modules()]
-    assert not any("_generated_from" in vars(kind) for kind in kinds)
+    classes = [type(module) for module in manualgrad.revert(model).modules()]
+    assert not any("_generated_from" in vars(cls) for cls in classes)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -406,7 +408,7 @@ def test_the_model_in_a_wrapper_is_fused(wrap: Any) -> None:
     ],
     ids=["LoRA on the head", "a copy of the head", "a head with a forward"],
 )
-def test_another_head_is_refused_before_anything_changes(make: Any) -> None:
+def test_other_heads_are_refused(make: Any) -> None:
     model = make()
     before = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match="fused_loss"):
