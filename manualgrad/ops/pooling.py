@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _list_with_default
 
+from manualgrad.memory_format import is_channels_last
 from manualgrad.ops.arithmetic import AbsoluteFunction, PowerFunction
+from manualgrad.ops.padding import pad
 from manualgrad.ops.registration import for_1d_2d_3d, implements, with_torch_errors
 from manualgrad.ops.shapes import IntOrInts, flatten, to_tuple
-from manualgrad.ops.padding import pad
 from manualgrad.recomputation import is_large
 from manualgrad.registry import SampleInput, TensorFactory, kernel_replacements, register
-from manualgrad.torch_internals import UNPOOL_CHECK_IS_NOT_TRACED
 from manualgrad.rule import Rule, replaces, with_reuse
-from manualgrad.memory_format import is_channels_last
+from manualgrad.torch_internals import UNPOOL_CHECK_IS_NOT_TRACED
 
 kernels: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from manualgrad.ops.dropout import dropout
 from manualgrad.fallback import ShapeMismatchError
+from manualgrad.ops.dropout import dropout
 from manualgrad.ops.registration import with_torch_errors
 from manualgrad.ops.shapes import rows, unflatten
 from manualgrad.registry import SampleInput, TensorFactory, register

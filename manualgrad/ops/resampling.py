@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualgrad.memory_format import CHANNELS_LAST, is_channels_last
 from manualgrad.ops.registration import implements, with_torch_errors
 from manualgrad.ops.shapes import IntOrInts, flatten, to_tuple, unflatten
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import LOWER_PRECISION, Rule, autocast_inputs, replaces, with_reuse
-from manualgrad.memory_format import CHANNELS_LAST, is_channels_last
 from manualgrad.torch_internals import is_vmapped
 
 Pair = tuple[int, int]

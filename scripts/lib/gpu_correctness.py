@@ -103,10 +103,10 @@ def compare_results(manual: Results, reference: Results, exact: Results, dtype: 
     """Compare the errors of manualgrad's and torch's results relative to `exact`. The row shows the worst one."""
     factor, ulps = (0, ULPS_TO_TORCH) if exact is reference else (ERROR_FACTOR, ULPS)
     eps, largest = torch.finfo(dtype).eps, 0.1 * torch.finfo(dtype).max
-    if len(manual.tensor_paths) != len(reference.tensor_paths):
+    if len(manual.tensors) != len(reference.tensors):
         return {"status": FAILED, "detail": f"{len(manual.tensors)} results, torch's {len(reference.tensors)}"}
     worst, row = 0.0, {"status": PASSED, "manual_error": 0.0, "torch_error": 0.0}
-    for (name, a), (_, b), (_, truth) in zip(manual.tensor_paths, reference.tensor_paths, exact.tensor_paths, strict=True):
+    for (name, a), (_, b), (_, truth) in zip(manual.tensors, reference.tensors, exact.tensors, strict=True):
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             shapes = f"{name} is {a.dtype} {list(a.shape)}, torch's {b.dtype} {list(b.shape)}"
             return {"status": FAILED, "detail": shapes}
@@ -150,7 +150,7 @@ def compare_calls(
         return {"status": FAILED, "detail": f"it raises {one_line(error)}"}
     exact = run_call(make(torch_is_wrong, exact_device, torch.float64), dtype)
     if torch_is_wrong:
-        reference = Results([(name, x.to(dtype)) for name, x in exact.tensor_paths], False)
+        reference = Results([(name, x.to(dtype)) for name, x in exact.tensors], False)
     random = exact.random or reference.random
     reference = reference._replace(random=random)
     return compare_results(manual, reference, reference if random or torch_is_wrong else exact, dtype)
