@@ -402,7 +402,7 @@ def test_rotary_embedding_depends_on_distance() -> None:
 
 
 class Counting(nn.Module):
-    """A network whose loss for each token is its number, and which records the input lengths."""
+    """A network that returns the number of each token as its loss, and records the input lengths."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from manualgrad import nn
 from manualgrad.ops.linear import baddbmm
 from manualgrad.registry import TensorFactory
 
-ours: Any = nn.functional
+manual_functional: Any = nn.functional
 
 
 def rules(output: Tensor) -> set[str]:
@@ -27,7 +27,7 @@ def test_embedding_bag_by_frequency_is_right_where_torch_is_not() -> None:
     """A row used k times in sums gets k upstreams over k; torch before 2.14 divides by another row's count."""
     index, offset = torch.tensor([0, 0, 0, 0, 1, 2, 2]), torch.tensor([0])
     found = []
-    for functional in (ours, F):
+    for functional in (manual_functional, F):
         weight = torch.zeros(3, 1, requires_grad=True)
         functional.embedding_bag(index, weight, offset, mode="sum", scale_grad_by_freq=True).sum().backward()
         found.append(weight.grad)
@@ -40,7 +40,7 @@ def test_sparse_embedding_bag() -> None:
     index, offsets = torch.tensor([1, 2, 2, 5]), torch.tensor([0, 3])
     for mode in ("sum", "mean"):
         found = []
-        for functional in (ours, F):
+        for functional in (manual_functional, F):
             weight = TensorFactory()(6, 2).requires_grad_()
             output = functional.embedding_bag(index, weight, offsets, mode=mode, sparse=True, padding_idx=2)
             output.sin().sum().backward()
@@ -56,7 +56,7 @@ def test_after_log_softmax_the_gradient_of_ctc_is_the_derivative_to_second_order
     targets = torch.tensor([[1, 1], [2, 0]])
 
     def loss(x: Tensor) -> Tensor:
-        return ours.ctc_loss(x.log_softmax(-1), targets, *lengths)
+        return manual_functional.ctc_loss(x.log_softmax(-1), targets, *lengths)
 
     x = TensorFactory()(5, 2, 3).requires_grad_()
     assert torch.autograd.gradcheck(loss, x, check_forward_ad=True)
@@ -84,7 +84,7 @@ def test_l1_loss_of_a_real_and_a_complex_tensor() -> None:
     real = torch.randn(4, dtype=torch.float64, requires_grad=True)
     pair = (real, torch.randn(4, dtype=torch.complex128, requires_grad=True))
     for a, b in (pair, pair[::-1]):
-        found, expected = (torch.autograd.grad(f.l1_loss(a, b), pair) for f in (ours, F))
+        found, expected = (torch.autograd.grad(f.l1_loss(a, b), pair) for f in (manual_functional, F))
         assert_close(found, expected)
 
 

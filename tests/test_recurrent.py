@@ -44,9 +44,9 @@ def test_packed_sequences(name: str, lengths: tuple[int, ...], dtype: torch.dtyp
     packed = pack_sequence(parts, enforce_sorted=False)
     for layers, both, bias in itertools.product((1, 2), (False, True), (False, True)):
         settings = {"num_layers": layers, "bidirectional": both, "bias": bias, "dropout": 0.5 * (layers - 1)}
-        ours, theirs = (results(space, name, packed, dtype, **settings) for space in (nn, torch.nn))
-        assert_close(ours[0], theirs[0], rtol=0, atol=0)
-        assert_close(ours[1:], theirs[1:])
+        manual, expected = (results(space, name, packed, dtype, **settings) for space in (nn, torch.nn))
+        assert_close(manual[0], expected[0], rtol=0, atol=0)
+        assert_close(manual[1:], expected[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -54,9 +54,9 @@ def test_packed_sequences(name: str, lengths: tuple[int, ...], dtype: torch.dtyp
 @pytest.mark.parametrize("shape", [(5, 2, 3), (5, 3)])
 def test_lstm(shape: tuple[int, ...], settings: dict[str, Any], dtype: torch.dtype) -> None:
     input = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    ours, theirs = (results(space, "LSTM", input, dtype, **settings) for space in (nn, torch.nn))
-    assert_close(ours[0], theirs[0], rtol=0, atol=0)
-    assert_close(ours[1:], theirs[1:])
+    manual, expected = (results(space, "LSTM", input, dtype, **settings) for space in (nn, torch.nn))
+    assert_close(manual[0], expected[0], rtol=0, atol=0)
+    assert_close(manual[1:], expected[1:])
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -62,7 +62,7 @@ def run_process(rank: int, rows: tuple[int, int], rendezvous: str) -> None:
     )
     names = ["y", "input", "weight", "bias", "input, second order", "weight, second order", "mean", "var"]
     for name, found, expected in zip(names, synchronized, whole, strict=True):
-        if name.startswith(("weight", "bias")):  # each process has the gradient of its own examples
+        if name.startswith(("weight", "bias")):  # each process has the gradient of the examples that it received
             dist.all_reduce(found)
         elif len(expected) == sum(rows):
             expected = expected[local]

@@ -68,7 +68,7 @@ RETURNS_NO_TENSOR = frozenset(_RETURNS_NO_TENSOR.split())
 
 @dataclass
 class Step:
-    """One operation: ``targets = node``, whose operands are names and constants."""
+    """One operation: ``targets = node``. Its operands are names and constants."""
 
     targets: tuple[str, ...]
     node: ast.expr

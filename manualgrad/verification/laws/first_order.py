@@ -388,7 +388,7 @@ def _compare_metadata(call: BackwardCall, arguments: str) -> None:
 def matches_reference(fn: FunctionUnderTest) -> None:
     """Values and gradients equal those of `reference`.
 
-    Finite differences cannot find a wrong forward whose backward is consistent with it.
+    Finite differences cannot find a wrong forward if the backward is consistent with it.
     """
     fn = fn.highest_precision
     if fn.reference is None:

@@ -191,7 +191,7 @@ def _compare_hvp(
     """Compare one input's part. Returns whether a finite difference converged."""
     converged = error <= max(1e-3, fn.finite_difference_tolerance) * (scale + 1e-3)
     values = torch.zeros_like(fn.primals[k]) if result is None else result
-    # elements whose finite difference did not converge are equal by construction
+    # elements with a finite difference that did not converge are equal by construction
     expected = torch.where(converged, expected, real_vector(values).double())
     allowed = 0.0
     if converged.any():
