@@ -99,7 +99,7 @@ ARRAY = np.arange(6).reshape(2, 3)
         ([torch.float16, torch.device("cpu"), torch.Size((1, 2)), torch.strided], None),
         (nn.Parameter(WEIGHT), None),
         (torch.tensor(1.5, dtype=torch.bfloat16), None),
-        (torch.randn(2, 2, dtype=torch.complex64).conj(), None),
+        (torch.arange(4).view(2, 2).to(torch.complex64).conj(), None),
         (torch.zeros(0, 3), None),
     ],
     ids=str,
@@ -125,7 +125,7 @@ def test_saved_values_are_loaded(value: Any, expected: Any, tmp_path: Path) -> N
 
 def test_sparse_and_shared_tensors_and_module_versions_are_kept(tmp_path: Path) -> None:
     state = nn.BatchNorm1d(3).state_dict()
-    number = torch.randn(3, dtype=torch.complex64)
+    number = torch.arange(4).view(2, 2).to(torch.complex64)
     content = {
         "model": state,
         "sparse": WEIGHT.to_sparse(),

@@ -29,7 +29,7 @@ from manualgrad.ops import linear_cross_entropy as area
 from manualgrad.registry import TensorFactory, ops
 from manualgrad.verification import LAWS
 
-linear_cross_entropy: Any = getattr(nn.functional, "linear_cross_entropy")  # noqa: B009 (torch 2.11 has none)
+manual: Any = getattr(nn.functional, "linear_cross_entropy")  # noqa: B009 (torch 2.11 has none)
 Options: Any = area.LinearCrossEntropyOptions
 OP = ops()["linear_cross_entropy"]
 ROOM = 7
@@ -55,12 +55,10 @@ def problem(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[list
 
 
 def both(tensors: Sequence[Tensor], target: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-    """Ours and the oracle."""
+    """The function and the reference."""
     x, weight, *bias = tensors
     shift = bias[0] if bias else None
-    return linear_cross_entropy(x, weight, target, linear_bias=shift, **how), in_one_piece(
-        x, weight, target, shift, **how
-    )
+    return manual(x, weight, target, linear_bias=shift, **how), in_one_piece(x, weight, target, shift, **how)
 
 
 def rules(output: Tensor) -> set[str]:
@@ -110,17 +108,13 @@ def test_what_is_right_is_differentiable_too() -> None:
     make = TensorFactory()
     tensors = [make(5, 2), make(3, 2), make(5, 3).softmax(1), make(3, low=0.5, high=2)]
 
-    def loss(
-        x: Tensor, weight: Tensor, target: Tensor, classes: Tensor, function: Any = linear_cross_entropy
-    ) -> Tensor:
+    def loss(x: Tensor, weight: Tensor, target: Tensor, classes: Tensor, function: Any = manual) -> Tensor:
         return function(x, weight, target, weight=classes, label_smoothing=0.3)
 
     tensors = [x.requires_grad_() for x in tensors]
     assert torch.autograd.gradcheck(loss, tensors, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(loss, tensors, check_fwd_over_rev=True)
-    results = [
-        torch.autograd.grad(loss(*tensors, function=f), tensors) for f in (linear_cross_entropy, in_one_piece)
-    ]
+    results = [torch.autograd.grad(loss(*tensors, function=f), tensors) for f in (manual, in_one_piece)]
     assert_close(results[0], results[1])
 
 
@@ -128,19 +122,19 @@ def test_what_is_right_is_differentiable_too() -> None:
 
 
 def test_which_rule() -> None:
-    """Gradients are formed in the forward where one number is asked for and nothing looks on."""
+    """Gradients are formed in the forward where the loss is one number and nothing observes the backward."""
     (x, weight, _), target = problem()
     once, again = "LinearCrossEntropyLossWithGradientsFunctionBackward", "LinearCrossEntropyLossFunctionBackward"
-    assert rules(linear_cross_entropy(x, weight, target)) == {once}
-    assert rules(linear_cross_entropy(x, weight, target, reduction="sum")) == {once}
-    assert rules(linear_cross_entropy(x, weight, target, reduction="none")) == {again}
-    assert rules(linear_cross_entropy(x, weight, torch.rand(5, 3, dtype=x.dtype, requires_grad=True))) == {again}
-    assert rules(linear_cross_entropy(x[:1], weight, target[:1])) == {
+    assert rules(manual(x, weight, target)) == {once}
+    assert rules(manual(x, weight, target, reduction="sum")) == {once}
+    assert rules(manual(x, weight, target, reduction="none")) == {again}
+    assert rules(manual(x, weight, torch.rand(5, 3, dtype=x.dtype, requires_grad=True))) == {again}
+    assert rules(manual(x[:1], weight, target[:1])) == {
         "LinearFunctionBackward",
         "CrossEntropyLossFunctionBackward",
     }
     with torch.no_grad():
-        assert_close(linear_cross_entropy(x, weight, target), in_one_piece(x, weight, target))
+        assert_close(manual(x, weight, target), in_one_piece(x, weight, target))
 
 
 def test_only_needed_slopes_are_kept() -> None:
@@ -149,7 +143,7 @@ def test_only_needed_slopes_are_kept() -> None:
     always = (x.numel() + weight.numel()) * one + target.numel() * 8  # for higher orders
     for needed, slopes in (((True, True), 10 + 6), ((True, False), 10), ((False, True), 6)):
         tensors = [t.detach().requires_grad_(need) for t, need in zip((x, weight), needed, strict=True)]
-        assert saved_bytes(linear_cross_entropy, *tensors, target).grand_total == always + slopes * one
+        assert saved_bytes(manual, *tensors, target).grand_total == always + slopes * one
 
 
 def test_scores_are_not_kept() -> None:
@@ -157,9 +151,7 @@ def test_scores_are_not_kept() -> None:
     tensors = [make(64, 4).requires_grad_(), make(512, 4).requires_grad_()]
     for reduction in ("none", "mean"):
         for target in (make.index(512, 64), make(64, 512).softmax(1)):
-            kept = saved_bytes(
-                lambda t=target, how=reduction: linear_cross_entropy(*tensors, t, reduction=how)
-            ).grand_total
+            kept = saved_bytes(lambda t=target, how=reduction: manual(*tensors, t, reduction=how)).grand_total
             assert kept - target.nbytes < 64 * 512 * 4 / 3
 
 
@@ -206,7 +198,7 @@ def test_the_weights_gradient_is_the_slope_itself() -> None:
     """No second copy of what is as large as the weight; but one where it is read again, or somebody has it."""
     for retain in (False, True):
         (x, weight, _), target = problem()
-        loss = linear_cross_entropy(x, weight, target)
+        loss = manual(x, weight, target)
         kept = {t.data_ptr() for t in loss.grad_fn.saved_tensors if t is not None and t is not weight}
         (2 * loss).backward(retain_graph=retain)
         assert weight.grad is not None
@@ -215,7 +207,7 @@ def test_the_weights_gradient_is_the_slope_itself() -> None:
     tensors, target = problem()
     seen: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
-        loss = linear_cross_entropy(*tensors[:2], target)
+        loss = manual(*tensors[:2], target)
     copies = [tensor.clone() for tensor in seen]
     (2 * loss).backward()
     assert_close(seen, copies, rtol=0, atol=0)
@@ -227,7 +219,7 @@ def test_checkpointed(reentrant: bool) -> None:
     x, weight, bias = tensors
 
     def head(x: Tensor) -> Tensor:
-        return linear_cross_entropy(x.sin(), weight, target, linear_bias=bias)
+        return manual(x.sin(), weight, target, linear_bias=bias)
 
     loss = checkpoint(head, x, use_reentrant=reentrant)
     assert isinstance(loss, Tensor)
@@ -243,7 +235,7 @@ def test_a_scaled_loss_keeps_small_gradients_of_float16() -> None:
     found = []
     for dtype in (torch.float16, torch.float64):
         tensors = [t.to(dtype).requires_grad_() for t in (x * 1e-3, weight)]
-        loss = linear_cross_entropy(*tensors, target, options=Options(batch_chunk_size=1000))
+        loss = manual(*tensors, target, options=Options(batch_chunk_size=1000))
         found.append([t.double() for t in torch.autograd.grad(loss, tensors, torch.tensor(16384.0).to(dtype))])
     assert_close(found[0], found[1], rtol=1e-2, atol=1e-3)
 
@@ -256,10 +248,10 @@ def test_many_pieces_are_as_precise_as_one(dtype: torch.dtype) -> None:
     truth = torch.autograd.grad(in_one_piece(exact[0], exact[1], target, exact[2]), exact)
     for reduction in ("mean", "none"):
         errors = []
-        functions: list[Any] = [linear_cross_entropy, in_one_piece]
+        functions: list[Any] = [manual, in_one_piece]
         for function in functions:
             tensors = [x.clone().requires_grad_() for x in values]
-            more = {"options": Options(batch_chunk_size=4)} if function is linear_cross_entropy else {}
+            more = {"options": Options(batch_chunk_size=4)} if function is manual else {}
             loss = function(*tensors[:2], target, linear_bias=tensors[2], reduction=reduction, **more)
             assert loss.dtype == dtype
             found = torch.autograd.grad(loss.mean(), tensors)
@@ -280,7 +272,7 @@ def test_an_ignored_row_leaves_no_trace(reduction: str, value: float) -> None:
         x = tensors[0].detach().clone()
         x[2] = fill
         leaves = [x.requires_grad_(), *tensors[1:]]
-        loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], reduction=reduction)
+        loss = manual(*leaves[:2], target, linear_bias=leaves[2], reduction=reduction)
         found.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
     assert_close(found[0], found[1], rtol=0, atol=0)
     assert not found[0][1][2].any()
@@ -299,7 +291,7 @@ def test_nothing_counts(reduction: str) -> None:
     x, weight, bias = tensors
     options = Options(batch_chunk_size=2)
     for empty in (target[:0], torch.zeros(0, 3).double()):
-        a = linear_cross_entropy(x[:0], weight, empty, linear_bias=bias, reduction=reduction, options=options)
+        a = manual(x[:0], weight, empty, linear_bias=bias, reduction=reduction, options=options)
         b = in_one_piece(x[:0], weight, empty, bias, reduction=reduction)
         assert_close(a, b, equal_nan=True)
         pairs = (torch.autograd.grad(loss.sum(), tensors) for loss in (a, b))
@@ -350,7 +342,7 @@ def test_options_make_no_difference() -> None:
         Options(batch_chunk_size=2, allow_retain_graph=True),
         Options(chunking_method="aspect_ratio", acc_policy="compact"),
     ):
-        found = linear_cross_entropy(*tensors[:2], target, linear_bias=tensors[2], options=options)
+        found = manual(*tensors[:2], target, linear_bias=tensors[2], options=options)
         assert_close(found, expected)
         assert_close(
             torch.autograd.grad(found, tensors), torch.autograd.grad(expected, tensors, retain_graph=True)
@@ -381,7 +373,7 @@ def test_bad_input_is_refused() -> None:
     ]
     for error, args, how in wrong:
         with pytest.raises(error):
-            linear_cross_entropy(*args, **how)
+            manual(*args, **how)
 
 
 def test_nothing_is_written_into() -> None:
@@ -389,7 +381,7 @@ def test_nothing_is_written_into() -> None:
     weight = torch.rand(3, dtype=torch.float64)
     copies = [x.detach().clone() for x in (*tensors, target, weight)]
     x, w, bias = tensors
-    linear_cross_entropy(x, w, target, linear_bias=bias, weight=weight, label_smoothing=0.1).backward()
+    manual(x, w, target, linear_bias=bias, weight=weight, label_smoothing=0.1).backward()
     assert_close([x.detach() for x in (*tensors, target, weight)], copies, rtol=0, atol=0)
 
 
@@ -406,7 +398,7 @@ def test_compiled_in_pieces() -> None:
     for how in ({}, {"label_smoothing": 0.1}, {"reduction": "none"}):
 
         def loss(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, how: Any = how) -> Tensor:
-            return linear_cross_entropy(x, weight, target, linear_bias=bias, **how).sum()
+            return manual(x, weight, target, linear_bias=bias, **how).sum()
 
         compiled: Any = torch.compile(loss, fullgraph=True, backend="aot_eager")
         found = compiled(*tensors, target)
@@ -418,10 +410,10 @@ def test_compiled_in_pieces() -> None:
 def test_traced_and_without_data() -> None:
     tensors, target = problem(bias=False)
     expected = torch.autograd.grad(both(tensors, target)[1], tensors)
-    traced = make_fx(lambda *given: torch.autograd.grad(linear_cross_entropy(*given, target), given))(*tensors)
+    traced = make_fx(lambda *given: torch.autograd.grad(manual(*given, target), given))(*tensors)
     assert_close(traced(*tensors), expected)
     on_meta = [x.detach().to("meta").requires_grad_() for x in tensors]
-    assert linear_cross_entropy(*on_meta, target.to("meta")).shape == ()
+    assert manual(*on_meta, target.to("meta")).shape == ()
 
 
 def test_module() -> None:

@@ -1,4 +1,4 @@
-"""Recurrent modules beside torch's: what the table's samples leave out, packed sequences first of all."""
+"""Recurrent modules compared with torch: what the sample inputs leave out, mainly packed sequences."""
 
 from __future__ import annotations
 
