@@ -130,7 +130,7 @@ def read_curves(folder: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def one_process_rows(device: str) -> Iterator[Row]:
-    """DDP and FSDP2 in a single process have the gradients of the unwrap_functorch model."""
+    """DDP and FSDP2 in a single process have the gradients of the model itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
