@@ -172,5 +172,5 @@ def test_only_vendor_kernels_call_a_backward_of_torch() -> None:
         assert not any(named.search(ast.unparse(x)) for x in ast.parse(text).body if isinstance(x, ast.Assign))
     kernels = [kernel for rule in every_rule() for kernel in rule.vendor_kernels.values()]
     allowed = {(kernel.__module__.rpartition(".")[2], kernel.__name__) for kernel in kernels}
-    assert ("convolution", "_weight_by_kernel") in found
+    assert ("convolution", "_vendor_grad_weight") in found
     assert found <= allowed

@@ -244,7 +244,7 @@ def test_unknown_law() -> None:
             2,
             "has no attribute 'Missing'",
         ),
-        (["test_verification", "--inputs", "test_verification:make_inputs"], 2, "package.module:name"),
+        (["test_verification", "--inputs", "test_verification:make_inputs"], 2, "PACKAGE.MODULE:NAME"),
     ],
 )
 def test_command_line(arguments: list[str], status: int, output: str) -> None:

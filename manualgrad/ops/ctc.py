@@ -27,7 +27,7 @@ class CTCLossFunction(Rule):
 
     α_t(s)   all partial paths up to time t that end at l_s:      α_t(s) = y_t(l_s) Σ α_{t-1}(s, s-1, s-2)
     β_t(s)   all partial paths from time t that start at l_s:     α of the reversed sequence and labels
-    γ_t(s)   = α_t(s) β_t(s) / y_t(l_s) / P:   the probability that a path is at l_s at time t; Σ_s γ_t(s) = 1
+    γ_t(s)   = α_t(s) β_t(s) / y_t(l_s) / P:   the probability of l_s at time t, given the labels; Σ_s γ_t(s) = 1
 
     P is linear in each y_t(k), so ∂P/∂x_tk sums the paths that are at k at time t:  ∂ℓ/∂x_tk = -Σ_{l_s = k} γ_t(s)
     torch adds e^(x_tk) to it, so that each row sums to 0. The gradient of a preceding log-softmax does not change

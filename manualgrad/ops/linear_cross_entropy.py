@@ -587,8 +587,8 @@ def _chunk_size(options: LinearCrossEntropyOptions | None, n: int, features: int
         return max(1, n if size is None else min(size, n))
     # torch's "aspect_ratio:r" divides by r the number of rows that have as many logits as the input has elements,
     # rounded up to a power of 2
-    rows = -(-n // -(-logits_per_row // features))
-    chosen = min((1 << (rows - 1).bit_length()) // int(method.partition(":")[2] or 1), n)
+    rows_needed = -(-n // -(-logits_per_row // features))
+    chosen = min((1 << (rows_needed - 1).bit_length()) // int(method.partition(":")[2] or 1), n)
     if size not in (None, chosen):
         raise ValueError(
             f"batch_chunk_size={size} contradicts chunking_method={method!r}, which chooses {chosen}: pass one of "
@@ -666,9 +666,9 @@ else:
                 raise ValueError(f"invalid acc_policy: {self.acc_policy!r}")
             if not re.fullmatch(r"auto|aspect_ratio(:0*[1-9]\d*)?", self.chunking_method or "auto"):
                 raise ValueError(f"invalid chunking_method: {self.chunking_method!r}")
-            rows = self.batch_chunk_size
-            if rows is not None and not (isinstance(rows, int) and rows > 0):
-                raise ValueError(f"batch_chunk_size must be positive int or None, got {rows!r}")
+            size = self.batch_chunk_size
+            if size is not None and not (isinstance(size, int) and size > 0):
+                raise ValueError(f"batch_chunk_size must be positive int or None, got {size!r}")
             if self.acc_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 raise ValueError(f"acc_dtype must be a floating dtype or None, got {self.acc_dtype!r}")
 

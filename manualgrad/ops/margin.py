@@ -282,8 +282,8 @@ class MultiLabelMarginLossFunction(Rule):
         return _nn.multilabel_margin_loss(input, target, reduction)
 
     def h(grad: Tensor, input: Tensor, reduction: int) -> Tensor:
-        rows = input.shape[:-1].numel()
-        return grad.unsqueeze(-1) if reduction == NONE else grad / max(rows, 1) if reduction == MEAN else grad
+        n = input.shape[:-1].numel()
+        return grad.unsqueeze(-1) if reduction == NONE else grad / max(n, 1) if reduction == MEAN else grad
 
     def grad_input(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
         return multilabel_margin_gradient(h, input, target)
