@@ -147,7 +147,7 @@ def _make_overrides() -> dict[Any, Callable[..., Any]]:
             original = getattr(namespace, name, None)
             if original is None or original in found:
                 continue
-            if override := _override_by_schema(name, manual, by_position):
+            if override := override_by_schema(name, manual, by_position):
                 found[original] = override
             elif namespace is not Tensor:  # Tensor has methods of this name that are other operations (unfold)
                 found[original] = _unsupported_overload
@@ -191,7 +191,7 @@ class _Argument(NamedTuple):
 _REQUIRED = object()
 
 
-def _override_by_schema(name: str, manual: Callable[..., Any], by_position: bool) -> Callable[..., Any] | None:
+def override_by_schema(name: str, manual: Callable[..., Any], by_position: bool) -> Callable[..., Any] | None:
     """A function with the arguments of the torch operation of this name, which calls manualgrad's; None if the two
     mean different things. Arguments are matched by name, or by position."""
     operation = getattr(torch.ops.aten, name, None)

@@ -29,6 +29,10 @@ from manualgrad.torch_internals import (
 )
 
 
+recorder: Callable[..., Any] | None = None
+"""Called with the rule and its arguments in place of the Function, while `manualgrad.program` captures a model."""
+
+
 class OpaqueTuple(tuple[Any, ...]):
     """A tuple that torch.func does not flatten.
 
@@ -78,6 +82,9 @@ def make_apply(implementation: Implementation) -> Callable[..., Any]:
         return forward(*args)
 
     def apply(*args: Any, with_statistics: bool = False) -> Any:
+        if recorder is not None:
+            result = recorder(rule, args)
+            return result[0] if has_statistics and not with_statistics else result
         if is_any_autocast_enabled():
             args = autocast_inputs(rule, args)
             with disable_autocast(args):

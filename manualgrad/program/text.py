@@ -1,0 +1,348 @@
+"""Write recorded calls as Python text: names, expressions, lines."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manualgrad.program.trace import Call, Variable, function_name, is_inplace, variables
+
+WIDTH = 115
+_INLINE_WIDTH = 72
+
+_BINARY: dict[str, type[ast.operator]] = {
+    **{"add": ast.Add, "sub": ast.Sub, "mul": ast.Mult, "div": ast.Div, "matmul": ast.MatMult, "pow": ast.Pow},
+    **{"bitwise_and": ast.BitAnd, "bitwise_or": ast.BitOr, "__and__": ast.BitAnd, "__or__": ast.BitOr},
+    **{"floor_divide": ast.FloorDiv, "remainder": ast.Mod, "true_divide": ast.Div, "logical_and": ast.BitAnd},
+}
+_REFLECTED: dict[str, type[ast.operator]] = {
+    **{"__radd__": ast.Add, "__rsub__": ast.Sub, "__rmul__": ast.Mult, "__rdiv__": ast.Div, "__rtruediv__": ast.Div},
+    **{"__rpow__": ast.Pow, "__rmatmul__": ast.MatMult, "rsub": ast.Sub},
+}
+_COMPARISONS: dict[str, type[ast.cmpop]] = {
+    **{"gt": ast.Gt, "ge": ast.GtE, "lt": ast.Lt, "le": ast.LtE, "eq": ast.Eq, "ne": ast.NotEq},
+}
+_UNARY: dict[str, type[ast.unaryop]] = {"neg": ast.USub, "__neg__": ast.USub, "__invert__": ast.Invert}
+_SPACES = ((F, "F"), (torch, "torch"), (torch.special, "torch.special"), (torch.linalg, "torch.linalg"))
+_RESERVED = frozenset(dir(__builtins__) if not isinstance(__builtins__, dict) else __builtins__) | frozenset(
+    "torch F math state saved grads forward backward run substate and as assert break class continue def del elif "
+    "else except finally for from global if import in is lambda None nonlocal not or pass raise return True False "
+    "try while with yield".split()
+)
+_MAY_SHADOW = frozenset(("input", "hash", "iter", "max", "min", "sum", "abs", "pow", "round", "filter", "map", "slice"))
+
+
+class Writer:
+    """Turns the calls of one function into lines.
+
+    Args:
+        reserved: the names that are taken from the start.
+    """
+
+    def __init__(self, reserved: Iterable[str] = ()) -> None:
+        self.names: dict[Variable, str] = {}
+        self.inlined: dict[Variable, ast.expr] = {}
+        self.imports: set[str] = set()
+        self._holders: dict[str, Variable | None] = dict.fromkeys(reserved)
+        self.last_read: dict[Variable, float] = {}
+        self.expressions: dict[Variable, ast.expr] = {}
+        """For a variable that is no local name: how it is written."""
+        self.symbols: dict[str, str] = {}
+
+    # --- names ---
+
+    def name(self, variable: Variable, position: float = -1, rebind: bool = False) -> str:
+        """The name of a variable. A new variable gets one.
+
+        Args:
+            rebind: the name of a variable that no later line reads may be used again.
+        """
+        if variable in self.names:
+            return self.names[variable]
+        base = variable.name
+        if base in _RESERVED and base not in _MAY_SHADOW:
+            base += "_"
+        name, n = base, 1
+        while not self._is_free(name, position, rebind):
+            n += 1
+            name = f"{base}_{n}"
+        self._holders[name] = variable
+        self.names[variable] = name
+        return name
+
+    def _is_free(self, name: str, position: float, rebind: bool) -> bool:
+        if name not in self._holders:
+            return True
+        holder = self._holders[name]
+        return rebind and holder is not None and self.last_read.get(holder, math.inf) <= position
+
+    # --- lines ---
+
+    def lines(self, calls: Sequence[Call], kept: Iterable[Variable], start: int = 0, rebind: bool = False) -> list[str]:
+        """The lines of these calls.
+
+        Args:
+            kept: variables that something after these calls reads.
+            start: the position of the first call in the whole function.
+        """
+        kept = set(kept)
+        reads = Counter(variable for call in calls for variable in call.reads)
+        written_inplace = {call.outputs for call in calls if call.is_inplace and isinstance(call.outputs, Variable)}
+        positions = {id(call): start + i for i, call in enumerate(calls)}
+        found: list[str] = []
+        for i, call in enumerate(calls):
+            output = call.outputs
+            expression = self.expression(call)
+            position = positions[id(call)]
+            if call.is_inplace:
+                found += render(ast.Expr(expression) if isinstance(expression, ast.expr) else expression)
+                continue
+            if (
+                isinstance(output, Variable)
+                and reads[output] == 1
+                and output not in kept
+                and output not in written_inplace
+                and not output.is_named
+                and self._may_inline(calls, i, output)
+                and len(ast.unparse(expression)) <= _INLINE_WIDTH
+            ):
+                self.inlined[output] = expression
+                continue
+            used = {variable for variable in call.writes if reads[variable] or variable in kept}
+            if not used and not _has_effect(call):
+                continue
+            target = self._target(output, used, position, rebind)
+            found += render(ast.Assign([target], expression))
+        return found
+
+    def _may_inline(self, calls: Sequence[Call], i: int, output: Variable) -> bool:
+        """No call between the call and its reader writes in place or draws random numbers."""
+        for call in calls[i + 1 :]:
+            if output in call.reads:
+                return not call.is_inplace
+            if call.is_inplace or _has_effect(call):
+                return False
+        return False
+
+    def _target(self, outputs: Any, used: set[Variable], position: float, rebind: bool) -> ast.expr:
+        if isinstance(outputs, Variable):
+            if outputs in self.expressions:
+                return self.expressions[outputs]
+            if outputs not in used:
+                return ast.Name("_", ast.Store())
+            return ast.Name(self.name(outputs, position, rebind), ast.Store())
+        if isinstance(outputs, (tuple, list)):
+            targets = [self._target(x, used, position, rebind) for x in outputs]
+            return ast.Tuple(targets, ast.Store())
+        return ast.Name("_", ast.Store())
+
+    # --- expressions ---
+
+    def value(self, value: Any) -> ast.expr:
+        """The expression of an argument."""
+        if isinstance(value, Variable):
+            if value in self.inlined:
+                return self.inlined[value]
+            if value in self.expressions:
+                return self.expressions[value]
+            if value.path is not None:
+                return ast.Subscript(ast.Name("state", ast.Load()), ast.Constant(value.path), ast.Load())
+            return ast.Name(self.name(value), ast.Load())
+        if isinstance(value, torch.Size) or type(value) is tuple:
+            return ast.Tuple([self.value(x) for x in value], ast.Load())
+        if isinstance(value, list):
+            return ast.List([self.value(x) for x in value], ast.Load())
+        if isinstance(value, slice):
+            return ast.Call(ast.Name("slice", ast.Load()), [self.value(x) for x in (value.start, value.stop, value.step)], [])
+        if isinstance(value, float) and not math.isfinite(value):
+            self.imports.add("import math")
+            text = "math.nan" if math.isnan(value) else "math.inf" if value > 0 else "-math.inf"
+            return ast.parse(text, mode="eval").body
+        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+            return ast.parse(str(value), mode="eval").body
+        if isinstance(value, torch.device):
+            return ast.Constant(str(value))
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self._symbolic(value)
+        if isinstance(value, (bool, int, float, str, complex)) or value is None or value is Ellipsis:
+            return ast.Constant(value)
+        raise NotImplementedError(f"an argument of type {type(value).__name__} cannot be written: {value!r}")
+
+    def _symbolic(self, value: Any) -> ast.expr:
+        tree = ast.parse(str(value.node.expr), mode="eval").body
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and node.id in self.symbols:
+                node.id = self.symbols[node.id]
+        return tree
+
+    def expression(self, call: Call) -> Any:
+        name = function_name(call.function)
+        args = list(call.args)
+        kwargs = _without_defaults(call.function, call.kwargs)
+        if name == "__setitem__":
+            target = ast.Subscript(self.value(args[0]), self._index(args[1]), ast.Store())
+            return ast.Assign([target], self.value(args[2]))
+        if name == "__getitem__":
+            return ast.Subscript(self.value(args[0]), self._index(args[1]), ast.Load())
+        if not kwargs and _is_operator(call.function):
+            if len(args) == 2 and name in _BINARY:
+                return ast.BinOp(self.value(args[0]), _BINARY[name](), self.value(args[1]))
+            if len(args) == 2 and name in _REFLECTED:
+                return ast.BinOp(self.value(args[1]), _REFLECTED[name](), self.value(args[0]))
+            if len(args) == 2 and name in _COMPARISONS:
+                return ast.Compare(self.value(args[0]), [_COMPARISONS[name]()], [self.value(args[1])])
+            if len(args) == 1 and name in _UNARY:
+                return ast.UnaryOp(_UNARY[name](), self.value(args[0]))
+        keywords = [ast.keyword(key, self.value(value)) for key, value in kwargs.items()]
+        if getattr(call.function, "__name__", "") == "__get__":
+            return ast.Attribute(self.value(args[0]), name, ast.Load())
+        path = self._path(call.function, name)
+        if path is None:
+            function: ast.expr = ast.Attribute(self.value(args[0]), name, ast.Load())
+            args = args[1:]
+        else:
+            function = ast.parse(path, mode="eval").body
+        if path is not None and path.startswith("F."):
+            self.imports.add("import torch.nn.functional as F")
+        return ast.Call(function, [self.value(x) for x in args], keywords)
+
+    def _index(self, index: Any) -> ast.expr:
+        if isinstance(index, slice):
+            parts = [None if x is None else self.value(x) for x in (index.start, index.stop, index.step)]
+            return ast.Slice(*parts)
+        if isinstance(index, tuple):
+            return ast.Tuple([self._index(x) for x in index], ast.Load())
+        return self.value(index)
+
+    def _path(self, function: Any, name: str) -> str | None:
+        """The dotted path of a function of torch. None for a method of Tensor."""
+        if isinstance(function, torch._ops.OpOverload):
+            return f"torch.ops.aten.{name}.{function._overloadname}"
+        if isinstance(function, torch._ops.OpOverloadPacket):
+            return f"torch.ops.aten.{name}"
+        if getattr(Tensor, name, None) is function:
+            return None
+        for space, path in _SPACES:
+            if getattr(space, name, None) is function:
+                return f"{path}.{name}"
+            short = name.removeprefix(f"{path.rpartition('.')[2]}_")
+            if getattr(space, short, None) is function:
+                return f"{path}.{short}"
+        if getattr(torch._C._nn, name, None) is function:  # type: ignore[attr-defined]
+            return f"torch._C._nn.{name}"
+        if getattr(torch.ops.aten, name, None) is not None and "torch._ops" in str(getattr(function, "__module__", "")):
+            return f"torch.ops.aten.{name}"
+        raise NotImplementedError(f"{function} has no path that can be written")
+
+
+def _is_operator(function: Any) -> bool:
+    name = function_name(function)
+    return getattr(Tensor, name, None) is function or getattr(torch, name, None) is function
+
+
+def _has_effect(call: Call) -> bool:
+    """The call draws random numbers or writes into a tensor, so its position matters."""
+    name = function_name(call.function)
+    return is_inplace(call.function) or name in RANDOM or (name in _UPDATES_BUFFERS)
+
+
+RANDOM = frozenset(
+    "dropout native_dropout bernoulli rand randn rand_like randn_like randint randint_like normal multinomial randperm "
+    "rrelu alpha_dropout feature_dropout feature_alpha_dropout _scaled_dot_product_attention_math".split()
+)
+_UPDATES_BUFFERS = frozenset(("_batch_norm_impl_index", "batch_norm", "native_batch_norm", "instance_norm"))
+
+
+def _without_defaults(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(function, FunctionType):
+        return kwargs
+    parameters = inspect.signature(function).parameters
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if isinstance(value, Variable) or name not in parameters or parameters[name].default is not value
+    }
+
+
+# --- layout ---
+
+
+def render(statement: ast.stmt, indent: int = 4) -> list[str]:
+    """The lines of a statement, laid out as ruff does, for a function body indented by `indent`."""
+    text = ast.unparse(ast.fix_missing_locations(statement))
+    text = text.replace("'", '"') if "'" in text and '"' not in text else text
+    if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
+        head, _, tail = text.partition(" = ")
+        text = f"{head.strip('()')} = {tail}"
+    return split_line(text, WIDTH - indent)
+
+
+def split_line(text: str, width: int) -> list[str]:
+    """Break a line that is too long at its last outer bracket: the content on lines of its own."""
+    if len(text) <= width:
+        return [text]
+    start, end = _outer_bracket(text)
+    if start is None or end is None:
+        return [text]
+    head, body, tail = text[: start + 1], text[start + 1 : end], text[end:]
+    indented = "    "
+    if len(indented + body) <= width and not body.rstrip().endswith(","):
+        return [head, indented + body, *split_line(tail, width)]
+    parts = _split_at_commas(body)
+    if len(parts) == 1:
+        return [head, *(indented + x for x in split_line(body, width - 4)), *split_line(tail, width)]
+    lines = [x for part in parts for x in _with_comma(split_line(part, width - 5))]
+    return [head, *(indented + x for x in lines), *split_line(tail, width)]
+
+
+def _with_comma(lines: list[str]) -> list[str]:
+    return [*lines[:-1], lines[-1] + ","]
+
+
+def _outer_bracket(text: str) -> tuple[int | None, int | None]:
+    """The positions of the last bracket pair at depth 0 that is not empty."""
+    depth, start, found = 0, 0, (None, None)
+    for i, character in _outside_strings(text):
+        if character in "([{":
+            if depth == 0:
+                start = i
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+            if depth == 0 and i > start + 1:
+                found = (start, i)
+    return found
+
+
+def _split_at_commas(text: str) -> list[str]:
+    parts, depth, start = [], 0, 0
+    for i, character in _outside_strings(text):
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif character == "," and depth == 0:
+            parts.append(text[start:i].strip())
+            start = i + 1
+    parts.append(text[start:].strip())
+    return [x for x in parts if x]
+
+
+def _outside_strings(text: str) -> Iterator[tuple[int, str]]:
+    quote = ""
+    for i, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            yield i, character
