@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from manualgrad.program.blocks import BlockCall
 from manualgrad.program.capture import Step, record_rules
+from manualgrad.program.capture import identifier as _identifier
 from manualgrad.program.trace import Call, Trace, Variable, variables
 from manualgrad.rule.formulas import Formula
 from manualgrad.rule.function import LOW_PRECISION
 
 
 class Section:
-    """The lines of the backward of one step."""
+    """The lines of the backward of one step or block."""
 
-    def __init__(self, step: Step, calls: list[Call]) -> None:
-        self.step, self.calls = step, calls
+    def __init__(self, item: Step | BlockCall, calls: list[Call]) -> None:
+        self.item, self.calls = item, calls
+
+
+class BlockFunction:
+    """The forward or the backward of a unit, as the function of a `Call`."""
+
+    def __init__(self, block: BlockCall, direction: str) -> None:
+        self.block, self.direction = block, direction
+        self.__name__ = f"{block.unit.name}_{direction}"
 
 
 class Backward:
@@ -30,8 +40,9 @@ class Backward:
         gradients: by variable.
     """
 
-    def __init__(self, trace: Trace, steps: list[Step], outputs: Iterable[Variable]) -> None:
+    def __init__(self, trace: Trace, items: Sequence[Step | BlockCall], outputs: Iterable[Variable]) -> None:
         self.trace = trace
+        self.saved_by_block: dict[BlockCall, Variable] = {}
         self.sections: list[Section] = []
         self.gradients: dict[Variable, Variable] = {}
         self.output_gradients: dict[Variable, Variable] = {}
@@ -43,9 +54,12 @@ class Backward:
                 grad.is_named = True
                 self.gradients[output] = self.output_gradients[output] = grad
         with record_rules(lambda rule, args: rule.forward(*args)), torch.no_grad():
-            for step in reversed(steps):
-                if step.needed and step.output in self.gradients:
-                    self._add_section(step)
+            for item in reversed(items):
+                if isinstance(item, BlockCall):
+                    if any(x in self.gradients for x in item.outputs):
+                        self._add_block(item)
+                elif item.needed and item.output in self.gradients:
+                    self._add_section(item)
 
     def _add_section(self, step: Step) -> None:
         assert step.rule is not None and step.output is not None
@@ -68,6 +82,25 @@ class Backward:
                     gradient = gradient.to(variable.tensor.dtype)
             self._accumulate(variable, gradient)
         self.sections.append(Section(step, self.trace.calls))
+
+    def _add_block(self, block: BlockCall) -> None:
+        self.trace.calls = []
+        outputs = [x for x in block.outputs if x.needs_grad]
+        example = next(self.gradients[x] for x in outputs if x in self.gradients)
+        grads = []
+        for output in outputs:
+            if output not in self.gradients:
+                with self.trace:
+                    zeros = example.tensor.new_zeros(tuple(output.tensor.shape))
+                self.gradients[output] = self.trace.replace(zeros)
+            grads.append(self.gradients[output])
+        saved = self.saved_by_block[block] = Variable(f"saved_{_identifier(block.path)}", torch.empty(()))
+        inputs = [x for x in block.inputs if x.needs_grad]
+        results = [self.trace.add(Variable(f"grad_{x.name}", torch.empty_like(x.tensor))) for x in inputs]
+        self.trace.calls.append(Call(BlockFunction(block, "backward"), (saved, *grads), {}, tuple(results)))
+        for variable, gradient in zip(inputs, results, strict=True):
+            self._accumulate(variable, gradient.tensor)
+        self.sections.append(Section(block, self.trace.calls))
 
     def _upcast(self, value: Any) -> Any:
         with self.trace:

@@ -164,7 +164,7 @@ class Capture:
             if spec.kind is InputKind.USER_INPUT:
                 given = next(user_inputs)
                 if isinstance(value, Tensor):
-                    variable = self.trace.add(Variable(_identifier(node.name), value))
+                    variable = self.trace.add(Variable(identifier(node.name), value))
                     variable.needs_grad = isinstance(given, Tensor) and given.requires_grad
                     variable.is_named = True
                     graph.inputs.append(variable)
@@ -173,7 +173,7 @@ class Capture:
                 if path in graph.state:
                     value = graph.state[path].tensor  # tied to a parameter that has been seen
                 else:
-                    variable = self.trace.add(Variable(_identifier(path), value, path))
+                    variable = self.trace.add(Variable(identifier(path), value, path))
                     variable.needs_grad = path in self._requires_grad
                     graph.state[path] = variable
                     if spec.kind is InputKind.CONSTANT_TENSOR:
@@ -369,7 +369,7 @@ def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
     return found
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
     name = re.sub(r"\W", "_", name)
     return name if name[:1].isalpha() else f"layer{name}"
 

@@ -1,192 +1,339 @@
-"""The file of a program: ``forward``, ``backward``, ``run`` and a check of itself."""
+"""The file of a program: ``forward``, ``backward``, ``run``, and the check that runs when the file is a script."""
 
 from __future__ import annotations
 
 import ast
-import textwrap
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manualgrad.program.backward import Backward, Section
-from manualgrad.program.capture import Graph, Step
-from manualgrad.program.text import WIDTH, Writer, render, split_line
+from manualgrad.program.backward import Backward, BlockFunction, Section
+from manualgrad.program.blocks import BlockCall, Unit
+from manualgrad.program.capture import Graph, Step, identifier
+from manualgrad.program.text import WIDTH, Writer, split_line
 from manualgrad.program.trace import Call, Variable, variables
 
-_RUN = '''
-class Run(torch.autograd.Function):
+_SUBSTATE = '''def substate(state, path):
+    """The parameters and buffers of the module at this path."""
+    return {name.removeprefix(f"{path}."): x for name, x in state.items() if name.startswith(f"{path}.")}'''
+
+_ADD_GRADS = '''def add_grads(grads, path, others):
+    """Add the gradients of the module at this path to those of the model."""
+    for name, grad in others.items():
+        name = f"{path}.{name}"
+        grads[name] = grads[name] + grad if name in grads else grad'''
+
+_FLATTEN = '''def flatten(saved):
+    """The tensors of nested tuples."""
+    return [tensor for x in saved for tensor in (flatten(x) if isinstance(x, tuple) else [x])]
+
+
+def unflatten(layout, tensors):
+    """Nested tuples like `layout`, of the tensors that the iterator gives."""
+    return tuple(unflatten(x, tensors) if isinstance(x, tuple) else next(tensors) for x in layout)
+
+
+def without_tensors(saved):
+    return tuple(without_tensors(x) if isinstance(x, tuple) else None for x in saved)'''
+
+_RUN = '''class Run(torch.autograd.Function):
     """`forward` and `backward` as one node of autograd's graph."""
 
     @staticmethod
     def forward(ctx, names, *tensors):
-        ctx.names = names
         state, inputs = dict(zip(names, tensors)), tensors[len(names) :]
         outputs, saved = forward(state, *inputs)
-        ctx.save_for_backward(*state.values(), *saved)
+        ctx.names{layout} = names{layout_value}
+        ctx.save_for_backward(*state.values(), *{flat})
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grad_outputs):
-        tensors, count = ctx.saved_tensors, len(ctx.names)
-        state = dict(zip(ctx.names, tensors[:count]))
-        grads, grad_inputs = backward(state, tensors[count:], *grad_outputs)
-        return None, *(grads.get(name) for name in ctx.names), *grad_inputs
+    def backward(ctx, {grad_outputs}):
+        tensors = ctx.saved_tensors
+        state, saved = dict(zip(ctx.names, tensors)), tensors[len(ctx.names) :]
+        {results} = backward(state, {restored}, {grad_outputs})
+        return None, *map(grads.get, ctx.names), {grad_inputs}
 
 
 def run(state, {inputs}):
-    """The output of the model. It is differentiable with respect to the parameters in `state` and the inputs.
+    """The output of the model, differentiable with respect to the parameters in `state` and the inputs.
 
     Args:
-        state: the model's parameters and buffers by name: {{**dict(model.named_parameters()), **dict(model.named_buffers())}}.
+        state: the parameters and buffers of the model by their names.
     """
-    names = tuple(state)
-    {outputs} = Run.apply(names, *state.values(), {inputs})
-    return {result}
-'''
+    {outputs} = Run.apply(tuple(state), *state.values(), {inputs})
+    return {result}'''
+
+_CHECK = '''STATE = {state}
+INPUTS = {input_examples}
 
 
-class Layout:
-    """What a program saves, takes and returns."""
+def check():
+    """Compare `run` with torch's autograd, on random numbers. Prints the largest difference."""
+    torch.manual_seed(0)
+    state = {{name: example(*x) for name, x in STATE.items()}}
+    inputs = [example(*x) for x in INPUTS]
+    tensors = [x for x in (*state.values(), *inputs) if x.requires_grad]
+    results = []
+    for compute in (lambda: run(state, *inputs), lambda: forward(state, *inputs)[0]):
+        torch.manual_seed(0)
+        outputs = compute()
+        outputs = [x for x in (outputs if isinstance(outputs, tuple) else [outputs]) if x.requires_grad]
+        torch.manual_seed(1)
+        loss = sum((x * torch.randn_like(x)).sum() for x in outputs)
+        results.append([*outputs, *torch.autograd.grad(loss, tensors, allow_unused=True)])
+    differences = [
+        ((a - b).abs().max() / b.abs().max().clamp(1e-30)).item()
+        for a, b in zip(*results)
+        if a is not None and b is not None and b.numel()
+    ]
+    print(f"largest difference from torch's autograd: {{max(differences):.1e}}")
 
-    def __init__(self, graph: Graph, backward: Backward) -> None:
-        self.graph, self.backward = graph, backward
-        self.outputs = list(dict.fromkeys(x for x in graph.outputs if isinstance(x, Variable)))
-        made = {variable for section in backward.sections for call in section.calls for variable in call.writes}
-        given = set(backward.output_gradients.values())
-        self.saved: list[Variable] = []
-        for section in backward.sections:
-            for variable in (x for call in section.calls for x in call.reads):
-                if variable.path is None and variable not in made and variable not in given:
-                    if variable not in self.saved:
-                        self.saved.append(variable)
-        order = {v: i for i, v in enumerate(x for step in graph.steps for call in step.calls for x in call.writes)}
-        self.saved.sort(key=lambda x: order.get(x, -1))
+
+def example(dtype, requires_grad, largest, *shape):
+    """A random tensor; integers are at most `largest`."""
+    if dtype.is_floating_point:
+        return torch.rand(shape, dtype=torch.float64).add(0.5).mul(0.2).requires_grad_(requires_grad)
+    return torch.randint(0, largest + 1, shape).to(dtype)
 
 
-def name_steps(graph: Graph) -> None:
+if __name__ == "__main__":
+    check()'''
+
+
+class FileWriter:
+    """Writes the functions of each unit, and the parts around them."""
+
+    def __init__(self, graph: Graph, units: Sequence[Unit]) -> None:
+        self.graph, self.units = graph, units
+        self.imports: set[str] = {"import torch"}
+        self.has_blocks = len(units) > 1
+        self.functions: list[str] = []
+        for unit in units:
+            name_variables(unit)
+            self.backward = Backward(graph.trace, unit.items, unit.outputs)
+            writer = UnitWriter(graph, unit, self.backward)
+            self.functions += [writer.forward(), writer.backward_text()]
+            self.imports |= writer.writer.imports
+            self.root = writer
+
+    def text(self, title: str, model_outputs: str) -> str:
+        standard = sorted(x for x in self.imports if "torch" not in x)
+        torch_imports = sorted(x for x in self.imports if "torch" in x)
+        head = "\n\n".join("\n".join(x) for x in (standard, torch_imports) if x)
+        helpers = [_SUBSTATE, _ADD_GRADS, _FLATTEN] if self.has_blocks else []
+        parts = [f'"""{title}"""\n\n{head}', *helpers, *self.functions, self._run()]
+        return "\n\n\n".join(parts) + "\n"
+
+    def _run(self) -> str:
+        root = self.root
+        name = root.writer.name
+        inputs = ", ".join(name(x) for x in self.graph.inputs)
+        needed = [x for x in self.graph.inputs if x.needs_grad]
+        outputs = ", ".join(name(x) for x in root.unit.outputs)
+        grad_inputs = ", ".join(name_of_gradient(root, x) if x in needed else "None" for x in self.graph.inputs)
+        grads = [name_of_gradient(root, x) for x in needed]
+        nested = self.has_blocks
+        return _RUN.format(
+            inputs=inputs,
+            outputs=outputs,
+            result=outputs,
+            grad_outputs=", ".join(root.grad_outputs),
+            results=", ".join(["grads", *grads]),
+            grad_inputs=grad_inputs,
+            layout=", ctx.layout" if nested else "",
+            layout_value=", without_tensors(saved)" if nested else "",
+            flat="flatten(saved)" if nested else "saved",
+            restored="unflatten(ctx.layout, iter(saved))" if nested else "saved",
+        )
+
+
+def name_of_gradient(writer: UnitWriter, variable: Variable) -> str:
+    gradient = writer.backward.gradients.get(variable)
+    return "None" if gradient is None else writer.writer.name(gradient)
+
+
+def name_variables(unit: Unit) -> None:
     """Name the output of each step after its module, or after its module and operator."""
+    steps = [x for x in unit.items if isinstance(x, Step)]
     counts: dict[str, int] = {}
-    for step in graph.steps:
+    for step in steps:
         if step.rule is not None:
             counts[step.module] = counts.get(step.module, 0) + 1
-    for step in graph.steps:
-        if step.output is None:
-            continue
-        path = "_".join(x if x[:1].isalpha() else f"layer{x}" for x in step.module.split(".") if x)
-        operator = step.operator.rstrip("_").removesuffix("_default")
-        step.output.name = path if path and counts[step.module] == 1 else f"{path}_{operator}" if path else operator
-        for name, variable in step.statistics.items():
-            variable.name = f"{step.output.name}_{name}"
-    for step in graph.steps:
-        if step.rule is None:
-            for call in step.calls:
-                for variable in call.writes:
-                    if variable.path is None and not variable.is_named and step.module:
-                        pass
+    for step in steps:
+        module = step.module.removeprefix(unit.path).removeprefix(".")
+        path = path_identifier(module)
+        operator = step.operator.rstrip("_")
+        name = path if path and counts.get(step.module) == 1 else f"{path}_{operator}" if path else operator
+        if step.output is not None:
+            step.output.name = name
+            for statistic, variable in step.statistics.items():
+                variable.name = f"{name}_{statistic}"
+        else:
+            for variable in (x for call in step.calls for x in call.writes):
+                if variable.path is None:
+                    variable.name = name
+    for item in unit.items:
+        if isinstance(item, BlockCall):
+            path = path_identifier(item.path.removeprefix(unit.path).removeprefix("."))
+            for i, output in enumerate(item.outputs):
+                output.name = path if len(item.outputs) == 1 else f"{path}_{i}"
+    if unit.path:
+        differentiable = [x for x in unit.inputs if x.needs_grad] or unit.inputs
+        for i, x in enumerate(differentiable):
+            x.name = "input" if i == 0 else f"input_{i + 1}"
+    elif len(unit.outputs) == 1 and unit.outputs[0].path is None:
+        pass
 
 
-def write(graph: Graph, backward: Backward, title: str) -> str:
-    layout = Layout(graph, backward)
-    writer = Writer()
-    forward = _forward(writer, layout)
-    back = _backward(writer, layout)
-    inputs = ", ".join(writer.name(x) for x in graph.inputs)
-    outputs = ", ".join(writer.name(x) for x in layout.outputs)
-    single = len(layout.outputs) == 1
-    run = _RUN.format(inputs=inputs, outputs=outputs, result=outputs)
-    imports = sorted({"import torch", *writer.imports})
-    imports = [x for x in imports if "torch" not in x] + [""] * any("torch" not in x for x in imports) + [x for x in imports if "torch" in x]
-    head = f'"""{title}"""\n\n' + "\n".join(imports)
-    return "\n\n\n".join([head, forward, back, run.strip("\n")]) + "\n"
+def path_identifier(path: str) -> str:
+    return "_".join(x if x[:1].isalpha() or not i == 0 else f"layer{x}" for i, x in enumerate(path.split(".")) if x)
 
 
-def _function(head: str, docstring: str, body: Iterable[str]) -> str:
-    lines = [f'"""{docstring}"""', *body]
-    return "\n".join([*split_line(f"def {head}:", WIDTH), *(f"    {x}" if x else "" for x in lines)])
+class UnitWriter:
+    """Writes the two functions of a unit."""
+
+    def __init__(self, graph: Graph, unit: Unit, backward: Backward) -> None:
+        self.graph, self.unit, self.backward = graph, unit, backward
+        self.writer = Writer()
+        self.writer.unit_path = unit.path
+        self.saved = self._find_saved()
+        self.forward_calls = [self._forward_calls(item) for item in unit.items]
+        self.grad_outputs: list[str] = []
+        for path, variable in graph.state.items():
+            if unit.path and path.startswith(f"{unit.path}."):
+                self.writer.expressions[variable] = _item("state", path.removeprefix(f"{unit.path}."))
+            elif unit.path and variable in unit.inputs:
+                self.writer.name(variable)
+            else:
+                self.writer.expressions[variable] = _item("state", path)
+
+    def _find_saved(self) -> list[Variable]:
+        made = {x for section in self.backward.sections for call in section.calls for x in call.writes}
+        given = {*made, *self.backward.output_gradients.values()}
+        own_state = {x for x in self.graph.state.values() if x not in self.unit.inputs}
+        reads = (x for section in self.backward.sections for call in section.calls for x in call.reads)
+        found = [x for x in dict.fromkeys(reads) if x not in given and x not in own_state]
+        order: dict[Variable, int] = {}
+        for i, item in enumerate(self.unit.items):
+            calls = item.calls if isinstance(item, Step) else []
+            for x in (x for call in calls for x in call.writes):
+                order[x] = i
+            if isinstance(item, BlockCall) and item in self.backward.saved_by_block:
+                order[self.backward.saved_by_block[item]] = i
+        return sorted(found, key=lambda x: order.get(x, -1))
+
+    def _forward_calls(self, item: Step | BlockCall) -> list[Call]:
+        if isinstance(item, Step):
+            return item.calls
+        saved = self.backward.saved_by_block.get(item)
+        outputs = item.outputs[0] if len(item.outputs) == 1 else tuple(item.outputs)
+        return [Call(BlockFunction(item, "forward"), tuple(item.inputs), {}, (outputs, saved))]
+
+    def forward(self) -> str:
+        writer, unit = self.writer, self.unit
+        arguments = [writer.name(x) for x in unit.inputs]
+        kept = {*self.saved, *unit.outputs}
+        body: list[str] = []
+        place = None
+        for i, (item, calls) in enumerate(zip(unit.items, self.forward_calls, strict=True)):
+            later = {x for others in self.forward_calls[i + 1 :] for call in others for x in call.reads}
+            lines = writer.lines(calls, kept | later)
+            if lines and (comment := self._place(item)) and comment != place:
+                body.append(f"# {comment}")
+                place = comment
+            body += lines
+        outputs = [ast.unparse(writer.value(x)) for x in unit.outputs]
+        result = outputs[0] if len(outputs) == 1 else _tuple(outputs)
+        body += split_line(f"return {result}, {_tuple([writer.name(x) for x in self.saved])}", WIDTH - 4)
+        head = f"{self._function('forward')}({', '.join(['state', *arguments])})"
+        return _definition(head, f"The output of {unit.name or 'the model'}, and what the backward needs.", body)
+
+    def _place(self, item: Step | BlockCall) -> str:
+        if isinstance(item, BlockCall):
+            return f"{self._relative(item.path)}: {self.graph.modules[item.path]}"
+        path = self._relative(item.module)
+        return f"{path}: {self.graph.modules.get(item.module, '')}" if path else ""
+
+    def _relative(self, path: str) -> str:
+        return path.removeprefix(self.unit.path).removeprefix(".")
+
+    def _function(self, direction: str) -> str:
+        return f"{self.unit.name}_{direction}" if self.unit.name else direction
+
+    def backward_text(self) -> str:
+        writer, backward, unit = self.writer, self.backward, self.unit
+        body: list[str] = []
+        self.grad_outputs = [
+            writer.name(backward.output_gradients[x]) if x in backward.output_gradients else f"_{i}"
+            for i, x in enumerate(unit.outputs)
+        ]
+        own = {x for x in self.graph.state.values() if x not in unit.inputs}
+        for gradient, variable in backward.history.items():
+            if variable in own:
+                writer.expressions[gradient] = _item("grads", self._relative_state(variable))
+        results = [backward.gradients[x] for x in unit.inputs if x.needs_grad and x in backward.gradients]
+        state_gradients = [x for x, variable in backward.history.items() if variable in own]
+        if self.saved:
+            names = [writer.name(x) for x in self.saved]
+            body += split_line(f"{', '.join(names)}{',' if len(names) == 1 else ''} = saved", WIDTH - 4)
+        body.append("grads = {}")
+        calls = [call for section in backward.sections for call in section.calls]
+        for i, call in enumerate(calls):
+            for x in call.reads:
+                writer.last_read[x] = i
+        kept = {*results, *state_gradients}
+        kept |= {x for v, x in backward.gradients.items() if v in own}
+        for x in (*self.saved, *unit.inputs, *kept):
+            writer.last_read[x] = math.inf
+        start = 0
+        for i, section in enumerate(backward.sections):
+            later = {x for other in backward.sections[i + 1 :] for call in other.calls for x in call.reads}
+            lines = writer.lines(section.calls, later | kept, start, rebind=True)
+            start += len(section.calls)
+            body += [f"# {self._section_title(section)}", *lines]
+        for variable, gradient in backward.gradients.items():
+            if variable in own and gradient not in writer.expressions:
+                body.append(f'grads["{self._relative_state(variable)}"] = {writer.name(gradient)}')
+        needed = [x for x in unit.inputs if x.needs_grad]
+        returned = [
+            ast.unparse(writer.value(backward.gradients[x])) if x in backward.gradients else "None" for x in needed
+        ]
+        body += split_line(f"return {', '.join(['grads', *returned])}", WIDTH - 4)
+        docstring = "The gradients of the parameters by name" + (", and of the inputs." if needed else ".")
+        head = f"{self._function('backward')}({', '.join(['state', 'saved', *self._grad_parameters()])})"
+        return _definition(head, docstring, body)
+
+    def _grad_parameters(self) -> list[str]:
+        if not self.unit.path:
+            return self.grad_outputs
+        return [x for x, output in zip(self.grad_outputs, self.unit.outputs, strict=True) if output.needs_grad]
+
+    def _relative_state(self, variable: Variable) -> str:
+        path = variable.path or ""
+        return path.removeprefix(f"{self.unit.path}.") if self.unit.path else path
+
+    def _section_title(self, section: Section) -> str:
+        item = section.item
+        if isinstance(item, BlockCall):
+            return self._place(item)
+        path = self._relative(item.module)
+        assert item.rule is not None
+        return f"{path}: {item.rule.__name__}" if path else item.rule.__name__
+
+
+def _item(mapping: str, key: str) -> ast.expr:
+    return ast.Subscript(ast.Name(mapping, ast.Load()), ast.Constant(key), ast.Load())
 
 
 def _tuple(names: Sequence[str]) -> str:
     return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
 
-def _forward(writer: Writer, layout: Layout) -> str:
-    graph = layout.graph
-    arguments = [writer.name(x) for x in graph.inputs]
-    kept = {*layout.saved, *layout.outputs}
-    body: list[str] = []
-    calls = [call for step in graph.steps for call in step.calls]
-    readers = {variable for call in calls for variable in call.reads}
-    module = None
-    for step in graph.steps:
-        lines = writer.lines(step.calls, kept | (readers - {x for call in step.calls for x in call.reads}) | _read_later(graph.steps, step))
-        if lines and step.module != module and step.module:
-            body.append(f"# {step.module}: {graph.modules.get(step.module, '')}")
-        module = step.module if lines else module
-        body += lines
-    saved = _tuple([writer.name(x) for x in layout.saved])
-    outputs = [ast.unparse(writer.value(x)) for x in layout.outputs]
-    result = outputs[0] if len(outputs) == 1 else _tuple(outputs)
-    body += split_line(f"return {result}, {saved}", WIDTH - 4)
-    return _function(f"forward(state, {', '.join(arguments)})", "The output and what the backward needs.", body)
-
-
-def _read_later(steps: list[Step], step: Step) -> set[Variable]:
-    found = set()
-    seen = False
-    for other in steps:
-        if seen:
-            found |= {x for call in other.calls for x in call.reads}
-        seen = seen or other is step
-    return found
-
-
-def _backward(writer: Writer, layout: Layout) -> str:
-    graph, backward = layout.graph, layout.backward
-    body: list[str] = []
-    grads = [writer.name(backward.output_gradients[x]) for x in layout.outputs if x in backward.output_gradients]
-    if layout.saved:
-        names = [writer.name(x) for x in layout.saved]
-        body += split_line(f"{', '.join(names)}{',' if len(names) == 1 else ''} = saved", WIDTH - 4)
-    body.append("grads = {}")
-    paths: dict[Variable, str] = {}
-    aliases: list[tuple[str, Variable]] = []
-    for variable, gradient in backward.gradients.items():
-        if variable.path is not None:
-            paths[gradient] = variable.path
-    calls = [call for section in backward.sections for call in section.calls]
-    accumulated: dict[Variable, str] = {}
-    for call in calls:
-        for variable in call.writes:
-            if variable.is_named and variable.name.startswith("grad_"):
-                pass
-    by_name = {f"grad_{x.name}": x.path for x in graph.state.values()}
-    state_gradients = {x for x in backward.history if backward.history[x].path is not None}
-    for gradient in state_gradients:
-        path = backward.history[gradient].path
-        writer.expressions[gradient] = ast.Subscript(ast.Name("grads", ast.Load()), ast.Constant(path), ast.Load())
-    input_gradients = [backward.gradients.get(x) for x in graph.inputs]
-    kept = {x for x in (*backward.gradients.values(),) }
-    results = {x for x in input_gradients if x is not None} | state_gradients
-    for i, call in enumerate(calls):
-        for x in call.reads:
-            writer.last_read[x] = i
-    for x in (*layout.saved, *graph.inputs, *results, *graph.state.values()):
-        writer.last_read[x] = float("inf")
-    start = 0
-    for section in backward.sections:
-        later = {x for call in calls[start + len(section.calls) :] for x in call.reads}
-        lines = writer.lines(section.calls, later | results, start, rebind=True)
-        start += len(section.calls)
-        step = section.step
-        assert step.rule is not None
-        where = f"{step.module}: " if step.module else ""
-        body += [f"# {where}{step.rule.__name__}", *lines]
-    for variable, gradient in backward.gradients.items():
-        if variable.path is not None and gradient not in writer.expressions:
-            body.append(f"grads[{variable.path!r}] = {writer.name(gradient)}")
-    inputs = _tuple(["None" if x is None else ast.unparse(writer.value(x)) for x in input_gradients])
-    body += split_line(f"return grads, {inputs}", WIDTH - 4)
-    return _function(f"backward(state, saved, {', '.join(grads)})", "The gradients of the parameters by name, and of the inputs.", body)
+def _definition(head: str, docstring: str, body: Iterable[str]) -> str:
+    lines = [f'"""{docstring}"""', *body]
+    return "\n".join([*split_line(f"def {head}:", WIDTH), *(f"    {x}" if x else "" for x in lines)])

@@ -17,7 +17,7 @@ from torch import Tensor
 from manualgrad.program.trace import Call, Variable, function_name, is_inplace, variables
 
 WIDTH = 115
-_INLINE_WIDTH = 72
+_INLINE_WIDTH = 92
 
 _BINARY: dict[str, type[ast.operator]] = {
     **{"add": ast.Add, "sub": ast.Sub, "mul": ast.Mult, "div": ast.Div, "matmul": ast.MatMult, "pow": ast.Pow},
@@ -57,6 +57,7 @@ class Writer:
         self.expressions: dict[Variable, ast.expr] = {}
         """For a variable that is no local name: how it is written."""
         self.symbols: dict[str, str] = {}
+        self.unit_path = ""
 
     # --- names ---
 
@@ -120,9 +121,26 @@ class Writer:
             used = {variable for variable in call.writes if reads[variable] or variable in kept}
             if not used and not _has_effect(call):
                 continue
+            if hasattr(call.function, "block"):
+                found += self._block_lines(call, expression, used, position, rebind)
+                continue
             target = self._target(output, used, position, rebind)
             found += render(ast.Assign([target], expression))
         return found
+
+    def _block_lines(
+        self, call: Call, expression: ast.expr, used: set[Variable], position: float, rebind: bool
+    ) -> list[str]:
+        if call.function.direction == "forward":
+            return render(ast.Assign([self._target(call.outputs, used, position, rebind)], expression))
+        block = call.function.block
+        path = path_of(block, self.unit_path)
+        targets = [self._target(x, used, position, rebind) for x in call.outputs]
+        first = ast.Assign([ast.Tuple([ast.Name("layer_grads", ast.Store()), *targets], ast.Store())], expression)
+        if not targets:
+            first = ast.Assign([ast.Name("layer_grads", ast.Store())], expression)
+        add = ast.parse(f"add_grads(grads, {path!r}, layer_grads)").body[0]
+        return [*render(first), *render(add)]
 
     def _may_inline(self, calls: Sequence[Call], i: int, output: Variable) -> bool:
         """No call between the call and its reader writes in place or draws random numbers."""
@@ -187,6 +205,8 @@ class Writer:
     def expression(self, call: Call) -> Any:
         name = function_name(call.function)
         args = list(call.args)
+        if hasattr(call.function, "block"):
+            return self._block_call(call)
         kwargs = _without_defaults(call.function, call.kwargs)
         if name == "__setitem__":
             target = ast.Subscript(self.value(args[0]), self._index(args[1]), ast.Store())
@@ -214,6 +234,13 @@ class Writer:
         if path is not None and path.startswith("F."):
             self.imports.add("import torch.nn.functional as F")
         return ast.Call(function, [self.value(x) for x in args], keywords)
+
+    def _block_call(self, call: Call) -> ast.expr:
+        block = call.function.block
+        path = path_of(block, self.unit_path)
+        state = ast.Call(ast.Name("substate", ast.Load()), [ast.Name("state", ast.Load()), ast.Constant(path)], [])
+        args = [state, *map(self.value, call.args)]
+        return ast.Call(ast.Name(call.function.__name__, ast.Load()), args, [])
 
     def _index(self, index: Any) -> ast.expr:
         if isinstance(index, slice):
@@ -244,6 +271,11 @@ class Writer:
         raise NotImplementedError(f"{function} has no path that can be written")
 
 
+def path_of(block: Any, unit_path: str) -> str:
+    """The path of a block in its unit."""
+    return block.path.removeprefix(f"{unit_path}.") if unit_path else block.path
+
+
 def _is_operator(function: Any) -> bool:
     name = function_name(function)
     return getattr(Tensor, name, None) is function or getattr(torch, name, None) is function
@@ -252,6 +284,8 @@ def _is_operator(function: Any) -> bool:
 def _has_effect(call: Call) -> bool:
     """The call draws random numbers or writes into a tensor, so its position matters."""
     name = function_name(call.function)
+    if hasattr(call.function, "block"):
+        return True
     return is_inplace(call.function) or name in RANDOM or (name in _UPDATES_BUFFERS)
 
 
