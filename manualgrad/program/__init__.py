@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from manualgrad.program.capture import Capture
 from manualgrad.program.capture import UnsupportedOperators as UnsupportedOperators
+from manualgrad import recomputation
 from manualgrad.program.blocks import find_units
 from manualgrad.program.file import FileWriter
 from manualgrad.program.module import ProgramModule
@@ -26,7 +27,10 @@ class Program:
         code: the whole file. It imports torch alone.
     """
 
-    def __init__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> None:
+    def __init__(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, memory: str
+    ) -> None:
+        min_elements = {"eager": recomputation.MIN_ELEMENTS, "least": 0}[memory]
         self._model = model
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         leaves, self._in_spec = pytree.tree_flatten((args, kwargs))
@@ -36,7 +40,7 @@ class Program:
         fake_mode = torch._guards.detect_fake_mode([x.tensor for x in (*self._graph.state.values(), *outputs)])
         assert fake_mode is not None
         with fake_mode:
-            writer = FileWriter(self._graph, find_units(self._graph))
+            writer = FileWriter(self._graph, find_units(self._graph), leaves, min_elements)
             self.code = writer.text(f"Forward and backward of {type(model).__name__}.", "")
 
     def save(self, path: str | Path) -> None:
@@ -55,7 +59,6 @@ class Program:
         return ProgramModule(
             self._model,
             list(self._graph.state),
-            self._graph.constants,
             namespace["Run"],
             self._check_inputs,
             self._outputs(),
@@ -102,6 +105,7 @@ def export(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    memory: str = "eager",
 ) -> Program:
     """Write a model's forward and backward as one Python program.
 
@@ -116,4 +120,4 @@ def export(
     Raises:
         UnsupportedOperators: the model calls operators that no rule covers.
     """
-    return Program(model, args, dict(kwargs or {}), dynamic_shapes)
+    return Program(model, args, dict(kwargs or {}), dynamic_shapes, memory)

@@ -46,6 +46,7 @@ class Backward:
         self.sections: list[Section] = []
         self.gradients: dict[Variable, Variable] = {}
         self.output_gradients: dict[Variable, Variable] = {}
+        self.items = items
         self.history: dict[Variable, Variable] = {}
         """By each gradient that was computed, also those to which another was added later: its variable."""
         for output in outputs:
@@ -130,7 +131,7 @@ class Backward:
             if found in self.gradients.values() or found in variables(list(self.gradients)):
                 self.gradients[variable] = found
                 return
-            found.name, found.is_named = name, True
+            found.name, found.is_named = name, variable.is_named or variable.path is not None
             self.gradients[variable] = found
             self.history[found] = variable
             return
@@ -141,3 +142,67 @@ class Backward:
         added.name, added.is_named = name, True
         self.gradients[variable] = added
         self.history[added] = variable
+
+    # --- what is saved ---
+
+    def find_saved(self, available: set[Variable]) -> list[Variable]:
+        """What the calls read, but neither make nor find in `available`."""
+        calls = [call for section in self.sections for call in section.calls]
+        given = {*(x for call in calls for x in call.writes), *self.output_gradients.values(), *available}
+        return [x for x in dict.fromkeys(x for call in calls for x in call.reads) if x not in given]
+
+    def recompute(self, available: set[Variable], min_elements: int) -> None:
+        """Compute large saved tensors again, from others that are saved, where one pass over memory is enough."""
+        steps = {x.output: x for x in self.items if isinstance(x, Step) and x.rule is not None}
+        saved = set(self.find_saved(available))
+        for variable in [x for x in reversed(steps) if x in saved]:
+            assert variable is not None
+            if variable.tensor.numel() < min_elements:
+                continue
+            calls = self._recomputation(variable, steps, {*saved, *available} - {variable}, _MAX_DEPTH)
+            if calls is not None:
+                saved.discard(variable)
+                first = next(x for x in self.sections if any(variable in call.reads for call in x.calls))
+                first.calls[:0] = calls
+
+    def _recomputation(
+        self, variable: Variable, steps: dict[Variable | None, Step], known: set[Variable], depth: int
+    ) -> list[Call] | None:
+        """The calls that compute a variable from known ones. None if that is impossible or not cheap."""
+        step = steps.get(variable)
+        if step is None or step.rule is None or depth == 0:
+            return None
+        formula = step.rule.implementation.spec.formulas.get("recompute")
+        if not step.rule.recomputable and formula is None:
+            return None
+        if formula is not None:
+            values = {**step.inputs, **step.statistics}
+            inputs = [x for name in formula.parameters for x in variables(values[name])]
+        else:
+            inputs = variables(step.inputs)
+        calls: list[Call] = []
+        for x in dict.fromkeys(inputs):
+            if x not in known:
+                found = self._recomputation(x, steps, known, depth - 1)
+                if found is None:
+                    return None
+                calls += found
+        if formula is None:
+            return [*calls, *(self._with_outputs(call, variable) for call in step.calls)]
+        tensors = pytree.tree_map_only(Variable, lambda x: x.tensor, values)
+        self.trace.calls = []
+        self._compute(step, formula, tensors)
+        last = self.trace.calls[-1]
+        self.trace.calls[-1] = Call(last.function, last.args, last.kwargs, variable)
+        return [*calls, *self.trace.calls]
+
+    def _with_outputs(self, call: Call, variable: Variable) -> Call:
+        """The call, with new variables for all outputs but this one."""
+        if isinstance(call.outputs, Variable):
+            return call
+        outputs = pytree.tree_map_only(Variable, lambda x: x if x is variable else None, call.outputs)
+        return Call(call.function, call.args, call.kwargs, outputs)
+
+
+_MAX_DEPTH = 3
+"""The number of steps that a recomputation may run one after the other, as in `manualgrad.recomputation`."""

@@ -61,13 +61,24 @@ class Step:
         ]
 
 
+_STRUCTURAL = frozenset(
+    "view reshape flatten unflatten unsqueeze squeeze transpose t permute expand select slice contiguous to float "
+    "unbind split chunk narrow clone movedim swapaxes".split()
+)
+
+
+def is_structural(step: Step) -> bool:
+    """The step moves or copies numbers and computes none. Its line may be joined with the next one."""
+    return step.operator.strip("_") in _STRUCTURAL
+
+
 @dataclass
 class Graph:
     """A captured model."""
 
     steps: list[Step]
     state: dict[str, Variable]
-    """Parameters, buffers and constants by their names in the model."""
+    """Parameters and buffers by their names in the model."""
     inputs: list[Variable]
     outputs: list[Any]
     """Variables, or constants."""
@@ -75,7 +86,8 @@ class Graph:
     exported: ExportedProgram
     modules: dict[str, str]
     """The class of each module, by its path."""
-    constants: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[Variable, Tensor] = field(default_factory=dict)
+    """Tensors that the model creates from numbers."""
 
 
 WITHOUT_GRADIENT = frozenset(
@@ -114,7 +126,9 @@ def manual_functions() -> Mapping[str, Callable[..., Any]]:
         for by_position in (False, True):
             if override := override_by_schema(op.name, op.function, by_position):
                 found.setdefault(op.name, override)
-    return found
+    from manualgrad.program.structure_tmp import FUNCTIONS
+
+    return {**found, **{k: v for k, v in FUNCTIONS.items() if k not in found}}
 
 
 class Capture:
@@ -173,11 +187,13 @@ class Capture:
                 if path in graph.state:
                     value = graph.state[path].tensor  # tied to a parameter that has been seen
                 else:
-                    variable = self.trace.add(Variable(identifier(path), value, path))
+                    is_constant = spec.kind is InputKind.CONSTANT_TENSOR
+                    variable = self.trace.add(Variable(identifier(path), value, None if is_constant else path))
                     variable.needs_grad = path in self._requires_grad
-                    graph.state[path] = variable
-                    if spec.kind is InputKind.CONSTANT_TENSOR:
-                        graph.constants[path] = self.exported.constants[str(spec.target)]
+                    if is_constant:
+                        graph.constants[variable] = self.exported.constants[str(spec.target)]
+                    else:
+                        graph.state[path] = variable
             arguments.append(value)
         return arguments
 
@@ -325,7 +341,7 @@ class Capture:
             self.module, self.operator, rule, inputs, output, dict(zip(rule.statistics, statistics, strict=True)), calls
         )
         output.needs_grad = bool(step.needed)
-        output.is_named = True
+        output.is_named = not is_structural(step)
         self.steps.append(step)
         return result
 

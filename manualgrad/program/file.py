@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from manualgrad.program.backward import Backward, BlockFunction, Section
 from manualgrad.program.blocks import BlockCall, Unit
-from manualgrad.program.capture import Graph, Step, identifier
+from manualgrad.program.capture import Graph, Step, is_structural
 from manualgrad.program.text import WIDTH, Writer, split_line
 from manualgrad.program.trace import Call, Variable, variables
 
@@ -69,36 +70,35 @@ def run(state, {inputs}):
     return {result}'''
 
 _CHECK = '''STATE = {state}
-INPUTS = {input_examples}
+INPUTS = {inputs}
 
 
 def check():
-    """Compare `run` with torch's autograd, on random numbers. Prints the largest difference."""
+    """Compare `run` with torch's autograd through `forward`, on random numbers. Prints the largest difference."""
     torch.manual_seed(0)
-    state = {{name: example(*x) for name, x in STATE.items()}}
-    inputs = [example(*x) for x in INPUTS]
+    state = {{name: random_tensor(*x) for name, x in STATE.items()}}
+    inputs = [random_tensor(*x) for x in INPUTS]
     tensors = [x for x in (*state.values(), *inputs) if x.requires_grad]
     results = []
     for compute in (lambda: run(state, *inputs), lambda: forward(state, *inputs)[0]):
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         outputs = compute()
         outputs = [x for x in (outputs if isinstance(outputs, tuple) else [outputs]) if x.requires_grad]
-        torch.manual_seed(1)
+        torch.manual_seed(2)
         loss = sum((x * torch.randn_like(x)).sum() for x in outputs)
         results.append([*outputs, *torch.autograd.grad(loss, tensors, allow_unused=True)])
     differences = [
-        ((a - b).abs().max() / b.abs().max().clamp(1e-30)).item()
+        ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
         for a, b in zip(*results)
         if a is not None and b is not None and b.numel()
     ]
     print(f"largest difference from torch's autograd: {{max(differences):.1e}}")
 
 
-def example(dtype, requires_grad, largest, *shape):
-    """A random tensor; integers are at most `largest`."""
+def random_tensor(dtype, requires_grad, largest, *shape):
     if dtype.is_floating_point:
-        return torch.rand(shape, dtype=torch.float64).add(0.5).mul(0.2).requires_grad_(requires_grad)
-    return torch.randint(0, largest + 1, shape).to(dtype)
+        return torch.empty(shape, dtype=torch.float64).uniform_(0.1, 0.3).requires_grad_(requires_grad)
+    return torch.randint(largest + 1, shape).to(dtype)
 
 
 if __name__ == "__main__":
@@ -108,15 +108,15 @@ if __name__ == "__main__":
 class FileWriter:
     """Writes the functions of each unit, and the parts around them."""
 
-    def __init__(self, graph: Graph, units: Sequence[Unit]) -> None:
-        self.graph, self.units = graph, units
+    def __init__(self, graph: Graph, units: Sequence[Unit], examples: Sequence[Any], min_elements: int) -> None:
+        self.graph, self.units, self.examples = graph, units, examples
         self.imports: set[str] = {"import torch"}
         self.has_blocks = len(units) > 1
         self.functions: list[str] = []
         for unit in units:
             name_variables(unit)
             self.backward = Backward(graph.trace, unit.items, unit.outputs)
-            writer = UnitWriter(graph, unit, self.backward)
+            writer = UnitWriter(graph, unit, self.backward, min_elements)
             self.functions += [writer.forward(), writer.backward_text()]
             self.imports |= writer.writer.imports
             self.root = writer
@@ -126,7 +126,10 @@ class FileWriter:
         torch_imports = sorted(x for x in self.imports if "torch" in x)
         head = "\n\n".join("\n".join(x) for x in (standard, torch_imports) if x)
         helpers = [_SUBSTATE, _ADD_GRADS, _FLATTEN] if self.has_blocks else []
-        parts = [f'"""{title}"""\n\n{head}', *helpers, *self.functions, self._run()]
+        constants = [f"{x.name} = {_tensor_literal(value)}" for x, value in self.graph.constants.items()]
+        constants = ["\n".join(constants)] if constants else []
+        top = f'"""{title}"""\n\n{head}'
+        parts = [top, *constants, *helpers, *self.functions, self._run(), self._check()]
         return "\n\n\n".join(parts) + "\n"
 
     def _run(self) -> str:
@@ -150,6 +153,33 @@ class FileWriter:
             flat="flatten(saved)" if nested else "saved",
             restored="unflatten(ctx.layout, iter(saved))" if nested else "saved",
         )
+
+
+    def _check(self) -> str:
+        state = [f'    "{path}": {_example(x, None)},' for path, x in self.graph.state.items()]
+        examples = [x for x in self.examples if isinstance(x, Tensor)]
+        inputs = [f"    {_example(x, example)}," for x, example in zip(self.graph.inputs, examples, strict=True)]
+        return _CHECK.format(state="\n".join(["{", *state, "}"]), inputs="\n".join(["[", *inputs, "]"]))
+
+
+def _example(variable: Variable, example: Tensor | None) -> str:
+    """The arguments of ``random_tensor`` for a variable."""
+    dtype = variable.tensor.dtype
+    is_integer = example is not None and not dtype.is_floating_point and example.numel() > 0
+    largest = int(example.max()) if is_integer and example is not None else 0
+    return f"({', '.join(map(str, (dtype, variable.needs_grad, largest, *variable.tensor.shape)))})"
+
+
+def _tensor_literal(tensor: Tensor) -> str:
+    if tensor.numel() > MAX_LITERAL:
+        raise NotImplementedError(
+            f"the model creates a constant of shape {list(tensor.shape)} in its forward: register it as a buffer"
+        )
+    return f"torch.tensor({tensor.tolist()}, dtype={tensor.dtype})"
+
+
+MAX_LITERAL = 1024
+"""Larger constants are not written into the file."""
 
 
 def name_of_gradient(writer: UnitWriter, variable: Variable) -> str:
@@ -197,13 +227,18 @@ def path_identifier(path: str) -> str:
 class UnitWriter:
     """Writes the two functions of a unit."""
 
-    def __init__(self, graph: Graph, unit: Unit, backward: Backward) -> None:
+    def __init__(self, graph: Graph, unit: Unit, backward: Backward, min_elements: int) -> None:
         self.graph, self.unit, self.backward = graph, unit, backward
+        available = {*graph.constants, *(x for x in graph.state.values() if x not in unit.inputs)}
+        backward.recompute(available, min_elements)
+        self.available = available
         self.writer = Writer()
         self.writer.unit_path = unit.path
         self.saved = self._find_saved()
         self.forward_calls = [self._forward_calls(item) for item in unit.items]
         self.grad_outputs: list[str] = []
+        for variable in graph.constants:
+            self.writer.expressions[variable] = ast.Name(variable.name, ast.Load())
         for path, variable in graph.state.items():
             if unit.path and path.startswith(f"{unit.path}."):
                 self.writer.expressions[variable] = _item("state", path.removeprefix(f"{unit.path}."))
@@ -213,11 +248,7 @@ class UnitWriter:
                 self.writer.expressions[variable] = _item("state", path)
 
     def _find_saved(self) -> list[Variable]:
-        made = {x for section in self.backward.sections for call in section.calls for x in call.writes}
-        given = {*made, *self.backward.output_gradients.values()}
-        own_state = {x for x in self.graph.state.values() if x not in self.unit.inputs}
-        reads = (x for section in self.backward.sections for call in section.calls for x in call.reads)
-        found = [x for x in dict.fromkeys(reads) if x not in given and x not in own_state]
+        found = self.backward.find_saved(self.available)
         order: dict[Variable, int] = {}
         for i, item in enumerate(self.unit.items):
             calls = item.calls if isinstance(item, Step) else []
@@ -239,14 +270,14 @@ class UnitWriter:
         arguments = [writer.name(x) for x in unit.inputs]
         kept = {*self.saved, *unit.outputs}
         body: list[str] = []
-        place = None
-        for i, (item, calls) in enumerate(zip(unit.items, self.forward_calls, strict=True)):
-            later = {x for others in self.forward_calls[i + 1 :] for call in others for x in call.reads}
-            lines = writer.lines(calls, kept | later)
-            if lines and (comment := self._place(item)) and comment != place:
-                body.append(f"# {comment}")
-                place = comment
-            body += lines
+        groups = [
+            (place, [call for _, calls in items for call in calls])
+            for place, items in groupby(zip(unit.items, self.forward_calls, strict=True), lambda x: self._place(x[0]))
+        ]
+        for i, (place, calls) in enumerate(groups):
+            later = {x for _, others in groups[i + 1 :] for call in others for x in call.reads}
+            if lines := writer.lines(calls, kept | later):
+                body += [*([f"# {place}"] if place else []), *lines]
         outputs = [ast.unparse(writer.value(x)) for x in unit.outputs]
         result = outputs[0] if len(outputs) == 1 else _tuple(outputs)
         body += split_line(f"return {result}, {_tuple([writer.name(x) for x in self.saved])}", WIDTH - 4)
@@ -290,12 +321,13 @@ class UnitWriter:
         kept |= {x for v, x in backward.gradients.items() if v in own}
         for x in (*self.saved, *unit.inputs, *kept):
             writer.last_read[x] = math.inf
+        groups = self._section_groups()
         start = 0
-        for i, section in enumerate(backward.sections):
-            later = {x for other in backward.sections[i + 1 :] for call in other.calls for x in call.reads}
-            lines = writer.lines(section.calls, later | kept, start, rebind=True)
-            start += len(section.calls)
-            body += [f"# {self._section_title(section)}", *lines]
+        for i, (title, calls) in enumerate(groups):
+            later = {x for _, others in groups[i + 1 :] for call in others for x in call.reads}
+            if lines := writer.lines(calls, later | kept, start, rebind=True):
+                body += [*([f"# {title}"] if title else []), *lines]
+            start += len(calls)
         for variable, gradient in backward.gradients.items():
             if variable in own and gradient not in writer.expressions:
                 body.append(f'grads["{self._relative_state(variable)}"] = {writer.name(gradient)}')
@@ -317,13 +349,25 @@ class UnitWriter:
         path = variable.path or ""
         return path.removeprefix(f"{self.unit.path}.") if self.unit.path else path
 
-    def _section_title(self, section: Section) -> str:
-        item = section.item
-        if isinstance(item, BlockCall):
-            return self._place(item)
-        path = self._relative(item.module)
-        assert item.rule is not None
-        return f"{path}: {item.rule.__name__}" if path else item.rule.__name__
+    def _section_groups(self) -> list[tuple[str, list[Call]]]:
+        """The calls of each section, joined with those of the views that follow it in the same module."""
+        groups: list[tuple[str, list[Call]]] = []
+        module = None
+        for section in self.backward.sections:
+            item = section.item
+            if isinstance(item, BlockCall):
+                groups.append((self._place(item), [*section.calls]))
+                module = None
+                continue
+            assert item.rule is not None
+            path = self._relative(item.module)
+            name = "" if is_structural(item) else item.rule.__name__
+            if groups and module == path and not name:
+                groups[-1][1].extend(section.calls)
+            else:
+                groups.append((": ".join(x for x in (path, name) if x), [*section.calls]))
+            module = path
+        return groups
 
 
 def _item(mapping: str, key: str) -> ast.expr:

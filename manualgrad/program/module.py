@@ -23,14 +23,13 @@ class ProgramModule(nn.Module):
         self,
         model: nn.Module,
         names: Sequence[str],
-        constants: dict[str, Tensor],
         run: Any,
         check_inputs: Callable[[Sequence[Any]], list[Tensor]],
         outputs: Callable[[Any], Any],
     ) -> None:
         super().__init__()
         self.model = model
-        self._tensors = [_find(model, name, constants) for name in names]
+        self._tensors = [_find(model, name) for name in names]
         self._names = tuple(names)
         self._apply: Any = super(Function, run).apply
         self._check_inputs, self._outputs = check_inputs, outputs
@@ -41,13 +40,6 @@ class ProgramModule(nn.Module):
         return self._outputs(self._apply(self._names, *tensors, *inputs))
 
 
-def _find(model: nn.Module, path: str, constants: dict[str, Tensor]) -> tuple[Any, str]:
-    if path in constants:
-        return _Constant(constants[path]), "tensor"
+def _find(model: nn.Module, path: str) -> tuple[Any, str]:
     owner, _, name = path.rpartition(".")
     return model.get_submodule(owner), name
-
-
-class _Constant:
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor

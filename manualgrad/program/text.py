@@ -225,6 +225,9 @@ class Writer:
         keywords = [ast.keyword(key, self.value(value)) for key, value in kwargs.items()]
         if getattr(call.function, "__name__", "") == "__get__":
             return ast.Attribute(self.value(args[0]), name, ast.Load())
+        if isinstance(call.function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            args, kwargs = _without_schema_defaults(call.function, args, kwargs)
+            keywords = [ast.keyword(key, self.value(value)) for key, value in kwargs.items()]
         path = self._path(call.function, name)
         if path is None:
             function: ast.expr = ast.Attribute(self.value(args[0]), name, ast.Load())
@@ -305,6 +308,25 @@ def _without_defaults(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         for name, value in kwargs.items()
         if isinstance(value, Variable) or name not in parameters or parameters[name].default is not value
     }
+
+
+def _without_schema_defaults(function: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of an operator of torch without those that have their default."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        if len(function.overloads()) > 1:
+            return args, kwargs
+        function = getattr(function, function.overloads()[0])
+    defaults = {x.name: x.default_value for x in function._schema.arguments if x.has_default_value()}
+    names = [x.name for x in function._schema.arguments]
+
+    def is_default(name: str, value: Any) -> bool:
+        return name in defaults and not isinstance(value, Variable) and value == defaults[name]
+
+    kwargs = {name: value for name, value in kwargs.items() if not is_default(name, value)}
+    args = list(args)
+    while args and is_default(names[len(args) - 1], args[-1]):
+        args.pop()
+    return args, kwargs
 
 
 # --- layout ---
