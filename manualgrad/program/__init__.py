@@ -39,8 +39,9 @@ class Program:
         outputs = [x for x in self._graph.outputs if isinstance(x, Variable)]
         fake_mode = torch._guards.detect_fake_mode([x.tensor for x in (*self._graph.state.values(), *outputs)])
         assert fake_mode is not None
+        largest = [_largest(x) for x in leaves if isinstance(x, Tensor)]
         with fake_mode:
-            writer = FileWriter(self._graph, find_units(self._graph), leaves, min_elements)
+            writer = FileWriter(self._graph, find_units(self._graph), largest, min_elements)
             self.code = writer.text(f"Forward and backward of {type(model).__name__}.", "")
 
     def save(self, path: str | Path) -> None:
@@ -93,6 +94,11 @@ class Program:
             return pytree.tree_unflatten(leaves, spec)
 
         return restore
+
+
+def _largest(tensor: Tensor) -> int:
+    """The largest value of a tensor of integers."""
+    return 0 if tensor.is_floating_point() or tensor.is_complex() or not tensor.numel() else int(tensor.max())
 
 
 def _describe(value: Any) -> str:

@@ -336,6 +336,8 @@ class Capture:
         output, *statistics = outputs if rule.statistics else (outputs,)
         inputs = self.trace.replace(dict(zip(spec.inputs, args, strict=True)))
         if any(output is x for x in variables(inputs)):  # the rule returned its input
+            if self.operator.strip("_") in _STRUCTURAL:
+                return result
             result, output, calls = self._copy_output(result, calls, bool(rule.statistics))
         step = Step(
             self.module, self.operator, rule, inputs, output, dict(zip(rule.statistics, statistics, strict=True)), calls
@@ -347,7 +349,9 @@ class Capture:
 
     def _copy_output(self, result: Any, calls: list[Call], has_statistics: bool) -> Any:
         first = result[0] if has_statistics else result
+        self._in_rule = True
         copy = first.view_as(first)
+        self._in_rule = False
         variable = self.trace.add(Variable("view", copy))
         calls.append(Call(Tensor.view_as, (self.trace.find(first), self.trace.find(first)), {}, variable))
         return ((copy, *result[1:]) if has_statistics else copy), variable, calls

@@ -108,8 +108,8 @@ if __name__ == "__main__":
 class FileWriter:
     """Writes the functions of each unit, and the parts around them."""
 
-    def __init__(self, graph: Graph, units: Sequence[Unit], examples: Sequence[Any], min_elements: int) -> None:
-        self.graph, self.units, self.examples = graph, units, examples
+    def __init__(self, graph: Graph, units: Sequence[Unit], largest: Sequence[int], min_elements: int) -> None:
+        self.graph, self.units, self.largest = graph, units, largest
         self.imports: set[str] = {"import torch"}
         self.has_blocks = len(units) > 1
         self.functions: list[str] = []
@@ -156,18 +156,15 @@ class FileWriter:
 
 
     def _check(self) -> str:
-        state = [f'    "{path}": {_example(x, None)},' for path, x in self.graph.state.items()]
-        examples = [x for x in self.examples if isinstance(x, Tensor)]
-        inputs = [f"    {_example(x, example)}," for x, example in zip(self.graph.inputs, examples, strict=True)]
+        state = [f'    "{path}": {_example(x, 0)},' for path, x in self.graph.state.items()]
+        inputs = [f"    {_example(x, n)}," for x, n in zip(self.graph.inputs, self.largest, strict=True)]
         return _CHECK.format(state="\n".join(["{", *state, "}"]), inputs="\n".join(["[", *inputs, "]"]))
 
 
-def _example(variable: Variable, example: Tensor | None) -> str:
+def _example(variable: Variable, largest: int) -> str:
     """The arguments of ``random_tensor`` for a variable."""
-    dtype = variable.tensor.dtype
-    is_integer = example is not None and not dtype.is_floating_point and example.numel() > 0
-    largest = int(example.max()) if is_integer and example is not None else 0
-    return f"({', '.join(map(str, (dtype, variable.needs_grad, largest, *variable.tensor.shape)))})"
+    values = variable.tensor.dtype, variable.needs_grad, largest, *variable.tensor.shape
+    return f"({', '.join(map(str, values))})"
 
 
 def _tensor_literal(tensor: Tensor) -> str:

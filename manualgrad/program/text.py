@@ -302,7 +302,10 @@ _UPDATES_BUFFERS = frozenset(("_batch_norm_impl_index", "batch_norm", "native_ba
 def _without_defaults(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, FunctionType):
         return kwargs
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # a method of C++ with a wrapper
+        return kwargs
     return {
         name: value
         for name, value in kwargs.items()
