@@ -234,7 +234,7 @@ class Capture:
             path = name
             self.modules[name] = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
         if stack:
-            self.module = path
+            self.module = self.trace.module = path
 
     # --- calls ---
 
@@ -358,7 +358,7 @@ class Capture:
 
     def _flush(self) -> None:
         for call in self.trace.calls:
-            self.steps.append(Step(self.module, self.operator, None, {}, None, {}, [call]))
+            self.steps.append(Step(call.module, function_name(call.function), None, {}, None, {}, [call]))
         self.trace.calls = []
 
 

@@ -194,7 +194,7 @@ def name_variables(unit: Unit) -> None:
     for step in steps:
         module = step.module.removeprefix(unit.path).removeprefix(".")
         path = path_identifier(module)
-        operator = step.operator.rstrip("_")
+        operator = _SHORT_NAMES.get(step.operator, step.operator).rstrip("_")
         name = path if path and counts.get(step.module) == 1 else f"{path}_{operator}" if path else operator
         if step.output is not None:
             step.output.name = name
@@ -215,6 +215,9 @@ def name_variables(unit: Unit) -> None:
             x.name = "input" if i == 0 else f"input_{i + 1}"
     elif len(unit.outputs) == 1 and unit.outputs[0].path is None:
         pass
+
+
+_SHORT_NAMES = {"scaled_dot_product_attention": "attention", "native_layer_norm": "layer_norm", "cross_entropy_loss": "loss"}
 
 
 def path_identifier(path: str) -> str:
@@ -296,11 +299,14 @@ class UnitWriter:
     def backward_text(self) -> str:
         writer, backward, unit = self.writer, self.backward, self.unit
         body: list[str] = []
+        own = {x for x in self.graph.state.values() if x not in unit.inputs}
+        for gradient, variable in (*backward.history.items(), *((x, v) for v, x in backward.output_gradients.items())):
+            if variable in writer.names:
+                gradient.name = f"grad_{writer.names[variable]}"
         self.grad_outputs = [
             writer.name(backward.output_gradients[x]) if x in backward.output_gradients else f"_{i}"
             for i, x in enumerate(unit.outputs)
         ]
-        own = {x for x in self.graph.state.values() if x not in unit.inputs}
         for gradient, variable in backward.history.items():
             if variable in own:
                 writer.expressions[gradient] = _item("grads", self._relative_state(variable))
@@ -308,7 +314,8 @@ class UnitWriter:
         state_gradients = [x for x, variable in backward.history.items() if variable in own]
         if self.saved:
             names = [writer.name(x) for x in self.saved]
-            body += split_line(f"{', '.join(names)}{',' if len(names) == 1 else ''} = saved", WIDTH - 4)
+            line = f"{', '.join(names)}{',' if len(names) == 1 else ''} = saved"
+            body += [line] if len(line) <= WIDTH - 4 else split_line(f"({', '.join(names)}) = saved", WIDTH - 4)
         body.append("grads = {}")
         calls = [call for section in backward.sections for call in section.calls]
         for i, call in enumerate(calls):

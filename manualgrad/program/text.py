@@ -18,6 +18,7 @@ from manualgrad.program.trace import Call, Variable, function_name, is_inplace, 
 
 WIDTH = 115
 _INLINE_WIDTH = 92
+_STATEMENT_WIDTH = 100
 
 _BINARY: dict[str, type[ast.operator]] = {
     **{"add": ast.Add, "sub": ast.Sub, "mul": ast.Mult, "div": ast.Div, "matmul": ast.MatMult, "pow": ast.Pow},
@@ -102,8 +103,11 @@ class Writer:
         found: list[str] = []
         for i, call in enumerate(calls):
             output = call.outputs
-            expression = self.expression(call)
             position = positions[id(call)]
+            expression = self.expression(call)
+            while _length(expression) > _STATEMENT_WIDTH and (operand := self._longest_operand(call)) is not None:
+                found += self._own_line(operand, position, rebind)
+                expression = self.expression(call)
             if call.is_inplace:
                 found += render(ast.Expr(expression) if isinstance(expression, ast.expr) else expression)
                 continue
@@ -127,6 +131,17 @@ class Writer:
             target = self._target(output, used, position, rebind)
             found += render(ast.Assign([target], expression))
         return found
+
+    def _longest_operand(self, call: Call) -> Variable | None:
+        """The operand with the longest expression, if it has one of some length."""
+        operands = [x for x in call.reads if x in self.inlined]
+        longest = max(operands, key=lambda x: _length(self.inlined[x]), default=None)
+        return longest if longest is not None and _length(self.inlined[longest]) > 24 else None
+
+    def _own_line(self, variable: Variable, position: float, rebind: bool) -> list[str]:
+        """The line of a variable that was to be part of a longer expression."""
+        expression = self.inlined.pop(variable)
+        return render(ast.Assign([ast.Name(self.name(variable, position, rebind), ast.Store())], expression))
 
     def _block_lines(
         self, call: Call, expression: ast.expr, used: set[Variable], position: float, rebind: bool
@@ -259,7 +274,7 @@ class Writer:
             return f"torch.ops.aten.{name}.{function._overloadname}"
         if isinstance(function, torch._ops.OpOverloadPacket):
             return f"torch.ops.aten.{name}"
-        if getattr(Tensor, name, None) is function:
+        if getattr(Tensor, name, None) is function or _is_tensor_method(function):
             return None
         for space, path in _SPACES:
             if getattr(space, name, None) is function:
@@ -279,8 +294,18 @@ def path_of(block: Any, unit_path: str) -> str:
     return block.path.removeprefix(f"{unit_path}.") if unit_path else block.path
 
 
+def _length(expression: Any) -> int:
+    return len(ast.unparse(expression))
+
+
+def _is_tensor_method(function: Any) -> bool:
+    return getattr(function, "__qualname__", "").partition(".")[0] in ("Tensor", "TensorBase")
+
+
 def _is_operator(function: Any) -> bool:
     name = function_name(function)
+    if _is_tensor_method(function):
+        return True
     return getattr(Tensor, name, None) is function or getattr(torch, name, None) is function
 
 
@@ -299,9 +324,12 @@ RANDOM = frozenset(
 _UPDATES_BUFFERS = frozenset(("_batch_norm_impl_index", "batch_norm", "native_batch_norm", "instance_norm"))
 
 
+_FACTORY_DEFAULTS = (("pin_memory", False), ("pin_memory", None), ("layout", None), ("device", None), ("dtype", None))
+
+
 def _without_defaults(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, FunctionType):
-        return kwargs
+        return {name: value for name, value in kwargs.items() if (name, value) not in _FACTORY_DEFAULTS}
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:  # a method of C++ with a wrapper

@@ -40,9 +40,9 @@ class Variable:
 class Call:
     """``outputs = function(*args, **kwargs)``, in which a `Variable` stands for each tensor."""
 
-    def __init__(self, function: Any, args: Any, kwargs: Any, outputs: Any, comment: str = "") -> None:
+    def __init__(self, function: Any, args: Any, kwargs: Any, outputs: Any, module: str = "") -> None:
         self.function, self.args, self.kwargs, self.outputs = function, args, kwargs, outputs
-        self.comment = comment
+        self.module = module
 
     @property
     def reads(self) -> list[Variable]:
@@ -96,6 +96,8 @@ class Trace(TorchFunctionMode):
         self.calls: list[Call] = []
         self.override = override
         self._variables: dict[int, Variable] = {}
+        self.module = ""
+        """The path of the module that calls."""
         self._kept: list[Tensor] = []
         self._profiles = 0
 
@@ -172,7 +174,7 @@ class Trace(TorchFunctionMode):
             read = self.replace((args, kwargs))
             written = self.find(args[0])
             assert written is not None
-            self.calls.append(Call(func, *read, written))
+            self.calls.append(Call(func, *read, written, self.module))
             return result
         if isinstance(result, Tensor) and self.find(result) is not None:
             return result  # the function returned an argument
@@ -185,5 +187,5 @@ class Trace(TorchFunctionMode):
         for output in outputs:
             if self.find(output) is None:
                 self.add(Variable(name, output))
-        self.calls.append(Call(func, *read, self.replace(result)))
+        self.calls.append(Call(func, *read, self.replace(result), self.module))
         return result
