@@ -287,7 +287,11 @@ register(
         SampleInput(t(1, 4, 3, 2), t(1, 2, 3, 2), t(1, 2, 3, 2), enable_gqa=True),
         SampleInput(t(2, 3, 2), t(2, 3, 2), t(2, 3, 2), torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool()),
         SampleInput(
-            t(2, 3, 2), t(2, 3, 2), t(2, 3, 2), torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool(), dropout_p=0.4
+            t(2, 3, 2),
+            t(2, 3, 2),
+            t(2, 3, 2),
+            torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool(),
+            dropout_p=0.4,
         ),
         SampleInput(t(2, 1, 3, 2), t(2, 1, 4, 2), t(2, 1, 4, 2), dropout_p=0.4, is_causal=True),
     ],
