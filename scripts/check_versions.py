@@ -64,7 +64,7 @@ def run_tests(version: str, pip: list[str], pytest: list[str]) -> dict[str, int]
         constraints.write_text("\n".join(line for line in lines if not line.startswith("torch==")))
         packages = [f"torch=={version}", "-e", f"{ROOT}[dev]", *pip]
         subprocess.run([python, "-m", "pip", "install", "-q", "-c", constraints, *packages], check=True)
-        command = [python, "-m", "pytest", "-p", "no:cacheprovider", *pytest]
+        command = [python, "-m", "pytest", "-n", "auto", "-p", "no:cacheprovider", *pytest]
         last = ""
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout or ():

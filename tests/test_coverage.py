@@ -27,10 +27,12 @@ def test_no_public_name_is_missing() -> None:
 
 def test_row(op: Op) -> None:
     row = coverage.row(op)
-    if not measured_with_this_torch():  # torch's own columns may differ
-        cells = CELLS[op.name]
-        row = row._replace(torch_orders=cells[4], torch_saved=float(cells[6]))
-    assert f"{row}\n" in PAGE
+    if measured_with_this_torch():
+        assert f"{row}\n" in PAGE
+    else:  # torch's own columns may differ, and what fails because of torch
+        found = [cell.strip() for cell in str(row).strip("|").split("|")]
+        assert found[:4] == CELLS[op.name][:4]
+        assert found[5] == CELLS[op.name][5]
 
 
 def test_table_and_summary() -> None:

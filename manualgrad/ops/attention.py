@@ -122,8 +122,9 @@ class AttentionDropoutFunction(AttentionFunction):
         enable_gqa: bool,
         p: float,
     ) -> tuple[Tensor, Tensor]:
+        bias = _to_additive(mask, query)  # this kernel would add a mask of booleans as numbers
         output, weight = torch.ops.aten._scaled_dot_product_attention_math(
-            query, key, value, mask, p, causal, None, scale=scale, enable_gqa=enable_gqa
+            query, key, value, bias, p, causal, None, scale=scale, enable_gqa=enable_gqa
         )
         return output, weight.bool()  # where P is 0, k does not matter
 
@@ -260,11 +261,18 @@ def scaled_dot_product_attention(
     several query heads (axis -3) share a head of keys and values.
 
     Raises:
-        RuntimeError: the shapes do not match, there are both a mask and `is_causal`, or `dropout_p` is negative.
+        RuntimeError: the shapes or the mask's dtype do not match, or there are both a mask and `is_causal`.
     """
     if dropout_p < 0:
-        raise RuntimeError(f"dropout probability must be between 0 and 1, but is {dropout_p}")
+        with torch.no_grad():  # some of torch's kernels raise an error, the others use no dropout
+            F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
     if dropout_p > 0:
+        if not isinstance(is_causal, bool) or not isinstance(enable_gqa, bool):  # the kernel does not check these
+            raise TypeError("is_causal and enable_gqa must be bool")
+        if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+            raise RuntimeError(f"attn_mask must be bool, float32 or {query.dtype}, but is {attn_mask.dtype}")
         return AttentionDropoutFunction.apply(
             query, key, value, attn_mask, is_causal, scale, enable_gqa, dropout_p
         )
@@ -278,8 +286,17 @@ register(
         SampleInput(t(2, 3, 2), t(2, 4, 2), t(2, 4, 3), t(3, 4), scale=0.5),
         SampleInput(t(1, 4, 3, 2), t(1, 2, 3, 2), t(1, 2, 3, 2), enable_gqa=True),
         SampleInput(t(2, 3, 2), t(2, 3, 2), t(2, 3, 2), torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool()),
+        SampleInput(
+            t(2, 3, 2),
+            t(2, 3, 2),
+            t(2, 3, 2),
+            torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool(),
+            dropout_p=0.4,
+        ),
+        SampleInput(t(2, 1, 3, 2), t(2, 1, 4, 2), t(2, 1, 4, 2), dropout_p=0.4, is_causal=True),
     ],
     benchmark_input=lambda t: SampleInput(t(2, 8, 256, 64), t(2, 8, 256, 64), t(2, 8, 256, 64), is_causal=True),
+    random=True,
     supports_special_values=False,  # a column without weight is multiplied by 0: 0 · ∞ = nan
     expected_failures=dict.fromkeys(
         ("special_values-0", "special_values-2", "special_values-3"),

@@ -95,7 +95,7 @@ def resume_rows(device: str) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         uninterrupted = fit(device, f"{folder}/uninterrupted")
         yield compare_r2("two epochs", uninterrupted, fit(device, f"{folder}/torch", model="torch"))
-        stop = uninterrupted.steps * 3 // 4
+        stop = uninterrupted.global_step * 3 // 4
         hook = register_optimizer_step_post_hook(interrupt)
         try:
             fit(device, f"{folder}/resumed")
@@ -106,7 +106,7 @@ def resume_rows(device: str) -> Iterator[Row]:
         fit(device, f"{folder}/resumed", resume_from_checkpoint=True)
         found, expected = read_curves(f"{folder}/resumed"), read_curves(f"{folder}/uninterrupted")
     different = [tag for tag in {**found, **expected} if found.get(tag) != expected.get(tag)]
-    steps = uninterrupted.steps
+    steps = uninterrupted.global_step
     detail = (
         f"interrupted after update {interrupted_at} of {steps}; {len(different)} of {len(expected)} curves differ"
     )
