@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from manualgrad.program.capture import Capture
 from manualgrad.program.capture import UnsupportedOperators as UnsupportedOperators
-from manualgrad import recomputation
+from manualgrad import recomputation, vendor_kernels
 from manualgrad.program.blocks import find_units
+from manualgrad.program.fast import FastProgram
 from manualgrad.program.file import FileWriter
 from manualgrad.program.module import ProgramModule
 from manualgrad.program.trace import Variable
@@ -39,6 +39,7 @@ class Program:
         outputs = [x for x in self._graph.outputs if isinstance(x, Variable)]
         fake_mode = torch._guards.detect_fake_mode([x.tensor for x in (*self._graph.state.values(), *outputs)])
         assert fake_mode is not None
+        self._fake_mode, self._min_elements = fake_mode, min_elements
         largest = [_largest(x) for x in leaves if isinstance(x, Tensor)]
         with fake_mode:
             writer = FileWriter(self._graph, find_units(self._graph), largest, min_elements)
@@ -53,30 +54,34 @@ class Program:
 
     def module(self) -> ProgramModule:
         """A module that runs the program over the model's own parameters and buffers."""
-        name = f"<program of {type(self._model).__name__}>"
-        linecache.cache[name] = (len(self.code), None, self.code.splitlines(keepends=True), name)
-        namespace: dict[str, Any] = {"__name__": name}
-        exec(compile(self.code, name, "exec"), namespace)
+        outputs = list(dict.fromkeys(x for x in self._graph.outputs if isinstance(x, Variable)))
+        with self._fake_mode:
+            fast = FastProgram(self._graph, outputs, self._min_elements, vendor_kernels.enabled)
         return ProgramModule(
-            self._model,
-            list(self._graph.state),
-            namespace["Run"],
-            self._check_inputs,
-            self._outputs(),
+            self._model, fast.state, fast.forward, fast.backward, self._make_check(), self._outputs()
         )
 
-    def _check_inputs(self, args: Any) -> list[Tensor]:
-        leaves, spec = pytree.tree_flatten(args)
-        if spec != self._in_spec:
-            raise TypeError(f"expected arguments of the structure {self._in_spec}, but got {spec}")
-        found = []
-        for given, example in zip(leaves, self._inputs, strict=True):
-            if not isinstance(example, Tensor):
-                continue
-            if not isinstance(given, Tensor) or given.shape != example.shape or given.dtype != example.dtype:
-                raise ValueError(f"expected a tensor of {example.dtype} {list(example.shape)}, but got {_describe(given)}")
-            found.append(given)
-        return found
+    def _make_check(self) -> Any:
+        """A function that takes the arguments of a call and returns the tensors among them."""
+        examples = [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in self._inputs]
+        only_tensors = all(x is not None for x in examples) and self._in_spec == pytree.tree_structure(
+            (tuple(self._inputs), {})
+        )
+        in_spec = self._in_spec
+
+        def check(args: Any, kwargs: Any) -> Any:
+            if only_tensors and not kwargs and len(args) == len(examples):
+                leaves = args
+            else:
+                leaves, spec = pytree.tree_flatten((args, kwargs))
+                if spec != in_spec:
+                    raise TypeError(f"expected arguments of the structure {in_spec}, but got {spec}")
+            for x, example in zip(leaves, examples, strict=True):
+                if example is not None and not (isinstance(x, Tensor) and (x.shape, x.dtype) == example):
+                    raise ValueError(f"expected a tensor of {example[1]} {list(example[0])}, but got {_describe(x)}")
+            return leaves if only_tensors else [x for x in leaves if isinstance(x, Tensor)]
+
+        return check
 
     def _outputs(self) -> Any:
         variables = list(dict.fromkeys(x for x in self._graph.outputs if isinstance(x, Variable)))
@@ -84,6 +89,9 @@ class Program:
         constants = list(self._graph.outputs)
         spec = self._graph.exported.call_spec.out_spec
         single = len(variables) == 1
+
+        if single and len(constants) == 1 and spec == pytree.tree_structure(0):
+            return lambda results: results
 
         def restore(results: Any) -> Any:
             tensors = (results,) if single else results

@@ -40,7 +40,14 @@ class Backward:
         gradients: by variable.
     """
 
-    def __init__(self, trace: Trace, items: Sequence[Step | BlockCall], outputs: Iterable[Variable]) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        items: Sequence[Step | BlockCall],
+        outputs: Iterable[Variable],
+        vendor_kernels: bool = False,
+    ) -> None:
+        self.vendor_kernels = vendor_kernels
         self.trace = trace
         self.saved_by_block: dict[BlockCall, Variable] = {}
         self.sections: list[Section] = []
@@ -110,8 +117,10 @@ class Backward:
     def _compute(self, step: Step, formula: Formula, tensors: dict[str, Any]) -> Any:
         args = [tensors[name] for name in formula.parameters]
         before = len(self.trace.calls)
+        kernel = step.rule.vendor_kernels.get(formula.target) if self.vendor_kernels and step.rule else None
         with self.trace:
-            value = formula.function(*args)
+            value = None if kernel is None else kernel(*args)
+            value = formula.function(*args) if value is None else value
         if isinstance(value, Tensor):
             variable = self.trace.find(value)
             made_here = variables([call.outputs for call in self.trace.calls[before:]])

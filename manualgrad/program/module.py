@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils import _pytree as pytree
 
 Compute = Callable[..., Any]
 
@@ -22,24 +21,47 @@ class ProgramModule(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        names: Sequence[str],
-        run: Any,
-        check_inputs: Callable[[Sequence[Any]], list[Tensor]],
+        state: Sequence[str],
+        forward: Compute,
+        backward: Compute,
+        check_inputs: Callable[..., list[Tensor]],
         outputs: Callable[[Any], Any],
     ) -> None:
         super().__init__()
         self.model = model
-        self._tensors = [_find(model, name) for name in names]
-        self._names = tuple(names)
-        self._apply: Any = super(Function, run).apply
+        self._tensors = [_find(model, path) for path in state]
+        self._apply_program = make_apply(forward, backward)
         self._check_inputs, self._outputs = check_inputs, outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = self._check_inputs((args, kwargs))
-        tensors = [getattr(owner, name) for owner, name in self._tensors]
-        return self._outputs(self._apply(self._names, *tensors, *inputs))
+        inputs = self._check_inputs(args, kwargs)
+        return self._outputs(self._apply_program(*[tensors[name] for tensors, name in self._tensors], *inputs))
 
 
-def _find(model: nn.Module, path: str) -> tuple[Any, str]:
+def _find(model: nn.Module, path: str) -> tuple[dict[str, Any], str]:
+    """Where a module holds a parameter or buffer."""
     owner, _, name = path.rpartition(".")
-    return model.get_submodule(owner), name
+    module = model.get_submodule(owner)
+    return (module._parameters if name in module._parameters else module._buffers), name
+
+
+def make_apply(forward: Compute, backward: Compute) -> Compute:
+    run_forward, run_backward = forward, backward
+
+    class ProgramFunction(Function):
+        clear_saved_tensors_on_access = True
+
+        @staticmethod
+        def forward(ctx: Any, *tensors: Any) -> Any:
+            outputs, saved = run_forward(*tensors)
+            ctx.save_for_backward(*saved)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError("the backward of a program cannot be differentiated")
+            return run_backward([*ctx.saved_tensors], *grads)
+
+    parent: Any = super(Function, ProgramFunction)
+    return parent.apply

@@ -49,7 +49,8 @@ class Writer:
         reserved: the names that are taken from the start.
     """
 
-    def __init__(self, reserved: Iterable[str] = ()) -> None:
+    def __init__(self, reserved: Iterable[str] = (), width: int = WIDTH) -> None:
+        self.width = width
         self.names: dict[Variable, str] = {}
         self.inlined: dict[Variable, ast.expr] = {}
         self.imports: set[str] = set()
@@ -105,11 +106,11 @@ class Writer:
             output = call.outputs
             position = positions[id(call)]
             expression = self.expression(call)
-            while _length(expression) > _STATEMENT_WIDTH and (operand := self._longest_operand(call)) is not None:
+            while self.width == WIDTH and _length(expression) > _STATEMENT_WIDTH and (operand := self._longest_operand(call)) is not None:
                 found += self._own_line(operand, position, rebind)
                 expression = self.expression(call)
             if call.is_inplace:
-                found += render(ast.Expr(expression) if isinstance(expression, ast.expr) else expression)
+                found += render(ast.Expr(expression) if isinstance(expression, ast.expr) else expression, self.width)
                 continue
             if (
                 isinstance(output, Variable)
@@ -129,7 +130,7 @@ class Writer:
                 found += self._block_lines(call, expression, used, position, rebind)
                 continue
             target = self._target(output, used, position, rebind)
-            found += render(ast.Assign([target], expression))
+            found += render(ast.Assign([target], expression), self.width)
         return found
 
     def _longest_operand(self, call: Call) -> Variable | None:
@@ -141,7 +142,7 @@ class Writer:
     def _own_line(self, variable: Variable, position: float, rebind: bool) -> list[str]:
         """The line of a variable that was to be part of a longer expression."""
         expression = self.inlined.pop(variable)
-        return render(ast.Assign([ast.Name(self.name(variable, position, rebind), ast.Store())], expression))
+        return render(ast.Assign([ast.Name(self.name(variable, position, rebind), ast.Store())], expression), self.width)
 
     def _block_lines(
         self, call: Call, expression: ast.expr, used: set[Variable], position: float, rebind: bool
@@ -289,6 +290,14 @@ class Writer:
         raise NotImplementedError(f"{function} has no path that can be written")
 
 
+def operator_name(function: Any) -> str:
+    """The name of the torch function that an operator, method or function calls: "mul" for ``a * b``."""
+    name = function_name(function)
+    return {"rdiv": "div", "rtruediv": "div", "truediv": "div"}.get(
+        short := name.strip("_"), short.removeprefix("r") if name.startswith("__r") else short
+    )
+
+
 def path_of(block: Any, unit_path: str) -> str:
     """The path of a block in its unit."""
     return block.path.removeprefix(f"{unit_path}.") if unit_path else block.path
@@ -363,14 +372,14 @@ def _without_schema_defaults(function: Any, args: list[Any], kwargs: dict[str, A
 # --- layout ---
 
 
-def render(statement: ast.stmt, indent: int = 4) -> list[str]:
+def render(statement: ast.stmt, width: int = WIDTH, indent: int = 4) -> list[str]:
     """The lines of a statement, laid out as ruff does, for a function body indented by `indent`."""
     text = ast.unparse(ast.fix_missing_locations(statement))
     text = text.replace("'", '"') if "'" in text and '"' not in text else text
     if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
         head, _, tail = text.partition(" = ")
         text = f"{head.strip('()')} = {tail}"
-    return split_line(text, WIDTH - indent)
+    return split_line(text, width - indent)
 
 
 def split_line(text: str, width: int) -> list[str]:
