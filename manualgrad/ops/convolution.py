@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,18 +45,31 @@ class Geometry:
         )
 
 
-def _vendor_grad_weight(grad: Tensor, input: Tensor, geometry: Geometry) -> Tensor | None:
-    """∂L/∂W by the vendor's kernel (oneDNN, cuDNN)."""
+def _vendor_gradients(
+    needed: tuple[bool, bool], grad: Tensor, input: Tensor | None, weight: Tensor | None, geometry: Geometry
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """∂L/∂x and ∂L/∂W by the vendor's kernel (oneDNN, cuDNN)."""
     geo = geometry
     # with a larger rest the kernel would count more windows than the convolution has
     fits = geo.transposed or all(rest < stride for rest, stride in zip(geo.rest, geo.stride, strict=True))
     if not (fits and grad.is_floating_point()):
         return None
-    small, image = (input, grad) if geo.transposed else (grad, input)
-    weight = grad.new_empty((small.shape[1], image.shape[1] // geo.groups, *geo.kernel))  # only its shape is used
+    if weight is None:
+        assert input is not None
+        small, image = (input, grad) if geo.transposed else (grad, input)
+        weight = grad.new_empty((small.shape[1], image.shape[1] // geo.groups, *geo.kernel))  # only for its shape
     output_padding = geo.rest if geo.transposed else (0,) * len(geo.kernel)
     settings = (geo.stride, geo.padding, geo.dilation, geo.transposed, output_padding, geo.groups)
-    return torch.ops.aten.convolution_backward(grad, input, weight, None, *settings, (False, True, False))[1]
+    return torch.ops.aten.convolution_backward(grad, input, weight, None, *settings, (*needed, False))[:2]
+
+
+def _vendor_grad_weight(grad: Tensor, input: Tensor, geometry: Geometry) -> Tensor | None:
+    found = _vendor_gradients((False, True), grad, input, None, geometry)
+    return None if found is None else found[1]
+
+
+def _vendor_both_gradients(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Any:
+    return _vendor_gradients((True, True), grad, input, weight, geometry)
 
 
 class ConvolutionFunction(Rule):
@@ -76,7 +91,10 @@ class ConvolutionFunction(Rule):
     autocast = LOWER_PRECISION
     upcast_gradients = False  # matrix products accumulate in float32 already
     supports_complex = True
-    vendor_kernels = {"grad_weight": _vendor_grad_weight}
+    vendor_kernels = {
+        ("grad_input", "grad_weight"): _vendor_both_gradients,
+        ("grad_weight",): _vendor_grad_weight,
+    }
     preserve_memory_format = ("grad_weight",)
 
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

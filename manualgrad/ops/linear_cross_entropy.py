@@ -393,7 +393,7 @@ class LinearCrossEntropyLossWithGradientsFunction(LinearCrossEntropyLossFunction
     """
 
     statistics = ("unit_grad_input", "unit_grad_linear_weight", "unit_grad_linear_bias")
-    vendor_kernels = {"grad_linear_weight": _scale_in_last_backward}
+    vendor_kernels = {("grad_linear_weight",): _scale_in_last_backward}
 
     def forward(
         input: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -80,8 +81,12 @@ class Backward:
         in_float32 = step.rule.upcast_gradients and step.output.tensor.dtype in LOW_PRECISION
         if in_float32:
             tensors = {name: self._upcast(value) for name, value in tensors.items()}
+        tensors |= self._by_vendor_kernel(step, targets, tensors)
+        if not tensors.keys() >= set(targets):
+            formulas = spec.formulas_for(targets, spec.available | tensors.keys())
         for formula in formulas:
-            tensors[formula.target] = self._compute(step, formula, tensors)
+            if formula.target not in tensors:
+                tensors[formula.target] = self._compute(step, formula, tensors)
         for name, target in zip(step.needed, targets, strict=True):
             variable = step.inputs[name]
             gradient = tensors[target]
@@ -90,6 +95,18 @@ class Backward:
                     gradient = gradient.to(variable.tensor.dtype)
             self._accumulate(variable, gradient)
         self.sections.append(Section(step, self.trace.calls))
+
+    def _by_vendor_kernel(self, step: Step, targets: list[str], tensors: dict[str, Any]) -> dict[str, Any]:
+        """Some of the gradients, by a vendor kernel of the rule."""
+        if not self.vendor_kernels or step.rule is None:
+            return {}
+        for names, kernel in step.rule.vendor_kernels.items():
+            if set(names) <= set(targets):
+                with self.trace:
+                    found = kernel(*(tensors[x] for x in inspect.signature(kernel).parameters))
+                if found is not None:
+                    return dict(zip(names, found if len(names) > 1 else [found], strict=True))
+        return {}
 
     def _add_block(self, block: BlockCall) -> None:
         self.trace.calls = []
@@ -117,10 +134,8 @@ class Backward:
     def _compute(self, step: Step, formula: Formula, tensors: dict[str, Any]) -> Any:
         args = [tensors[name] for name in formula.parameters]
         before = len(self.trace.calls)
-        kernel = step.rule.vendor_kernels.get(formula.target) if self.vendor_kernels and step.rule else None
         with self.trace:
-            value = None if kernel is None else kernel(*args)
-            value = formula.function(*args) if value is None else value
+            value = formula.function(*args)
         if isinstance(value, Tensor):
             variable = self.trace.find(value)
             made_here = variables([call.outputs for call in self.trace.calls[before:]])

@@ -23,6 +23,7 @@ from manualgrad.program.backward import Backward
 from manualgrad.program.capture import Graph
 from manualgrad.program.text import Writer, operator_name
 from manualgrad.program.trace import Call, Variable
+from manualgrad.rule import inplace
 
 _UNARY = frozenset(("neg", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "erf", "square", "reciprocal", "sin", "cos"))
 _BINARY = frozenset(("add", "sub", "mul", "div"))
@@ -54,11 +55,15 @@ class FastProgram:
         calls = [call for section in backward.sections for call in section.calls]
         gradients = [backward.gradients.get(x) if x.needs_grad else None for x in arguments]
         results = [x for x in gradients if x is not None]
-        calls = reuse_temporaries(calls, results)
+        calls = reuse_temporaries(use_fast_masks(calls), results)
         writer.keep(saved)
         grads = [backward.output_gradients.get(x) for x in outputs]
         self.backward_source = writer.backward(saved, grads, calls, gradients)
-        scope = {"torch": torch, "F": F, "math": math, **{x.name: value for x, value in graph.constants.items()}}
+        scope = {
+            **{"_where": inplace.where, "_indicator": inplace._indicator},
+            **{"torch": torch, "F": F, "math": math},
+            **{x.name: value for x, value in graph.constants.items()},
+        }
         self.forward = _compile(self.forward_source, "forward", scope)
         self.backward = _compile(self.backward_source, "backward", scope)
 
@@ -197,6 +202,37 @@ def reuse_temporaries(calls: Sequence[Call], results: Iterable[Variable]) -> lis
         args = call.args[::-1] if _is_reflected(call) else call.args
         found.append(Call(function, tuple(args), {"out": target}, output))
     return found
+
+
+def use_fast_masks(calls: Sequence[Call]) -> list[Call]:
+    """Replace `torch.where` and the comparisons that only it reads by faster functions (see rule/inplace.py)."""
+    readers: dict[Variable, list[Call]] = {}
+    for call in calls:
+        for x in call.reads:
+            readers.setdefault(x, []).append(call)
+    found = []
+    for call in calls:
+        name = operator_name(call.function)
+        output = call.outputs
+        if call.function is torch.where and len(call.args) == 3:
+            call = Call(FastFunction("_where", inplace.where), call.args, {}, output)
+        elif name in (*_COMPARISONS, "bool") and isinstance(output, Variable) and not call.kwargs:
+            by_where = all(x.function is torch.where and x.args[0] is output for x in readers.get(output, ()))
+            if by_where and len(readers.get(output, ())) == 1:
+                args = ("ne", call.args[0], 0) if name == "bool" else (name, *call.args)
+                call = Call(FastFunction("_indicator", inplace._indicator), args, {}, output)
+        found.append(call)
+    return found
+
+
+_COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
+
+
+class FastFunction:
+    """A function of manualgrad in a fast program."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.__name__, self.function = name, function
 
 
 def _is_reflected(call: Call) -> bool:

@@ -271,6 +271,8 @@ class Writer:
 
     def _path(self, function: Any, name: str) -> str | None:
         """The dotted path of a function of torch. None for a method of Tensor."""
+        if name in ("_where", "_indicator"):
+            return name
         if isinstance(function, torch._ops.OpOverload):
             return f"torch.ops.aten.{name}.{function._overloadname}"
         if isinstance(function, torch._ops.OpOverloadPacket):

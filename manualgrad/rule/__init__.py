@@ -97,9 +97,10 @@ class Rule:
     """The output takes one pass over memory. A rule that would save it may recompute it by ``apply`` of this rule
     (see recomputation.py). A rule with a method ``recompute`` of saved quantities does not need this option."""
 
-    vendor_kernels: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-    """Name of a gradient -> a function with the same parameters that calls a vendor's kernel. It may return None
-    to use the formula. It runs in a backward that nothing observes (see vendor_kernels.py)."""
+    vendor_kernels: ClassVar[Mapping[tuple[str, ...], Callable[..., Any]]] = {}
+    """Names of gradients -> a function of saved quantities that computes them by a vendor's kernel: a tuple of
+    gradients, or one gradient for one name. It may return None to use the formulas. It runs in a backward that
+    nothing observes (see vendor_kernels.py). The first entry whose gradients are all needed is used."""
 
     preserve_memory_format: ClassVar[tuple[str, ...]] = ()
     """Names of gradients that get the memory format of ``grad``, channels_last or contiguous."""

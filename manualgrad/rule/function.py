@@ -275,7 +275,7 @@ class Implementation:
         is_large = plan.uses_scatter or has_large_tensor(args)
         if backward_is_differentiated():
             compute, args = plan.differentiable, unwrap_dead_wrappers(args)
-        elif (is_large or plan.has_vendor_kernels) and inplace_is_safe(*_tensors(args)):
+        elif (is_large or plan.vendor_kernel is not None) and inplace_is_safe(*_tensors(args)):
             compute = plan.reusing if is_large else plan.plain_with_kernels
             if is_large and plan.has_batch_dims and (found := compute_in_blocks(plan, args, dtypes)) is not None:
                 return found

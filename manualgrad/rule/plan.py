@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from operator import itemgetter
@@ -116,37 +117,58 @@ class Plan:
         return Program("batch_dims", self._batch_formulas, (*self.names, "grad"), ["batch_dims"]).compile()
 
     @cached_property
-    def has_vendor_kernels(self) -> bool:
-        return any(formula.target in self.rule.vendor_kernels for formula in self.formulas)
+    def vendor_kernel(self) -> tuple[tuple[str, ...], Callable[..., Any]] | None:
+        """The names of some needed gradients, and the vendor kernel that computes them."""
+        for names, kernel in self.rule.vendor_kernels.items():
+            if set(names) <= set(self.needed):
+                return names, kernel
+        return None
 
     @cached_property
     def uses_scatter(self) -> bool:
         return any(uses_scatter(formula.function) for formula in self.formulas)
 
     def _program_with_kernels(self, fast_formulas: bool) -> Program:
-        kernels = self.rule.vendor_kernels
-        return self.program(
-            [
-                _prefer_kernel(x, kernels[x.target], fast_formulas) if x.target in kernels else x
-                for x in self.formulas
-            ]
-        )
+        if self.vendor_kernel is None:
+            return self.program()
+        names, kernel = self.vendor_kernel
+        found: list[Formula] = []
+        for formula in self.formulas:
+            if formula.target not in names:
+                found.append(formula)
+                continue
+            if formula.target == names[0]:
+                found.append(Formula.from_function(_BY_KERNEL, _if_enabled(kernel)))
+            found.append(_prefer_kernel(formula, names.index(formula.target), len(names) == 1, fast_formulas))
+        return self.program(found)
+
+
+_BY_KERNEL = "gradients_by_kernel"
 
 
 def _parameters(formulas: Iterable[Formula]) -> set[str]:
     return {name for formula in formulas for name in formula.parameters}
 
 
-def _prefer_kernel(formula: Formula, kernel: Callable[..., Any], fast_formula: bool) -> Formula:
-    """The formula, computed by the vendor kernel where the kernel applies."""
+def _if_enabled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(kernel)
+    def compute(*args: Any) -> Any:
+        return kernel(*args) if vendor_kernels.enabled else None
+
+    return compute
+
+
+def _prefer_kernel(formula: Formula, index: int, is_only: bool, fast_formula: bool) -> Formula:
+    """The result of the vendor kernel, or of the formula if the kernel does not apply."""
     function = fast_version(formula.function) if fast_formula else formula.function
 
-    def compute(*args: Any) -> Any:
-        found = kernel(*args) if vendor_kernels.enabled else None
-        return function(*args) if found is None else found
+    def compute(by_kernel: Any, *args: Any) -> Any:
+        if by_kernel is None:
+            return function(*args)
+        return by_kernel if is_only else by_kernel[index]
 
     compute.__qualname__ = f"{formula.target}.by_kernel"
-    return Formula(formula.target, compute, formula.parameters)
+    return Formula(formula.target, compute, (_BY_KERNEL, *formula.parameters))
 
 
 def compile_with_reuse(program: Program) -> Callable[..., Any]:

@@ -137,7 +137,10 @@ class RuleSpec:
         ):
             raise TypeError(f"{name}: define forward_ in the class that defines forward, so that both agree")
         for option in ("save_instead", "vendor_kernels", "preserve_memory_format"):
-            for method in getattr(self.rule, option):
+            names = getattr(self.rule, option)
+            if option == "vendor_kernels":
+                names = [name for key in names for name in key]
+            for method in names:
                 if method not in self.formulas:
                     suggestion = _suggestion(method, self.formulas)
                     raise TypeError(f"{name}.{option}: there is no method {method!r}{suggestion}")
