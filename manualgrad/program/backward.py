@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 from manualgrad.program.blocks import BlockCall
 from manualgrad.program.capture import Step, record_rules
 from manualgrad.program.capture import identifier as _identifier
-from manualgrad.program.trace import Call, Trace, Variable, variables
+from manualgrad.program.trace import Call, Trace, Variable, function_name, variables
 from manualgrad.rule.formulas import Formula
 from manualgrad.rule.function import LOW_PRECISION
 
@@ -55,6 +56,7 @@ class Backward:
         self.gradients: dict[Variable, Variable] = {}
         self.output_gradients: dict[Variable, Variable] = {}
         self.items = items
+        self._parts: dict[Variable, list[Part]] = {}
         self.history: dict[Variable, Variable] = {}
         """By each gradient that was computed, also those to which another was added later: its variable."""
         for output in outputs:
@@ -64,11 +66,15 @@ class Backward:
                 self.gradients[output] = self.output_gradients[output] = grad
         with record_rules(lambda rule, args: rule.forward(*args)), torch.no_grad():
             for item in reversed(items):
+                for output in item.outputs if isinstance(item, BlockCall) else [item.output]:
+                    self._join_parts(output)
                 if isinstance(item, BlockCall):
                     if any(x in self.gradients for x in item.outputs):
                         self._add_block(item)
                 elif item.needed and item.output in self.gradients:
                     self._add_section(item)
+            for variable in [*self._parts]:
+                self._join_parts(variable)
 
     def _add_section(self, step: Step) -> None:
         assert step.rule is not None and step.output is not None
@@ -93,7 +99,8 @@ class Backward:
             if in_float32:
                 with self.trace:
                     gradient = gradient.to(variable.tensor.dtype)
-            self._accumulate(variable, gradient)
+            if not self._add_part(variable, gradient, step):
+                self._accumulate(variable, gradient)
         self.sections.append(Section(step, self.trace.calls))
 
     def _by_vendor_kernel(self, step: Step, targets: list[str], tensors: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +174,44 @@ class Backward:
         self.gradients[variable] = added
         self.history[added] = variable
 
+    # --- gradients of parts ---
+
+    def _add_part(self, variable: Variable, gradient: Tensor, step: Step) -> bool:
+        """Keep the gradient of a part of a variable until those of the other parts are known."""
+        calls = self.trace.calls
+        if len(calls) < 2 or calls[-1].outputs is not self.trace.find(gradient):
+            return False
+        scatter, zeros = calls[-1], calls[-2]
+        if function_name(zeros.function) != "new_zeros" or scatter.args[:1] != (zeros.outputs,):
+            return False
+        match function_name(scatter.function), scatter.args:
+            case "select_scatter", (_, grad, int(axis), int(index)):
+                part = Part(step, grad, axis % variable.tensor.dim(), index, None, [zeros, scatter])
+            case "slice_scatter", (_, grad, int(axis), int(start), int(end), *rest) if rest in ([], [1]):
+                part = Part(step, grad, axis % variable.tensor.dim(), start, end, [zeros, scatter])
+            case _:
+                return False
+        del calls[-2:]
+        self._parts.setdefault(variable, []).append(part)
+        return True
+
+    def _join_parts(self, variable: Variable | None) -> None:
+        """The gradient of a variable from those of its parts: joined if the parts are the whole."""
+        if variable is None or variable not in self._parts:
+            return
+        parts = sorted(self._parts.pop(variable), key=lambda x: x.start)
+        self.trace.calls = []
+        if _cover(parts, variable):
+            join = torch.stack if parts[0].end is None else torch.cat
+            with self.trace:
+                found = join([x.grad.tensor for x in parts], parts[0].axis)
+            self._accumulate(variable, found)
+        else:
+            for part in parts:
+                self.trace.calls += part.calls
+                self._accumulate(variable, part.calls[-1].outputs.tensor)
+        self.sections.append(Section(parts[0].step, self.trace.calls))
+
     # --- what is saved ---
 
     def find_saved(self, available: set[Variable]) -> list[Variable]:
@@ -226,6 +271,28 @@ class Backward:
             return call
         outputs = pytree.tree_map_only(Variable, lambda x: x if x is variable else None, call.outputs)
         return Call(call.function, call.args, call.kwargs, outputs)
+
+
+@dataclass
+class Part:
+    """The gradient of a slice of a variable, or with ``end`` None of one index along an axis."""
+
+    step: Step
+    grad: Variable
+    axis: int
+    start: int
+    end: int | None
+    calls: list[Call]
+    """They write it into a tensor of zeros."""
+
+
+def _cover(parts: Sequence[Part], variable: Variable) -> bool:
+    """Each element of the variable is in one of the parts."""
+    axis, size = parts[0].axis, variable.tensor.shape[parts[0].axis]
+    if len(parts) < 2 or any(x.axis != axis or (x.end is None) != (parts[0].end is None) for x in parts):
+        return False
+    ends = [x.start + 1 if x.end is None else x.end for x in parts]
+    return [x.start for x in parts] == [0, *ends[:-1]] and ends[-1] == size
 
 
 _MAX_DEPTH = 3

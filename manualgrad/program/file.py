@@ -14,7 +14,7 @@ from torch import Tensor
 from manualgrad.program.backward import Backward, BlockFunction, Section
 from manualgrad.program.blocks import BlockCall, Unit
 from manualgrad.program.capture import Graph, Step, is_structural
-from manualgrad.program.text import WIDTH, Writer, split_line
+from manualgrad.program.text import WIDTH, Writer, split_line, wrap
 from manualgrad.program.trace import Call, Variable, variables
 
 _SUBSTATE = '''def substate(state, path):
@@ -87,11 +87,9 @@ def check():
         torch.manual_seed(2)
         loss = sum((x * torch.randn_like(x)).sum() for x in outputs)
         results.append([*outputs, *torch.autograd.grad(loss, tensors, allow_unused=True)])
-    differences = [
-        ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
-        for a, b in zip(*results)
-        if a is not None and b is not None and b.numel()
-    ]
+    pairs = [(a, b) for a, b in zip(*results) if a is not None and b is not None and b.numel()]
+    smallest = 1e-9 * max(b.abs().max() for _, b in pairs)
+    differences = [((a - b).abs().max() / b.abs().max().clamp(min=smallest)).item() for a, b in pairs]
     print(f"largest difference from torch's autograd: {{max(differences):.1e}}")
 
 
@@ -141,7 +139,7 @@ class FileWriter:
         grad_inputs = ", ".join(name_of_gradient(root, x) if x in needed else "None" for x in self.graph.inputs)
         grads = [name_of_gradient(root, x) for x in needed]
         nested = self.has_blocks
-        return _RUN.format(
+        return wrap(_RUN.format(
             inputs=inputs,
             outputs=outputs,
             result=outputs,
@@ -152,13 +150,13 @@ class FileWriter:
             layout_value=", without_tensors(saved)" if nested else "",
             flat="flatten(saved)" if nested else "saved",
             restored="unflatten(ctx.layout, iter(saved))" if nested else "saved",
-        )
+        ))
 
 
     def _check(self) -> str:
         state = [f'    "{path}": {_example(x, 0)},' for path, x in self.graph.state.items()]
         inputs = [f"    {_example(x, n)}," for x, n in zip(self.graph.inputs, self.largest, strict=True)]
-        return _CHECK.format(state="\n".join(["{", *state, "}"]), inputs="\n".join(["[", *inputs, "]"]))
+        return _CHECK.format(state="\n".join(["{", *state, "}"]), inputs="\n".join(["[", *inputs, "]"]) if len(inputs) > 1 else f"[{''.join(inputs).strip(' ,')}]")
 
 
 def _example(variable: Variable, largest: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from types import FunctionType
@@ -18,7 +19,6 @@ from manualgrad.program.trace import Call, Variable, function_name, is_inplace, 
 
 WIDTH = 115
 _INLINE_WIDTH = 92
-_STATEMENT_WIDTH = 100
 
 _BINARY: dict[str, type[ast.operator]] = {
     **{"add": ast.Add, "sub": ast.Sub, "mul": ast.Mult, "div": ast.Div, "matmul": ast.MatMult, "pow": ast.Pow},
@@ -53,6 +53,8 @@ class Writer:
         self.width = width
         self.names: dict[Variable, str] = {}
         self.inlined: dict[Variable, ast.expr] = {}
+        self._operands: dict[Variable, set[Variable]] = {}
+        """By an inlined variable: the variables in its expression."""
         self.imports: set[str] = set()
         self._holders: dict[str, Variable | None] = dict.fromkeys(reserved)
         self.last_read: dict[Variable, float] = {}
@@ -106,7 +108,7 @@ class Writer:
             output = call.outputs
             position = positions[id(call)]
             expression = self.expression(call)
-            while self.width == WIDTH and _length(expression) > _STATEMENT_WIDTH and (operand := self._longest_operand(call)) is not None:
+            while self._is_too_long(call, expression) and (operand := self._longest_operand(call)) is not None:
                 found += self._own_line(operand, position, rebind)
                 expression = self.expression(call)
             if call.is_inplace:
@@ -122,6 +124,7 @@ class Writer:
                 and len(ast.unparse(expression)) <= _INLINE_WIDTH
             ):
                 self.inlined[output] = expression
+                self._extend_reads(call, output)
                 continue
             used = {variable for variable in call.writes if reads[variable] or variable in kept}
             if not used and not _has_effect(call):
@@ -133,11 +136,30 @@ class Writer:
             found += render(ast.Assign([target], expression), self.width)
         return found
 
+    def _extend_reads(self, call: Call, output: Variable) -> None:
+        """The line that reads `output` will read the operands of the call."""
+        operands: set[Variable] = set()
+        for x in call.reads:
+            operands |= self._operands.get(x, {x})
+        self._operands[output] = operands
+        for x in operands:
+            if x in self.last_read:
+                self.last_read[x] = max(self.last_read[x], self.last_read.get(output, math.inf))
+
+    def _is_too_long(self, call: Call, expression: ast.expr) -> bool:
+        """The statement needs several lines, or those of a call would be long."""
+        if self.width != WIDTH:
+            return False
+        target = call.outputs
+        name = ast.unparse(self.value(target)) if target in self.expressions else getattr(target, "name", "")
+        if len(name) + 3 + _length(expression) <= WIDTH - 6:
+            return False
+        return not _is_plain_call(expression) or any(_length(x) > _INLINE_WIDTH for x in expression.args)
+
     def _longest_operand(self, call: Call) -> Variable | None:
-        """The operand with the longest expression, if it has one of some length."""
+        """The operand with the longest expression."""
         operands = [x for x in call.reads if x in self.inlined]
-        longest = max(operands, key=lambda x: _length(self.inlined[x]), default=None)
-        return longest if longest is not None and _length(self.inlined[longest]) > 24 else None
+        return max(operands, key=lambda x: _length(self.inlined[x]), default=None)
 
     def _own_line(self, variable: Variable, position: float, rebind: bool) -> list[str]:
         """The line of a variable that was to be part of a longer expression."""
@@ -305,6 +327,13 @@ def path_of(block: Any, unit_path: str) -> str:
     return block.path.removeprefix(f"{unit_path}.") if unit_path else block.path
 
 
+def _is_plain_call(expression: Any) -> bool:
+    """A call like ``torch.where(...)``, which may have its arguments on lines of their own."""
+    return isinstance(expression, ast.Call) and not any(
+        isinstance(x, (ast.Call, ast.Subscript, ast.BinOp)) for x in ast.walk(expression.func)
+    )
+
+
 def _length(expression: Any) -> int:
     return len(ast.unparse(expression))
 
@@ -376,12 +405,30 @@ def _without_schema_defaults(function: Any, args: list[Any], kwargs: dict[str, A
 
 def render(statement: ast.stmt, width: int = WIDTH, indent: int = 4) -> list[str]:
     """The lines of a statement, laid out as ruff does, for a function body indented by `indent`."""
-    text = ast.unparse(ast.fix_missing_locations(statement))
+    text = _format_numbers(ast.unparse(ast.fix_missing_locations(statement)))
     text = text.replace("'", '"') if "'" in text and '"' not in text else text
     if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
         head, _, tail = text.partition(" = ")
         text = f"{head.strip('()')} = {tail}"
+    if len(text) > width - indent and isinstance(statement, ast.Assign) and not _is_plain_call(statement.value):
+        head, _, value = text.partition(" = ")
+        return [f"{head} = (", *(f"    {x}" for x in split_line(value, width - indent - 4)), ")"]
     return split_line(text, width - indent)
+
+
+def _format_numbers(text: str) -> str:
+    """Powers of simple operands without spaces, exponents without a plus."""
+    text = re.sub(r"(?<=[\w.\]]) \*\* (?=-?[\w.]+)", "**", text)
+    return re.sub(r"(?<=\d)e\+(?=\d)", "e", text)
+
+
+def wrap(text: str) -> str:
+    """The text with its long lines broken."""
+    lines = []
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip()))
+        lines += [indent + x for x in split_line(line.lstrip(), WIDTH - len(indent))]
+    return "\n".join(lines)
 
 
 def split_line(text: str, width: int) -> list[str]:
