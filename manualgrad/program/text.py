@@ -164,6 +164,7 @@ class Writer:
     def _own_line(self, variable: Variable, position: float, rebind: bool) -> list[str]:
         """The line of a variable that was to be part of a longer expression."""
         expression = self.inlined.pop(variable)
+        self._operands.pop(variable, None)
         return render(ast.Assign([ast.Name(self.name(variable, position, rebind), ast.Store())], expression), self.width)
 
     def _block_lines(
@@ -410,8 +411,12 @@ def render(statement: ast.stmt, width: int = WIDTH, indent: int = 4) -> list[str
     if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
         head, _, tail = text.partition(" = ")
         text = f"{head.strip('()')} = {tail}"
-    if len(text) > width - indent and isinstance(statement, ast.Assign) and not _is_plain_call(statement.value):
-        head, _, value = text.partition(" = ")
+    head, _, value = text.partition(" = ")
+    if (
+        len(text) > width - indent
+        and isinstance(statement, ast.Assign)
+        and (not _is_plain_call(statement.value) or len(head) + len(value.partition("(")[0]) > width - indent - 4)
+    ):
         return [f"{head} = (", *(f"    {x}" for x in split_line(value, width - indent - 4)), ")"]
     return split_line(text, width - indent)
 
