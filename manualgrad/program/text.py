@@ -165,7 +165,8 @@ class Writer:
         """The line of a variable that was to be part of a longer expression."""
         expression = self.inlined.pop(variable)
         self._operands.pop(variable, None)
-        return render(ast.Assign([ast.Name(self.name(variable, position, rebind), ast.Store())], expression), self.width)
+        name = self.name(variable, position - 0.5, rebind)  # the line at this position still reads its operands
+        return render(ast.Assign([ast.Name(name, ast.Store())], expression), self.width)
 
     def _block_lines(
         self, call: Call, expression: ast.expr, used: set[Variable], position: float, rebind: bool
