@@ -11,5 +11,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def is_channels_last(tensor: Tensor) -> bool:
     """The tensor is a batch of images or volumes, and its channels are innermost in memory."""
-    form = CHANNELS_LAST.get(tensor.dim())
-    return form is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=form)
+    memory_format = CHANNELS_LAST.get(tensor.dim())
+    if memory_format is None or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=memory_format)

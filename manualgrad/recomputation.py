@@ -9,10 +9,12 @@ node: a function and weak references to the tensors that it takes. A rule that w
 inputs of its recipe instead. They are saved by another rule already, so this costs no memory. The backward
 recomputes the output. A recipe may contain recipes: for dropout(gelu(z)), z and the dropout mask are saved.
 
-    where a recipe is found    on ``tensor.grad_fn``. An in-place write replaces the node or changes the version
-    when it is used            if all tensors that it names are alive and unchanged (same version)
+    where a recipe is found    on ``tensor.grad_fn``. After an in-place write into the tensor it is not found: the
+                               write replaces the node or changes the version of the tensor
+    when it is used            if all tensors that it names are alive and unchanged (same version). A write through
+                               ``.data`` does not change the version, so neither torch nor a recipe notices it
     what is saved              goes through ``save_for_backward``, so saved-tensor hooks and version checks work
-    in the backward            the original tensor if it is still alive and unchanged, so that whoever holds it can
+    in the backward            the original tensor if it is still alive and unchanged. A user who holds it may
                                differentiate with respect to it. Otherwise the recipe runs. It consists of rules,
                                so it can be differentiated as well
 
@@ -22,8 +24,7 @@ An in-place activation overwrites its input. It saves no more than torch's does:
     the output is enough       the output, for ReLU, leaky ReLU and ELU. The next layer often saves it as well
     otherwise                  a copy of the input, as torch does. The output is recomputed from it
 
-A boolean mask is saved as bits. That is a recipe too. (A write through ``.data`` does not change the version, so
-neither torch nor a recipe notices it.)
+A boolean mask is saved as bits, by a recipe that unpacks them.
 
 Chen, Xu, Zhang and Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016, recompute whole segments of a
 network, including matrix products. Jain et al., "Gist: Efficient Data Encoding for Deep Neural Network Training",
@@ -44,9 +45,9 @@ from torch._C import _autograd as autograd  # pyright: ignore[reportAttributeAcc
 from torch.nn import Parameter
 
 MIN_ELEMENTS = 2**17
-"""Smaller tensors are saved as they are. Recomputing them takes longer than the memory is worth. (A network of
-width 256 with batch size 256 took 1.34 times torch's time with recipes for its tensors of 2¹⁶ elements, 1.17
-without.)"""
+"""Smaller tensors are saved as they are: recomputing them costs much time and saves little memory. (A network of
+width 256 with batch size 256 has tensors of 2¹⁶ elements. It took 1.34 times torch's time with recipes for them,
+and 1.17 times without.)"""
 
 _MAX_DEPTH = 3
 """The number of nested recipes. It bounds the time to recompute a tensor."""
@@ -77,14 +78,16 @@ class SavedSlot(NamedTuple):
 class Recipe(NamedTuple):
     """output = function(*parts)
 
-    A part is a Recipe, a setting or a tensor. A recipe on a node refers to tensors by `WeakTensor`, a recipe in
-    `Saved` by `SavedSlot`.
+    A part is a Recipe, a setting or a tensor. Tensors are `WeakTensor` in a recipe that is attached to a node
+    (``grad_fn.recipe``), and `SavedSlot` in a recipe that a backward runs.
     """
 
     function: Callable[..., Tensor]
     parts: tuple[Any, ...]
     output: WeakTensor | None
+    """The original output. The backward takes it if it is alive and unchanged. None for a mask."""
     depth: int
+    """The number of nested recipes, including this one. 0 for a mask, which is cheap to unpack."""
 
 
 def is_large(value: Any) -> bool:
@@ -95,10 +98,11 @@ def is_large(value: Any) -> bool:
 def find_recipe(tensor: Tensor) -> Recipe | None:
     """The recipe of a tensor. None if its rule has none, or if the tensor has been written to.
 
-    A tensor with a hook has no recipe. FSDP frees the weights of a module after its forward and gathers them in a
-    hook on the module's output. The backward of a later layer runs before that hook, so it must not recompute the
-    output. FSDP may omit its hooks while a checkpoint reruns a module, but the rerun must save the same tensors as
-    the first run: with FSDP, no tensor has a recipe while saved-tensor hooks are active.
+    Two cases also have none, because of FSDP. It frees the weights of a module after its forward, and gathers them
+    in a hook on the module's output. The backward of a later layer runs before that hook, so it must not recompute
+    the output: a tensor with a hook has no recipe. A checkpoint runs a module again and must save the same tensors
+    as the first time, but FSDP may omit its hooks then: with FSDP, no tensor has a recipe while saved-tensor hooks
+    are active.
     """
     recipe = getattr(tensor.grad_fn, "recipe", None)
     if recipe is None or recipe.output.version != tensor._version or tensor._backward_hooks:
@@ -135,15 +139,16 @@ class SavedTensorPacker:
     """Chooses the tensors that a node saves, and makes the function that recomputes the others.
 
     Args:
-        tensors: what the backward needs. A Recipe stands for a tensor that has been overwritten.
+        tensors: what the backward needs. In place of a tensor that has been overwritten, its recipe.
     """
 
     def __init__(self, tensors: Iterable[Tensor | Recipe | None]) -> None:
         self.tensors: list[Tensor | None] = []
         """The tensors to save."""
-        self._memory_saving = False
+        self._recomputes = False
+        """A needed tensor is not saved."""
         self.parts = [self._pack(tensor) for tensor in tensors]
-        """For each needed tensor its slot, or its recipe on slots."""
+        """For each needed tensor its slot, or a recipe of slots."""
 
     def _save(self, tensor: Tensor | None) -> SavedSlot:
         self.tensors.append(tensor)
@@ -154,7 +159,7 @@ class SavedTensorPacker:
         if isinstance(tensor, Recipe):
             found = self._pack_recipe(tensor)
             assert found is not None
-            self._memory_saving = True
+            self._recomputes = True
             return found
         if tensor is None or tensor.numel() < MIN_ELEMENTS:
             return self._save(tensor)
@@ -165,9 +170,9 @@ class SavedTensorPacker:
             recipe = find_recipe(tensor)
             found = None if recipe is None else self._pack_recipe(recipe)
         if found is None:
-            del self.tensors[before:]
+            del self.tensors[before:]  # what an incomplete recipe has saved
             return self._save(tensor)
-        self._memory_saving = True
+        self._recomputes = True
         return found
 
     def _pack_mask(self, mask: Tensor) -> Recipe | None:
@@ -179,21 +184,22 @@ class SavedTensorPacker:
         parts: list[Any] = []
         for part in recipe.parts:
             if isinstance(part, Recipe):
-                part = self._pack_recipe(part)
+                packed = self._pack_recipe(part)
+                if packed is None:
+                    return None
+                parts.append(packed)
             elif isinstance(part, WeakTensor):
                 tensor = part.get()
-                part = None if tensor is None else self._save(tensor)
-            else:
+                if tensor is None:
+                    return None
+                parts.append(self._save(tensor))
+            else:  # a setting
                 parts.append(part)
-                continue
-            if part is None:
-                return None
-            parts.append(part)
         return recipe._replace(parts=tuple(parts))
 
     def unpack(self) -> Callable[[Sequence[Tensor]], list[Any]] | None:
         """A function from the saved tensors to the needed ones. None if they are the same."""
-        if not self._memory_saving:
+        if not self._recomputes:
             return None
         parts = self.parts
         return lambda tensors: [_unpack(part, tensors) for part in parts]
@@ -205,11 +211,12 @@ class SavedTensorPacker:
         output: Tensor,
         pending_writes: int,
     ) -> Recipe | None:
-        """The recipe of an output. None if an argument is saved nowhere.
+        """The recipe of the node's output. None if an argument may be freed early, or the recipe is too deep.
 
         Args:
-            args: the arguments of the function. Each is a value, and its part in this packer if it is saved here.
-            pending_writes: in-place writes that autograd has not counted yet in the version of the output.
+            args: the arguments of the function. Each is a value, and its part in `parts` if this node saves it.
+            pending_writes: the number of in-place writes that autograd has not yet added to the version of the
+                output.
         """
         parts: list[Any] = []
         for value, part in args:
@@ -217,7 +224,7 @@ class SavedTensorPacker:
                 part = self._to_weak(part)
             elif not isinstance(value, Tensor):
                 part = value
-            elif value.is_leaf:
+            elif value.is_leaf:  # a parameter, or an input of the user
                 part = WeakTensor.of(value)
             elif (part := find_recipe(value)) is None:
                 return None
@@ -249,29 +256,37 @@ def _unpack(part: Any, tensors: Sequence[Tensor]) -> Any:
 
 # --- masks as bits ---
 
-# b · 0x0101…01 has the byte b in each of its eight bytes, and 0x8040…01 selects another bit of each byte.
-_REPEAT_BYTE, _ONE_BIT_PER_BYTE, _CARRY = 0x0101010101010101, 0x8040201008040201 - 2**64, 0x7F7F7F7F7F7F7F7F
+# A *word* is an integer of eight bytes: eight booleans. The constants are masks and factors for words.
 _GATHER_BITS = 0x0102040810204080
-"""The product of a word of eight booleans and this number has them as the bits of its highest byte."""
+"""The product of eight booleans and this factor has them as the bits of its highest byte."""
+_REPEAT_BYTE = 0x0101010101010101
+_DIFFERENT_BIT_PER_BYTE = 0x8040201008040201 - 2**64  # as a signed integer
+_FILL_LOW_BITS = 0x7F7F7F7F7F7F7F7F
 
 
 def pack_bits(mask: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]] | None:
-    """Eight booleans per byte in memory order, the shape and the strides. None if the mask has gaps in memory."""
+    """The mask with eight booleans per byte in memory order, its shape and its strides.
+
+    None if the mask has gaps in memory.
+    """
     n = mask.numel()
     if mask.is_contiguous():
         flat = mask.view(-1)
-    elif torch.empty_like(mask, device="meta").stride() == mask.stride():  # no gaps
+    elif torch.empty_like(mask, device="meta").stride() == mask.stride():  # no gaps: empty_like keeps the strides
         flat = mask.as_strided((n,), (1,))
     else:
         return None
     if n % 8 or flat.storage_offset() % 8:
-        flat = torch.nn.functional.pad(flat, (0, -n % 8))
+        flat = torch.nn.functional.pad(flat, (0, -n % 8))  # an aligned copy of whole words
     words = flat.view(torch.int64) * _GATHER_BITS
     return words.bitwise_right_shift_(56).to(torch.uint8), tuple(mask.shape), mask.stride()
 
 
 def unpack_bits(bits: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    words = bits.to(torch.int64).mul_(_REPEAT_BYTE).bitwise_and_(_ONE_BIT_PER_BYTE)
-    flat = words.add_(_CARRY).bitwise_right_shift_(7).bitwise_and_(_REPEAT_BYTE).view(torch.bool)
+    """The mask that `pack_bits` has packed."""
+    # Copy the byte eight times. Each copy keeps a different bit.
+    words = bits.to(torch.int64).mul_(_REPEAT_BYTE).bitwise_and_(_DIFFERENT_BIT_PER_BYTE)
+    # A byte is a boolean, so it must become 1 if it is not 0. Adding 0x7F sets its highest bit then.
+    flat = words.add_(_FILL_LOW_BITS).bitwise_right_shift_(7).bitwise_and_(_REPEAT_BYTE).view(torch.bool)
     n = math.prod(shape)
     return (flat if flat.numel() == n else flat[:n]).as_strided(shape, stride)

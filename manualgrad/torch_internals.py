@@ -21,13 +21,14 @@ TESTED_VERSIONS = ("2.11.0", "2.13.0", "2.14.1")
 """In ascending order. `scripts/check_versions.py` runs the tests with each of them."""
 
 CLAMP_PASSES_GRADIENT_AT_BOUND = torch.__version__ < TorchVersion("2.14")
-"""The derivative of clamp at its bound is 1 before torch 2.14 and 0 since."""
+"""The derivative of clamp at its bound is 1 before torch 2.14, and 0 from torch 2.14 on."""
 
 COMPILED_MULTILABEL_MARGIN_IS_WRONG = torch.__version__ < TorchVersion("2.14")
 """torch.compile decomposes multilabel_margin_loss. Before torch 2.14 the decomposition gives wrong values."""
 
 UNPOOL_CHECK_IS_NOT_TRACED = torch.__version__ >= TorchVersion("2.13")
-"""With dynamic shapes, torch.compile does not trace torch's own check of the output size. torch 2.11 does."""
+"""With dynamic shapes, torch.compile does not trace the check of the output size in torch's max_unpool. torch 2.11
+does."""
 
 INFER_SIZE_IS_NOT_TRACED = torch.__version__ < TorchVersion("2.13")
 """torch.compile passes a plain tuple to `torch._C._infer_size`, which accepts only a torch.Size."""
@@ -130,7 +131,7 @@ def _exists(name: str) -> bool:
 check()
 
 
-# These imports come after the check, which reports a missing name better than an ImportError.
+# These imports come after the check, which reports a missing name with advice.
 
 from torch._C import _autograd, _functorch  # noqa: E402  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch import eager_transforms  # noqa: E402
@@ -141,10 +142,12 @@ is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 in_functorch_transform = torch._C._are_functorch_transforms_active
 """A transform of torch.func is active."""
 unwrap_dead_wrappers = functorch_utils.unwrap_dead_wrappers
-"""Unwraps tensors of torch.func transforms that have ended. A pullback that is called later may get some."""
+"""Unwraps tensors of torch.func transforms that have ended. The function that `torch.func.vjp` returns may be
+called after that. Then such tensors are among the saved ones."""
 
 
 def in_forward_mode() -> bool:
+    """A level of forward-mode AD is open, so tensors may have tangents."""
     return forward_ad._current_level >= 0
 
 
@@ -153,19 +156,21 @@ def in_nested_forward_mode() -> bool:
 
 
 def in_forward_mode_or_transform() -> bool:
-    """A level of forward-mode AD is open, or a transform of torch.func is active."""
     return in_forward_mode() or in_functorch_transform()
 
 
 def backward_is_differentiated() -> bool:
-    """The running backward may itself be differentiated. (Grad mode does not show forward mode and transforms.)"""
+    """The running backward may itself be differentiated.
+
+    Grad mode is on in a backward with ``create_graph``. It says nothing about forward mode and transforms.
+    """
     return torch.is_grad_enabled() or in_forward_mode_or_transform()
 
 
 def inplace_is_safe(*tensors: Tensor) -> bool:
     """Operations may write into the temporaries of a computation on these tensors.
 
-    It holds if the computation is not differentiated, transformed or compiled, and no tensor is a subclass.
+    They may if the computation is not differentiated, transformed or compiled, and no tensor is a subclass.
     """
     if backward_is_differentiated():
         return False
@@ -227,30 +232,28 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def can_write_inplace(tensor: Tensor, as_view: bool) -> bool:
-    """A rule may write its output into this input. It holds in reverse mode only.
+def can_write_inplace(tensor: Tensor, allow_view: bool) -> bool:
+    """A rule may write its output into this input. False in forward mode, transforms and torch.compile.
 
-    torch refuses writes into a leaf that requires a gradient, and into some views. Its own functions raise the
-    error before they write.
-
-    Args:
-        as_view: a view is allowed.
+    torch refuses writes into a leaf that requires a gradient, and into some views, for example those of
+    ``unbind``. Its own in-place functions raise the error before they write. A Function would write first, so this
+    function checks the same.
     """
     if type(tensor) is not Tensor or in_forward_mode_or_transform() or torch.compiler.is_compiling():
         return False
     if not tensor._is_view():
         return not (tensor.is_leaf and tensor.requires_grad)
     base: Any = tensor._base
-    usual = _autograd._get_creation_meta(tensor) == _autograd.CreationMeta.DEFAULT
-    return as_view and usual and not (base.is_leaf and base.requires_grad)
+    is_plain_view = _autograd._get_creation_meta(tensor) == _autograd.CreationMeta.DEFAULT
+    return allow_view and is_plain_view and not (base.is_leaf and base.requires_grad)
 
 
 def as_non_view(output: Tensor, inputs: Iterable[Any]) -> Tensor:
     """The output as a tensor that is not a view, unless it is a view of an input.
 
     Some torch operations return a view of a temporary (a product of 3-d tensors is a view of a product of 2-d
-    tensors). torch allows writes into it, but not if it was made inside a Function. ``.data`` shares the memory
-    and is no view.
+    tensors). autograd refuses in-place writes into a view that a Function returns. ``.data`` shares the memory,
+    and is not a view.
     """
     if not output._is_view() or any(_shares_base(x, output) for x in inputs if isinstance(x, Tensor)):
         return output

@@ -21,11 +21,12 @@ How a rule becomes a Function:
 
     spec.py        reads the class when it is defined, and refuses it with file and line if it is inconsistent
     formulas.py    keeps each method as a formula (a syntax tree with parameters), orders formulas, and joins them
-                   to one program
+                   into one program
     reuse.py       writes a variant of the program that reuses its temporaries, for large tensors
+    inplace.py     the operations that this variant calls
     plan.py        for each set of needed gradients: what is saved, and the programs that compute the gradients
-                   from it. Saved is what the needed gradients name, directly or through other methods, and nothing
-                   else
+                   from it. A plan saves what the needed gradients name, directly or through other methods, and
+                   nothing else
     function.py    setup_context, backward and jvp of the Function: they save, choose a program of the plan and run
                    it
     dispatch.py    ``Rule.apply``: chooses the Function for autocast, torch.compile, torch.func, forward mode,
@@ -36,7 +37,7 @@ is the generator's work (reuse.py).
 
 What follows from the formulas:
 
-    forward mode     a backward is linear in ``grad``, so the pushforward is its transpose
+    forward mode     a backward is linear in ``grad``, so its transpose is the ``jvp``
     higher orders    the formulas consist of torch operations and rules, so autograd differentiates them
     vmap             `generate_vmap_rule`
     autocast         inputs are cast before the Function, as `Rule.autocast` says, so the cast is differentiated
@@ -87,15 +88,16 @@ class Rule:
     """Gradients of bfloat16 and float16 are computed in float32 and rounded once, as in torch's kernels."""
 
     supports_complex: ClassVar[bool] = False
-    """The gradients are right for complex numbers."""
+    """The gradients are right for complex numbers. If False, a complex input raises an error."""
 
     save_instead: ClassVar[tuple[str, ...]] = ()
-    """Names of methods with a small value. The forward computes it, and it is saved instead of what the method
-    names."""
+    """Names of methods with a small result, for example a mask. For large tensors, the forward computes and saves
+    the result instead of the parameters of the method."""
 
     recomputable: ClassVar[bool] = False
-    """The output takes one pass over memory. A rule that would save it may recompute it by ``apply`` of this rule
-    (see recomputation.py). A rule with a method ``recompute`` of saved quantities does not need this option."""
+    """The output is cheap: one pass over memory. A later rule that would save it may recompute it by ``apply`` of
+    this rule (see recomputation.py). If ``apply`` is too slow or random, define a method ``recompute`` instead of
+    setting this option."""
 
     vendor_kernels: ClassVar[Mapping[tuple[str, ...], Callable[..., Any]]] = {}
     """Names of gradients -> a function of saved quantities that computes them by a vendor's kernel: a tuple of
@@ -109,17 +111,23 @@ class Rule:
     forward_: ClassVar[Callable[..., Any]]
     """``forward`` that overwrites its first input, the only one with a gradient. Optional."""
 
+    # The rest is generated:
+
     implementation: ClassVar[Implementation]
     function: ClassVar[type[Function]]
+    """The Function, in the variant for torch.func. `apply` chooses among all variants."""
+
     apply: ClassVar[Callable[..., Any]]
+    """Computes the output, and records the Function for the backward if necessary (see dispatch.py)."""
+
     apply_: ClassVar[Callable[..., Any]]
     """`apply` that overwrites the input. It exists if ``forward_`` does."""
 
     def __init_subclass__(cls) -> None:
         for name, method in list(vars(cls).items()):
             if inspect.isfunction(method):
-                setattr(cls, name, staticmethod(method))
-        if hasattr(cls, "forward"):
+                setattr(cls, name, staticmethod(method))  # methods of a rule have no ``self``
+        if hasattr(cls, "forward"):  # otherwise it is a base class of rules
             spec = RuleSpec(cls, Rule)
             spec.check()
             implementation = Implementation(spec)
@@ -136,5 +144,6 @@ def every_rule(base: type[Rule] = Rule) -> Iterator[type[Rule]]:
         yield from every_rule(rule)
 
 
+# values of `Rule.autocast`
 LOWER_PRECISION = {"cpu": "lower_precision", "cuda": "lower_precision"}
 FLOAT32 = {"cpu": "float32", "cuda": "float32"}

@@ -41,7 +41,7 @@ class OpaqueTuple(tuple[Any, ...]):
 
 
 def make_apply(implementation: Implementation) -> Callable[..., Any]:
-    """``Rule.apply`` of a rule. It also sets ``Rule.function``."""
+    """Set ``Rule.function`` of a rule, and return its ``Rule.apply``."""
     rule = implementation.rule
     methods: dict[str, Any] = {
         "forward": implementation.forward_without_views,
@@ -73,8 +73,9 @@ def make_apply(implementation: Implementation) -> Callable[..., Any]:
         torch.compiler.allow_in_graph(compiled_apply)
         return True
 
-    # `torch.compiler.assume_constant_result` sets this attribute, and Dynamo runs the function while it traces.
-    # Calling it or allow_in_graph here would import all of Dynamo, which takes as long as importing torch.
+    # Dynamo runs a function with this attribute while it traces, and does not trace it. The decorator
+    # `torch.compiler.assume_constant_result` sets the attribute, but imports all of Dynamo, which takes as long as
+    # importing torch. So does `torch.compiler.allow_in_graph`, so it is called only when Dynamo traces.
     vars(allow_in_graph)["_dynamo_marked_constant"] = True
 
     def traced_apply(*args: Any) -> Any:
@@ -100,7 +101,7 @@ def make_apply(implementation: Implementation) -> Callable[..., Any]:
             result = forward(*args)
         return result[0] if has_statistics and not with_statistics else result
 
-    # Dynamo caches compiled code by code object, so every rule needs its own.
+    # Dynamo caches compiled code by code object, so the `apply` of every rule needs its own.
     apply.__code__ = apply.__code__.replace(co_name=f"{rule.__name__}.apply")
     return apply
 
@@ -108,8 +109,9 @@ def make_apply(implementation: Implementation) -> Callable[..., Any]:
 def make_inplace_apply(implementation: Implementation) -> Callable[..., Tensor]:
     """``Rule.apply_`` of a rule: writes the output into the input.
 
-    It saves no more than torch's in-place function. If the plan saves the input and the input has no recipe, a
-    copy of it is saved, as torch does. A later rule that would save the output saves that copy instead.
+    It saves no more than torch's in-place function. If the plan saves the input, the recipe of the input is saved,
+    or, if there is none, a copy of the input, as torch does. A later rule that would save the output saves the
+    arguments of that recipe, or that copy, instead.
     """
     rule = implementation.rule
     inplace_apply = _apply_without_signature(
@@ -117,16 +119,17 @@ def make_inplace_apply(implementation: Implementation) -> Callable[..., Tensor]:
     )
     has_statistics = implementation.has_statistics
     first = implementation.spec.inputs[0]
-    needed = (True, *[False] * (implementation.num_inputs - 1))
+    needed = (True, *[False] * (implementation.num_inputs - 1))  # only the first input has a gradient
 
     def apply_(input: Tensor, *settings: Any) -> Tensor:
-        if rule.autocast or not can_write_inplace(input, as_view=not has_statistics):
+        # autograd refuses a Function that has several outputs and overwrites a view
+        if rule.autocast or not can_write_inplace(input, allow_view=not has_statistics):
             return input.copy_(rule.apply(input.clone(), *settings))
         if not (input.requires_grad and torch.is_grad_enabled()):
             result = rule.forward_(input, *settings)
         else:
             is_large = recomputation.is_large(input)
-            plan = implementation.plan(needed, False, is_large)
+            plan = implementation.plan(needed, memory_saving=is_large)
             original: Any = recomputation.find_usable_recipe(input) if is_large else None
             if original is None and first in plan.names:
                 original = (input.clone(),)
@@ -137,8 +140,10 @@ def make_inplace_apply(implementation: Implementation) -> Callable[..., Tensor]:
 
 
 def _apply_without_signature(function: type[Function]) -> Callable[..., Any]:
-    """``Function.apply`` without `inspect.signature`, which takes 10 µs in each call. No transform may be
-    active."""
+    """The ``apply`` of the base class of Function. It is written in C and handles no torch.func transforms.
+
+    ``Function.apply`` calls `inspect.signature` each time, which takes 10 µs.
+    """
     parent: Any = super(Function, function)
     return parent.apply
 

@@ -1,7 +1,7 @@
 """Formulas as data: their syntax trees, their order, and the program that computes them.
 
 A formula is a method of a rule: a pure function of the quantities that its parameters name. `Program` joins
-several formulas to one function. It inlines their statements, so each quantity gets a line in the author's own
+several formulas into one function. It inlines their statements, so each quantity gets a line in the author's own
 notation:
 
     def backward(input, mean, rstd, weight, axes, grad):
@@ -53,7 +53,7 @@ class Formula:
     def statements(self) -> list[ast.Assign] | None:
         """The body as assignments, the last of them to the target. None if it has other statements."""
         tree = self.tree
-        if tree is None or self.parameters != tuple(arg.arg for arg in tree.args.args):
+        if tree is None or self.parameters != tuple(arg.arg for arg in tree.args.args):  # for example ``*args``
             return None
         body = [x for x in tree.body if not is_docstring(x)]
         if not body or not isinstance(body[-1], ast.Return) or body[-1].value is None:
@@ -97,7 +97,7 @@ def _local_names(statements: Iterable[ast.Assign]) -> set[str]:
 
 @cache
 def _functions_by_line(path: str) -> Mapping[int, ast.FunctionDef]:
-    """The functions of a source file, by their first line."""
+    """The functions of a source file, by their first line: that of the first decorator, if there is one."""
     try:
         tree = ast.parse("".join(linecache.getlines(path)))
     except SyntaxError:
@@ -112,7 +112,7 @@ def syntax_tree(function: Any) -> ast.FunctionDef | None:
         return None
     code = function.__code__
     tree = _functions_by_line(code.co_filename).get(code.co_firstlineno)
-    return tree if tree is not None and tree.name == code.co_name else None
+    return tree if tree is not None and tree.name == code.co_name else None  # another name: the file has changed
 
 
 def topological_order(
@@ -159,8 +159,9 @@ class Program:
     """Several formulas as one function.
 
     Args:
+        name: the name of the function.
         formulas: in topological order.
-        parameters: of the function.
+        parameters: the parameters of the function.
         results: the names that the function returns. It returns None for a name that no formula computes.
     """
 
@@ -170,7 +171,7 @@ class Program:
         self.name = name
         self.parameters = tuple(parameters)
         computed = {formula.target for formula in formulas}
-        self.results = tuple(name if name in computed else None for name in results)
+        self.results = tuple(result if result in computed else None for result in results)
         self.scope: dict[str, Any] = {}
         """The global names that the lines read, with their values."""
         self._used_names = {*parameters, *computed}
@@ -183,7 +184,8 @@ class Program:
         if names is None:
             return [self._call_line(formula)]
         lines = [Line(_NameReplacer(names).visit(deepcopy(x)), formula, x.lineno) for x in formula.statements]
-        lines[-1].statement.targets = [ast.Name(formula.target, ast.Store())]  # a local name may be the same
+        # A local variable may have the name of the target. Then the replacer has renamed both.
+        lines[-1].statement.targets = [ast.Name(formula.target, ast.Store())]
         return lines
 
     def _name_map(self, formula: Formula) -> dict[str, str] | None:
@@ -220,15 +222,17 @@ class Program:
         return found
 
     def _call_line(self, formula: Formula) -> Line:
-        owner = getattr(formula.function, "__qualname__", "").rpartition(".")[0].rpartition(".")[2]
+        """``target = Class_target(*parameters)``, a call of the formula."""
+        owner = formula.function.__qualname__.rpartition(".")[0].rpartition(".")[
+            2
+        ]  # the class, or "" or "<locals>"
         name = self._bind_global(
             f"{owner}_{formula.target}" if owner.isidentifier() else f"_{formula.target}", formula.function
         )
         args: list[ast.expr] = [ast.Name(x, ast.Load()) for x in formula.parameters]
         target: list[ast.expr] = [ast.Name(formula.target, ast.Store())]
-        code = getattr(formula.function, "__code__", None)
-        lineno = 0 if code is None else code.co_firstlineno
-        return Line(ast.Assign(target, ast.Call(ast.Name(name, ast.Load()), args, [])), formula, lineno)
+        call = ast.Assign(target, ast.Call(ast.Name(name, ast.Load()), args, []))
+        return Line(call, formula, formula.function.__code__.co_firstlineno)
 
     @property
     def locations(self) -> list[str]:
@@ -259,7 +263,7 @@ def compile_source(
 ) -> Callable[..., tuple[Any, ...]]:
     """The function that the source defines. The locations are those of the lines after ``def``."""
     path = f"<{name} {len(_locations)}>"
-    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
+    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)  # for tracebacks
     _locations[path] = locations
     namespace = dict(scope)
     exec(compile(source, path, "exec"), namespace)
@@ -271,13 +275,15 @@ def add_source_location(error: BaseException) -> None:
     traceback = error.__traceback__
     while traceback is not None:
         locations = _locations.get(traceback.tb_frame.f_code.co_filename, ())
-        line = traceback.tb_lineno - 2
+        line = traceback.tb_lineno - 2  # line 1 is ``def``
         if 0 <= line < len(locations):
             error.add_note(f"in the formula {locations[line]}")
         traceback = traceback.tb_next
 
 
 class _NameReplacer(ast.NodeTransformer):
+    """Renames variables."""
+
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = names
 
@@ -322,8 +328,6 @@ def _wrap_line(line: str, width: int) -> list[str]:
             break
         found.append(line[: breaks[-1]].rstrip())
         line = f"{indent}        {line[breaks[-1] :].lstrip()}"
-        if len(found) > 50:
-            break
     return [*found, line]
 
 

@@ -10,14 +10,15 @@ methods from which dispatch.py builds the Functions. One call runs like this:
                      the node gets a recipe for its own output (recomputation.py)
     backward         gets the saved tensors (recomputes those that were replaced), chooses a program of the plan,
                      and runs it on the saved values and ``grad``
-    jvp              a backward is linear in ``grad``, so the pushforward is its transpose: one `torch.func.vjp` of
-                     the plan's formulas with respect to ``grad``
+    jvp              a backward is linear in ``grad``, so its transpose is the ``jvp``: one `torch.func.vjp` of the
+                     plan's formulas with respect to ``grad``
 
 `Implementation.compute_gradients` chooses the program:
 
     the backward is differentiated, in forward mode or transformed      plan.differentiable
-    a tensor is large, and nothing observes the temporaries             plan.reusing, by blocks if `blocking` helps
-    small, with a vendor kernel                                         plan.plain_with_kernels
+    otherwise, if writing in place is safe (`inplace_is_safe`):
+        a tensor is large                                               plan.reusing, in blocks if that is faster
+        all are small, and the rule has a vendor kernel                 plan.plain_with_kernels
     otherwise                                                           plan.plain
 """
 
@@ -37,7 +38,7 @@ from manualgrad import blocking, recomputation
 from manualgrad.fallback import UNRELATED_ERRORS
 from manualgrad.memory_format import CHANNELS_LAST, is_channels_last
 from manualgrad.rule.formulas import Program, add_source_location
-from manualgrad.rule.plan import Compute, Gradients, Plan, compile_with_reuse
+from manualgrad.rule.plan import Compute, Gradients, Plan, check_differentiable, compile_with_reuse
 from manualgrad.rule.spec import OUTPUT_SHAPE, RuleSpec
 from manualgrad.torch_internals import (
     as_non_view,
@@ -97,7 +98,7 @@ class Implementation:
         self.upcast_gradients = rule.upcast_gradients
         self.supports_complex = rule.supports_complex
         self._plans: dict[Any, Plan] = {}
-        self._pushforwards: dict[Any, Compute] = {}
+        self._pullbacks: dict[Any, Compute] = {}
 
     def plan(self, needed: tuple[bool, ...], forward_mode: bool = False, memory_saving: bool = False) -> Plan:
         """The plan for ``ctx.needs_input_grad`` and a mode. It is made once."""
@@ -111,8 +112,9 @@ class Implementation:
     # --- how the output is recomputed ---
 
     @cached_property
-    def recipe(self) -> tuple[Callable[..., Any], list[tuple[str, int]]] | None:
-        """The function that recomputes the output, with the names and positions of its arguments."""
+    def recompute_call(self) -> tuple[Callable[..., Any], list[tuple[str, int]]] | None:
+        """The function that recomputes the output, and the names of its arguments with their positions in
+        `RuleSpec.values`. None if the rule does not support it."""
         if self.rule.recomputable:
             function, names = self.rule.apply, self.spec.inputs
         elif "recompute" in self.spec.formulas:
@@ -122,7 +124,7 @@ class Implementation:
         return function, [(name, self.spec.values.index(name)) for name in names]
 
     def _recompute(self, *values: Any) -> Any:
-        """The formula ``recompute``. In a backward that is differentiated, from the inputs only."""
+        """The formula ``recompute``. A backward that is differentiated computes statistics from the inputs."""
         differentiated = backward_is_differentiated()
         return (self._recompute_differentiable if differentiated else self._recompute_plain)(*values)[0]
 
@@ -145,35 +147,33 @@ class Implementation:
         found = self.forward(*args)
         return tuple(as_non_view(x, args) for x in found) if self.has_statistics else as_non_view(found, args)
 
-    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        values = self._all_values(ctx, inputs, output)
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], result: Any) -> None:
+        self._check_complex(inputs[0])
+        output, *statistics = self._outputs(ctx, result)
+        values = (*inputs, output, *statistics)
         forward_mode = in_forward_mode()
         if forward_mode:
-            values += (values[self.num_inputs].new_zeros(()).expand(values[self.num_inputs].shape),)
+            values += (output.new_zeros(()).expand(output.shape),)  # OUTPUT_SHAPE
         plan = self.plan(ctx.needs_input_grad, forward_mode)
         tensors = plan.select_tensors(values)
         ctx.save_for_backward(*tensors)
-        dtypes = self._gradient_dtypes(inputs, values[self.num_inputs])
-        ctx.saved = Saved(plan, None, plan.select_settings(values), dtypes)
+        ctx.saved = Saved(plan, None, plan.select_settings(values), self._gradient_dtypes(inputs, output))
         if forward_mode:
             ctx.save_for_forward(*tensors)  # must be the same tensors, or grad(vmap) is wrong
-            ctx.set_materialize_grads(False)
+            ctx.set_materialize_grads(False)  # jvp receives None for an input without a tangent
 
-    def setup_context_memory_saving(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context_memory_saving(self, ctx: Any, inputs: tuple[Any, ...], result: Any) -> None:
         """`setup_context` that replaces large tensors by what they are recomputed from."""
-        is_large = recomputation.is_large(output[0] if self.has_statistics else output)
+        is_large = recomputation.is_large(result[0] if self.has_statistics else result)
         if in_forward_mode() or not (is_large or recomputation.is_large(inputs[0])):
-            self.setup_context(ctx, inputs, output)
+            self.setup_context(ctx, inputs, result)
             return
-        values = self._all_values(ctx, inputs, output)
-        plan = self.plan(ctx.needs_input_grad, False, True)
-        dtypes = self._gradient_dtypes(inputs, values[self.num_inputs])
-        self._save(ctx, plan, values, self._precompute(plan, values, dtypes), dtypes, add_recipe=is_large)
-
-    def _all_values(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
-        """(*inputs, output, *statistics)"""
         self._check_complex(inputs[0])
-        return (*inputs, *self._mark_statistics(ctx, output)) if self.has_statistics else (*inputs, output)
+        output, *statistics = self._outputs(ctx, result)
+        values = (*inputs, output, *statistics)
+        plan = self.plan(ctx.needs_input_grad, memory_saving=True)
+        dtypes = self._gradient_dtypes(inputs, output)
+        self._save(ctx, plan, values, self._precompute(plan, values, dtypes), dtypes, add_recipe=is_large)
 
     def _check_complex(self, input: Tensor) -> None:
         if not self.supports_complex and input.is_complex():
@@ -181,10 +181,13 @@ class Implementation:
                 f"{self.rule.__name__} does not support automatic differentiation for complex numbers"
             )
 
-    def _mark_statistics(self, ctx: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
-        ctx.mark_non_differentiable(*output[1:])
+    def _outputs(self, ctx: Any, result: Any) -> tuple[Any, ...]:
+        """The result of ``forward`` as (output, *statistics). The statistics are marked as not differentiable."""
+        if not self.has_statistics:
+            return (result,)
+        ctx.mark_non_differentiable(*result[1:])
         ctx.set_materialize_grads(False)  # otherwise backward receives zeros for the statistics
-        return output
+        return result
 
     def _gradient_dtypes(self, inputs: tuple[Any, ...], output: Tensor) -> list[torch.dtype | None] | None:
         """The field ``dtypes`` of `Saved`."""
@@ -193,7 +196,7 @@ class Implementation:
         return [x.dtype if isinstance(x, Tensor) else None for x in inputs]
 
     def _precompute(self, plan: Plan, values: tuple[Any, ...], dtypes: Any) -> tuple[Any, ...]:
-        """The values of the methods that ``save_instead`` names."""
+        """The results of the methods that ``save_instead`` names, in float32 if the gradients are."""
         if not plan.precomputed:
             return ()
         inputs = plan.select_precompute_inputs(values)
@@ -209,11 +212,17 @@ class Implementation:
         add_recipe: bool,
         pending_writes: int = 0,
     ) -> None:
+        """Save what the backward needs, large tensors by their recipes.
+
+        Args:
+            add_recipe: give the node a recipe for its output, unless the node saves the output itself.
+            pending_writes: see `SavedTensorPacker.recipe`.
+        """
         packer = recomputation.SavedTensorPacker((*plan.select_tensors(values), *precomputed))
-        if add_recipe and self.recipe is not None and "output" not in plan.names:
-            function, arguments = self.recipe
-            saved = dict(zip(plan.names, packer.parts, strict=False))
-            args = [(values[position], saved.get(name)) for name, position in arguments]
+        if add_recipe and self.recompute_call is not None and "output" not in plan.names:
+            function, arguments = self.recompute_call
+            parts = dict(zip(plan.names, packer.parts, strict=False))  # the settings at the end have no part
+            args = [(values[position], parts.get(name)) for name, position in arguments]
             ctx.recipe = packer.recipe(function, args, values[self.num_inputs], pending_writes)
         ctx.save_for_backward(*packer.tensors)
         ctx.saved = Saved(plan, packer.unpack(), plan.select_settings(values), dtypes)
@@ -229,16 +238,17 @@ class Implementation:
         """Run ``forward_``, which overwrites the first input, and save what the plan names.
 
         Args:
-            original: stands for the overwritten input among the saved values: its recipe, or a 1-tuple of a copy
-                (autograd would take a bare tensor for an input). None if the plan does not save the input.
+            original: what is saved in place of the overwritten input: its recipe, or a 1-tuple with a copy. None
+                if the input is not saved. (autograd would treat a tensor argument as an input.)
         """
         self._check_complex(inputs[0])
         is_large, dtypes = recomputation.is_large(inputs[0]), self._gradient_dtypes(inputs, inputs[0])
+        # Precompute before forward_ overwrites the input, unless the formulas need the output.
         precomputed = () if self._precompute_needs_output else self._precompute(plan, inputs, dtypes)
-        written = self.rule.forward_(*inputs)
+        result = self.rule.forward_(*inputs)
         ctx.mark_dirty(inputs[0])
-        values = (original[0] if type(original) is tuple else original, *inputs[1:])
-        values = (*values, *self._mark_statistics(ctx, written)) if self.has_statistics else (*values, written)
+        saved_input = original[0] if type(original) is tuple else original
+        values = (saved_input, *inputs[1:], *self._outputs(ctx, result))
         if self._precompute_needs_output:
             precomputed = self._precompute(plan, values, dtypes)
         if is_large:
@@ -247,14 +257,16 @@ class Implementation:
         else:
             ctx.save_for_backward(*plan.select_tensors(values))
             ctx.saved = Saved(plan, None, plan.select_settings(values), dtypes)
-        return written
+        return result
 
     def backward_inplace(self, ctx: Any, *grads: Any) -> Gradients:
+        """`backward`, with None for the arguments ``plan`` and ``original`` of `forward_inplace`."""
         return (None, None, *self.backward(ctx, *grads))
 
     # --- backward ---
 
     def backward(self, ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
+        """The gradients of all inputs. The further arguments belong to the statistics."""
         if grad is None:
             return (None,) * self.num_inputs
         plan, unpack, settings, dtypes = ctx.saved
@@ -272,63 +284,67 @@ class Implementation:
     def compute_gradients(self, plan: Plan, args: tuple[Any, ...], dtypes: Any) -> Gradients:
         """Choose a program of the plan and run it. The last argument is ``grad``."""
         grad: Tensor = args[-1]
-        is_large = plan.uses_scatter or has_large_tensor(args)
+        is_large = plan.uses_scatter or _has_large_tensor(args)
         if backward_is_differentiated():
             compute, args = plan.differentiable, unwrap_dead_wrappers(args)
         elif (is_large or plan.vendor_kernel is not None) and inplace_is_safe(*_tensors(args)):
             compute = plan.reusing if is_large else plan.plain_with_kernels
-            if is_large and plan.has_batch_dims and (found := compute_in_blocks(plan, args, dtypes)) is not None:
-                return found
+            if is_large and plan.has_batch_dims:
+                found = _compute_in_blocks(plan, args, dtypes)
+                if found is not None:
+                    return found
         else:
             compute = plan.plain
         if type(grad) is not Tensor and is_dtensor(grad):
             compute = support_dtensors(compute)
         if dtypes or is_any_autocast_enabled():
-            return compute_in_float32(compute, args, dtypes)
+            return _compute_without_autocast(compute, args, dtypes)
         return compute(*args)
 
     def _match_memory_format(self, found: Gradients, grad: Tensor) -> Gradients:
         """Give the gradients that ``preserve_memory_format`` names the memory format of ``grad``."""
-        if not inplace_is_safe(grad) or not is_channels_last(grad):  # vmap does not know the memory format
+        if not inplace_is_safe(grad) or not is_channels_last(grad):  # under vmap, the memory format is unknown
             return found
-        form = CHANNELS_LAST[grad.dim()]
-        positions = [self.spec.gradients.index(name) for name in self.rule.preserve_memory_format]
         return tuple(
-            x.contiguous(memory_format=form) if i in positions and x is not None and x.dim() == grad.dim() else x
-            for i, x in enumerate(found)
+            x.contiguous(memory_format=CHANNELS_LAST[grad.dim()])
+            if name in self.rule.preserve_memory_format and x is not None and x.dim() == grad.dim()
+            else x
+            for name, x in zip(self.spec.gradients, found, strict=True)
         )
 
     # --- forward mode ---
 
     def jvp(self, ctx: Any, *tangents: Tensor | None) -> Any:
-        """A backward is linear in ``grad``: L = Jᵀ. The pushforward is its transpose: J = Lᵀ.
+        """The tangent of the output, J t, from the tangents t of the inputs.
 
-        `torch.func.vjp` of the formulas with respect to ``grad``, at zero, transposes L.
+        The formulas compute the linear map g ↦ Jᵀ g, where g is ``grad``. `torch.func.vjp` computes its transpose
+        J. The point at which it differentiates the map does not matter; it is zero.
         """
         plan, _, settings, dtypes = ctx.saved
         with enable_outer_forward_mode():
             args = [*[unpack_primal(x) for x in ctx.saved_tensors], *settings]
             with_tangent = [i for i, tangent in enumerate(tangents) if tangent is not None]
-            compute = self._pushforward(plan, with_tangent)
-            rounded = [dtypes[i] for i in with_tangent] if dtypes else None
+            pullback = self._pullback(plan, with_tangent)
+            result_dtypes = [dtypes[i] for i in with_tangent] if dtypes else None
             zero = args[plan.names.index(OUTPUT_SHAPE)].contiguous()
-            transpose = torch.func.vjp(lambda grad: compute_in_float32(compute, [*args, grad], rounded), zero)[1]
+            transpose = torch.func.vjp(
+                lambda grad: _compute_without_autocast(pullback, [*args, grad], result_dtypes), zero
+            )[1]
             tangent = transpose(tuple(unpack_primal(tangents[i]) for i in with_tangent))[0]
             if 0 in tangent.stride():  # torch refuses it for an output that is a view (F.linear of 3-d tensors)
                 tangent = tangent.contiguous()
         return (tangent, *[None] * len(self.rule.statistics)) if self.has_statistics else tangent
 
-    def _pushforward(self, plan: Plan, with_tangent: list[int]) -> Compute:
+    def _pullback(self, plan: Plan, with_tangent: list[int]) -> Compute:
         """The program of the gradients for the inputs that have a tangent."""
         key = plan.names, tuple(with_tangent)
-        compute = self._pushforwards.get(key)
+        compute = self._pullbacks.get(key)
         if compute is None:
             targets = [self.spec.gradients[i] for i in with_tangent]
-            for name in targets:
-                plan.check_differentiable(name)
+            check_differentiable(self.spec, targets)
             formulas = self.spec.formulas_for(targets, self.spec.available_when_differentiated)
             compute = Program("pullback", formulas, (*plan.names, "grad"), targets).compile()
-            self._pushforwards[key] = compute
+            self._pullbacks[key] = compute
         return compute
 
 
@@ -342,7 +358,7 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return [x for x in values if isinstance(x, Tensor)]
 
 
-def has_large_tensor(values: Iterable[Any]) -> bool:
+def _has_large_tensor(values: Iterable[Any]) -> bool:
     """A plain tensor has at least `MIN_ELEMENTS_FOR_REUSE` elements. (Subclasses may have a symbolic size.)"""
     for x in values:  # noqa: SIM110 (any() of a generator takes twice the time)
         if (type(x) is Tensor or type(x) is Parameter) and x.numel() >= MIN_ELEMENTS_FOR_REUSE:
@@ -350,29 +366,29 @@ def has_large_tensor(values: Iterable[Any]) -> bool:
     return False
 
 
-def compute_in_blocks(plan: Plan, args: tuple[Any, ...], dtypes: Any) -> Gradients | None:
-    """The gradients by blocks of rows. None if that is impossible or not faster."""
+def _compute_in_blocks(plan: Plan, args: tuple[Any, ...], dtypes: Any) -> Gradients | None:
+    """The gradients, computed in blocks of rows. None if that is impossible or not faster."""
     if not blocking.is_worthwhile(args[-1]):
         return None
     (batch_dims,) = plan.batch_dims(*args)
     if not blocking.is_worthwhile(args[-1], batch_dims):
         return None
     compute = plan.reusing
-    in_float32 = (lambda *block: compute(*upcast(block))) if dtypes else compute
+    compute_block = (lambda *block: compute(*upcast(block))) if dtypes else compute
     with disable_autocast(args) if is_any_autocast_enabled() else nullcontext():
-        return blocking.compute_in_blocks(in_float32, args, batch_dims, plan.statistics, dtypes)
+        return blocking.compute_in_blocks(compute_block, args, batch_dims, plan.statistic_positions, dtypes)
 
 
 # --- precision ---
 
 
 def upcast(values: Iterable[Any]) -> list[Any]:
-    """Tensors of low precision in float32."""
+    """The values, with tensors of low precision cast to float32."""
     return [x.float() if isinstance(x, Tensor) and x.dtype in LOW_PRECISION else x for x in values]
 
 
-def compute_in_float32(compute: Compute, args: Iterable[Any], dtypes: Iterable[Any] | None) -> Gradients:
-    """Run a program without autocast. With dtypes, in float32, and round the results to them."""
+def _compute_without_autocast(compute: Compute, args: Iterable[Any], dtypes: Iterable[Any] | None) -> Gradients:
+    """Run a program. If there are dtypes, run it in float32, and round the results to the dtypes."""
     if dtypes:
         args = upcast(args)
     with disable_autocast(args):
@@ -387,7 +403,7 @@ def device_type(values: Iterable[Any]) -> str:
 
 
 def disable_autocast(values: Iterable[Any]) -> torch.autocast:
-    """No further casts in the context: `dispatch` has cast the inputs."""
+    """A context without autocast. (`autocast_inputs` has cast the inputs.)"""
     return torch.autocast(device_type(values), enabled=False)
 
 
@@ -405,13 +421,12 @@ def support_dtensors(compute: Compute) -> Compute:
     from torch.distributed.tensor.experimental import implicit_replication
 
     def compute_distributed(*args: Any) -> Any:
-        enabled_already = (
-            DTensor._op_dispatcher._allow_implicit_replication
-        )  # leaving the context would disable it
+        enabled_already = DTensor._op_dispatcher._allow_implicit_replication
         try:
+            # leaving the context would disable an implicit replication that was enabled before
             with nullcontext() if enabled_already else implicit_replication():
                 return compute(*args)
-        except UNRELATED_ERRORS:
+        except UNRELATED_ERRORS:  # out of memory, for example
             raise
         except RuntimeError:  # or NotImplementedError: torch has no sharding rule for an operation
             mesh = args[-1].device_mesh

@@ -1,7 +1,8 @@
 """The operations that a program with reused temporaries calls (see reuse.py).
 
-Each gives the result of the plain operation up to rounding. One that may write into an operand does so if the
-result has the shape and dtype of the operand, and returns the operand. Otherwise it returns a new tensor.
+Each gives the result of the plain operation up to rounding. An operation with "into" in its name writes into an
+operand and returns it, if the result has the shape and dtype of the operand. Otherwise it returns a new tensor.
+reuse.py calls it only where nothing else reads the operand later.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def _result_fits(operand: Any, other: Any) -> bool:
 
 
 def _into_left(plain: Callable[..., Any], into: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """A binary operation that writes into its left operand by ``into`` if the result fits, else ``plain``."""
     return lambda left, right: into(left, right) if _result_fits(left, right) else plain(left, right)
 
 
@@ -50,13 +52,12 @@ def _neg_into(operand: Any) -> Any:
 def _into(method: str, tensor: Any, *args: Any, **kwargs: Any) -> Any:
     """Call an in-place method, or its out-of-place variant if the result does not fit into the tensor."""
     others = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    if (
-        not tensor.is_floating_point()
-        or not _result_has_shape_of(method, tensor, others)
-        or any(x.dtype != tensor.dtype for x in others if x.is_floating_point())
-    ):
-        method = method.removesuffix("_")
-    return getattr(tensor, method)(*args, **kwargs)
+    fits = (
+        tensor.is_floating_point()
+        and _result_has_shape_of(method, tensor, others)
+        and all(x.dtype == tensor.dtype for x in others if x.is_floating_point())
+    )
+    return getattr(tensor, method if fits else method.removesuffix("_"))(*args, **kwargs)
 
 
 def _result_has_shape_of(method: str, tensor: Tensor, others: list[Tensor]) -> bool:
@@ -79,7 +80,7 @@ def _addcmul(term: Any, a: Any, b: Any, sign: int) -> Any:
 
 
 def _add_signed(term: Any, product: Any, sign: int) -> Any:
-    """term ± product. The product is a temporary."""
+    """term ± product. May write into the product."""
     if _result_fits(product, term):
         if sign > 0:
             return product.add_(term)
@@ -88,6 +89,7 @@ def _add_signed(term: Any, product: Any, sign: int) -> Any:
 
 
 def _addcmul_into_term(term: Any, a: Any, b: Any, sign: int) -> Any:
+    """term ± a b. The term is the operand to write into."""
     if _addcmul_applies(term, a, b):
         return term.addcmul_(a, b, value=sign)
     for tensor, number in ((a, b), (b, a)):
@@ -100,6 +102,7 @@ def _addcmul_into_term(term: Any, a: Any, b: Any, sign: int) -> Any:
 
 
 def _addcmul_into_factor(term: Any, factor: Any, other: Any, sign: int) -> Any:
+    """term ± factor other. The factor is the operand to write into."""
     return _add_signed(term, factor.mul_(other) if _result_fits(factor, other) else factor * other, sign)
 
 
@@ -114,10 +117,14 @@ def _addcmul_applies(term: Any, a: Any, b: Any) -> bool:
     return (a.shape == shape and _result_fits(term, b)) or (b.shape == shape and _result_fits(term, a))
 
 
-# --- comparisons and torch.where: on the CPU, operations on booleans are not vectorized ---
+# --- comparisons and torch.where ---
+#
+# On the CPU, operations that read or write booleans are not vectorized. So a comparison writes the numbers 1 and 0
+# in the dtype of its operands: an *indicator*. A mask that only torch.where reads stays an indicator.
 
 
 def _is_vectorized(a: Any, b: Any) -> bool:
+    """a and b can be compared into an indicator."""
     return (
         isinstance(a, Tensor)
         and a.is_cpu
@@ -127,51 +134,55 @@ def _is_vectorized(a: Any, b: Any) -> bool:
 
 
 def _compare(name: str, a: Any, b: Any) -> Any:
+    """A comparison as booleans. ``name`` is that of a function of `operator`."""
     if not _is_vectorized(a, b):
         return getattr(operator, name)(a, b)
     return _indicator(name, a, b).bool()
 
 
 def _indicator(name: str, a: Any, b: Any) -> Any:
-    """A comparison as numbers 1 and 0 if that is faster, otherwise as booleans."""
+    """A comparison as an indicator if that is faster, otherwise as booleans."""
     if not _is_vectorized(a, b):
         return getattr(operator, name)(a, b)
     return getattr(torch, name)(a, b, out=torch.empty_like(a))
 
 
 def _and(a: Any, b: Any) -> Any:
-    """The conjunction of two indicators."""
+    """a & b, for indicators or booleans. May write into a."""
     if a.dtype == torch.bool or b.dtype == torch.bool or a.shape != b.shape:
         return a.bool() & b.bool()
     return a.mul_(b)
 
 
 def _or(a: Any, b: Any) -> Any:
+    """a | b, for indicators or booleans. May write into a."""
     if a.dtype == torch.bool or b.dtype == torch.bool or a.shape != b.shape:
         return a.bool() | b.bool()
     return torch.maximum(a, b, out=a)
 
 
 def _not(a: Any) -> Any:
+    """~a, for an indicator or booleans. May write into a."""
     return ~a if a.dtype == torch.bool else a.eq_(0)
 
 
 def where(mask: Any, a: Any, b: Any) -> Any:
-    """`torch.where`. The mask has booleans, or numbers 1 and 0 that nothing else reads."""
+    """`torch.where`. The mask has booleans, or is an indicator, which it may overwrite."""
     first = a if isinstance(a, Tensor) else b
     if not _can_select_bitwise(mask, first, a, b):
         return torch.where(mask if mask.dtype == torch.bool else mask.bool(), a, b)
-    # Integer arithmetic on the bits is vectorized and exact. A nan that is not selected has no influence.
-    bits = _INTEGERS[first.element_size()]
+    # Read the bits of the numbers as integers. Integer arithmetic is vectorized and exact, and a nan that is not
+    # selected has no influence.
+    integer = _INTEGERS[first.element_size()]
     if mask.dtype == torch.bool:
-        selected = mask.expand(first.shape).to(bits)
+        selected = mask.expand(first.shape).to(integer)
     else:
-        selected = mask.view(bits).ne_(0)
-    if _is_zero(a):
-        return selected.sub_(1).bitwise_and_(b.view(bits)).view(first.dtype)
-    if _is_zero(b):
-        return selected.neg_().bitwise_and_(a.view(bits)).view(first.dtype)
-    a, b = ((x if isinstance(x, Tensor) else torch.full_like(first, x)).view(bits) for x in (a, b))
+        selected = mask.view(integer).ne_(0)
+    if _is_zero(a):  # selected - 1 has all bits set where b is selected, and none elsewhere
+        return selected.sub_(1).bitwise_and_(b.view(integer)).view(first.dtype)
+    if _is_zero(b):  # so has -selected where a is selected
+        return selected.neg_().bitwise_and_(a.view(integer)).view(first.dtype)
+    a, b = ((x if isinstance(x, Tensor) else torch.full_like(first, x)).view(integer) for x in (a, b))
     return selected.mul_(a - b).add_(b).view(first.dtype)
 
 
@@ -180,7 +191,7 @@ def _is_zero(value: Any) -> bool:
 
 
 def _can_select_bitwise(mask: Tensor, first: Any, *values: Any) -> bool:
-    """The selection can be computed on the bits: on the CPU, if all tensors have one floating dtype and shape."""
+    """`where` may use integer arithmetic: on the CPU, if all tensors have one floating dtype and shape."""
     if not isinstance(first, Tensor) or not first.is_cpu or not first.is_floating_point():
         return False
     for x in values:
@@ -211,4 +222,4 @@ NAMESPACE: dict[str, Any] = {
     "_or": _or,
     "_not": _not,
 }
-"""The functions that the source of such a program calls, by name."""
+"""The functions that the source of a program with reused temporaries calls, by name."""

@@ -8,7 +8,12 @@ operation writes its result into an operand if
     the result has its shape and dtype      this is checked at run time (see inplace.py)
 
 Each operation gets its own line and binds a new name. A name is deleted after its last use. Some functions are
-replaced by faster ones with the same result up to rounding (see `replaces`).
+replaced by faster ones with the same result up to rounding (see `replaces`). The steps of the work:
+
+    _Flattener                  splits each line of the program into single operations
+    _fuse_products              computes a ± b c in one operation
+    _find_masks_as_numbers      finds masks that need not be booleans
+    _rewrite_step               chooses the operand that an operation writes into, and tracks shared memory
 """
 
 from __future__ import annotations
@@ -73,8 +78,9 @@ class Step:
     targets: tuple[str, ...]
     node: ast.expr
     line: int
-    """The line of the program that it belongs to."""
+    """The index of the program's line that it belongs to."""
     reads: tuple[str, ...] = ()
+    """The local names that the operation reads."""
 
 
 class _Flattener:
@@ -85,8 +91,10 @@ class _Flattener:
         self.parameters = program.parameters
         self.steps: list[Step] = []
         self.captured: set[str] = set()
-        """Names that a lambda or generator reads. It may be called later."""
-        for self.line, line in enumerate(program.lines):
+        """Names that a lambda or generator reads. As it may run later, they are never overwritten."""
+        self._line = 0
+        for i, line in enumerate(program.lines):
+            self._line = i
             target = line.statement.targets[0]
             parts = target.elts if isinstance(target, ast.Tuple) else [target]
             names = [x.id for x in parts if isinstance(x, ast.Name)]
@@ -95,10 +103,11 @@ class _Flattener:
             self._add(tuple(names), self._operation(line.statement.value))
 
     def _add(self, targets: tuple[str, ...], node: ast.expr) -> ast.Name:
+        """Add a step. Returns its first target."""
         for inner in ast.walk(node):
             if isinstance(inner, ast.Lambda | ast.GeneratorExp):
                 self.captured |= set(_names(inner))
-        self.steps.append(Step(targets, node, self.line))
+        self.steps.append(Step(targets, node, self._line))
         return ast.Name(targets[0], ast.Load())
 
     def _operand(self, node: ast.expr) -> ast.expr:
@@ -136,7 +145,7 @@ class _Flattener:
                 return ast.List([self._operand(x) for x in elts], ctx)
             case ast.Subscript(value, index, ctx):
                 return ast.Subscript(self._operand(value), index, ctx)
-        return node  # for example a conditional expression or a comprehension
+        return node  # other expressions stay one step, for example a conditional expression or a comprehension
 
     def is_global(self, node: ast.expr) -> bool:
         """The expression is a global name, or an attribute of one."""
@@ -170,16 +179,16 @@ class ReusingProgram:
         self.program = program
         found = _Flattener(program)
         self.scope, self.steps, self.is_global, self.value = found.scope, found.steps, found.is_global, found.value
-        self.results = {name for name in program.results if name is not None}
-        self.captured = found.captured
+        self.read_at_end = {name for name in program.results if name is not None} | found.captured
         self._count_reads()
         self._fuse_products()
-        self._count_reads()
+        self._count_reads()  # again, because the products are gone
         self.masks_as_numbers = self._find_masks_as_numbers()
         self.allocations: dict[str, frozenset[str]] = dict.fromkeys(program.parameters, frozenset("*"))
-        """For each name, the steps that allocated the memory that it may share. "*" stands for memory that the
-        program did not allocate."""
+        """For each name, the steps that may have allocated its memory. Names with a common step may share memory.
+        "*" stands for memory that the program did not allocate."""
         self.is_rewritten = False
+        """An operation writes into an operand, or is replaced by a faster one."""
         self.text = [self._rewrite_step(i, step) for i, step in enumerate(self.steps)]
 
     @property
@@ -198,7 +207,7 @@ class ReusingProgram:
             for name in step.reads:
                 self.last_read[name] = i
                 self.read_count[name] = self.read_count.get(name, 0) + 1
-        for name in (*self.results, *self.captured):
+        for name in self.read_at_end:
             self.last_read[name] = len(self.steps)
             self.read_count[name] = self.read_count.get(name, 0) + 1
 
@@ -210,7 +219,8 @@ class ReusingProgram:
             match step.node:
                 case ast.BinOp(left, ast.Add() | ast.Sub() as op, right):
                     sign = 1 if isinstance(op, ast.Add) else -1
-                    for term, product in ((left, right), (right, left))[: 1 if sign < 0 else 2]:
+                    orders = [(left, right), (right, left)] if sign > 0 else [(left, right)]
+                    for term, product in orders:
                         factors = self._product_factors(producers, product)
                         if factors is not None:
                             fused.add(_name_of(product))
@@ -219,6 +229,7 @@ class ReusingProgram:
         self.steps[:] = [step for step in self.steps if step.targets[0] not in fused]
 
     def _product_factors(self, producers: dict[str, Step], node: ast.expr) -> tuple[ast.expr, ast.expr] | None:
+        """The factors of a product that is read once. None if the node is no such product."""
         if isinstance(node, ast.Name) and node.id in producers and self.read_count.get(node.id) == 1:
             match producers[node.id].node:
                 case ast.BinOp(left, ast.Mult(), right):
@@ -226,46 +237,46 @@ class ReusingProgram:
         return None
 
     def _find_masks_as_numbers(self) -> set[str]:
-        """Masks that only `torch.where` reads. As numbers 1 and 0 they are faster than as booleans."""
+        """Masks that only `torch.where` reads. As indicators (see inplace.py) they are faster than as booleans."""
         producers = {step.targets[0]: step.node for step in self.steps}
 
-        def possible(name: str) -> set[str]:
+        def with_operands(name: str) -> set[str]:
+            """The mask and the masks that it is computed from. Empty if one of them is read elsewhere."""
             if self.read_count.get(name) != 1 or name not in producers:
                 return set()
             match producers[name]:
                 case ast.Compare():
                     return {name}
                 case ast.BinOp(ast.Name(left), ast.BitAnd() | ast.BitOr(), ast.Name(right)):
-                    both = possible(left), possible(right)
-                    return {name} | both[0] | both[1] if all(both) else set()
-                case ast.UnaryOp(ast.Invert(), ast.Name(operand)) if found := possible(operand):
-                    return {name} | found
+                    a, b = with_operands(left), with_operands(right)
+                    return {name} | a | b if a and b else set()
+                case ast.UnaryOp(ast.Invert(), ast.Name(operand)) if a := with_operands(operand):
+                    return {name} | a
             return set()
 
         found: set[str] = set()
         for step in self.steps:
             match step.node:
                 case ast.Call(func, [ast.Name(mask), *_]) if self.value(func) is torch.where:
-                    found |= possible(mask)
+                    found |= with_operands(mask)
         return found
 
     # --- which operands may be overwritten ---
 
     def _rewrite_step(self, i: int, step: Step) -> str:
-        node, written = self._rewritten(step.node, i)
+        """The source line of a step. Records the memory of its targets in `allocations`."""
+        node, written = self._rewrite(step.node, i)
         self.is_rewritten = self.is_rewritten or node is not step.node
         if written is not None:
-            allocations = self.allocations[written]  # the same memory
+            allocations = self.allocations[written]
+        elif self._returns_new_tensor(step.node):
+            allocations = frozenset({f"{i}"})
         else:
-            allocations = (
-                frozenset({f"{i}"}) if self._returns_new_tensor(step.node) else self._shared_allocations(step)
-            )
+            allocations = self._shared_allocations(step)
         self.allocations |= dict.fromkeys(step.targets, allocations)
         text = f"{', '.join(step.targets)} = {ast.unparse(ast.fix_missing_locations(node))}"
-        dead = sorted(
-            {x for x in step.reads if self.last_read[x] == i and x in self.allocations}
-            - {*self.program.parameters}
-        )
+        read_last = {x for x in step.reads if self.last_read[x] == i and x in self.allocations}
+        dead = sorted(read_last - {*self.program.parameters})
         return f"{text}; del {', '.join(dead)}" if dead else text
 
     def _shared_allocations(self, step: Step) -> frozenset[str]:
@@ -292,16 +303,16 @@ class ReusingProgram:
         return False
 
     def _is_writable(self, node: ast.expr, i: int, times: int = 1) -> bool:
-        """Step i may write into this operand. It must read the operand this number of times."""
+        """Step i may write into this operand: the program allocated it, and no later step reads its memory.
+
+        Step i reads the operand this number of times (2 for a square), otherwise False.
+        """
         if not isinstance(node, ast.Name):
             return False
         allocations = self.allocations.get(node.id, frozenset())
-        if (
-            not allocations
-            or "*" in allocations
-            or self.last_read[node.id] != i
-            or self.steps[i].reads.count(node.id) != times
-        ):
+        if not allocations or "*" in allocations:
+            return False
+        if self.last_read[node.id] != i or self.steps[i].reads.count(node.id) != times:
             return False
         return not any(
             name != node.id and self.last_read.get(name, -1) >= i and others & allocations
@@ -310,8 +321,8 @@ class ReusingProgram:
 
     # --- how an operation is rewritten ---
 
-    def _rewritten(self, node: ast.expr, i: int) -> tuple[ast.expr, str | None]:
-        """The rewritten operation and the name of the operand that it may write into."""
+    def _rewrite(self, node: ast.expr, i: int) -> tuple[ast.expr, str | None]:
+        """The operation of step i, rewritten if possible, and the name of the operand that it may write into."""
         name = self.steps[i].targets[0]
         match node:
             case ast.BinOp(left, op, right) if type(op) in _BINARY:
@@ -331,9 +342,7 @@ class ReusingProgram:
                 return self._rewrite_call(node, i)
             case ast.Call(ast.Attribute(value, attr), args, keywords) if attr in HAS_INPLACE_VARIANT:
                 if self._is_writable(value, i):
-                    into = _into(attr, value, *args)
-                    into.keywords = keywords
-                    return into, _name_of(value)
+                    return _call_into(attr, value, *args, keywords=keywords), _name_of(value)
         return node, None
 
     def _rewrite_binary(self, name: str, left: ast.expr, right: ast.expr, i: int) -> tuple[ast.expr, str] | None:
@@ -355,9 +364,9 @@ class ReusingProgram:
 
     def _rewrite_call(self, node: ast.Call, i: int) -> tuple[ast.expr, str | None]:
         function = self.value(node.func)
-        into = _POINTWISE_FUNCTIONS.get(function) if isinstance(function, Hashable) else None
-        if into and len(node.args) == 1 and not node.keywords and self._is_writable(node.args[0], i):
-            return _into(into, node.args[0]), _name_of(node.args[0])
+        method = _POINTWISE_FUNCTIONS.get(function) if isinstance(function, Hashable) else None
+        if method and len(node.args) == 1 and not node.keywords and self._is_writable(node.args[0], i):
+            return _call_into(method, node.args[0]), _name_of(node.args[0])
         faster = fast_version(function)
         if faster is function:
             return node, None
@@ -367,6 +376,7 @@ class ReusingProgram:
 
 
 _POINTWISE_FUNCTIONS: dict[Any, str] = {getattr(torch, x): x for x in POINTWISE if hasattr(torch, x)}
+"""Functions of torch -> methods of the same name."""
 
 
 def _are_same_name(a: ast.expr, b: ast.expr) -> bool:
@@ -382,15 +392,19 @@ def _call(name: str, *args: ast.expr) -> ast.Call:
     return ast.Call(ast.Name(name, ast.Load()), list(args), [])
 
 
-def _into(method: str, *args: ast.expr) -> ast.Call:
-    return _call("_into", ast.Constant(f"{method}_"), *args)
+def _call_into(method: str, *args: ast.expr, keywords: list[ast.keyword] | None = None) -> ast.Call:
+    """A call of `inplace._into`, which calls the in-place variant of the method."""
+    return ast.Call(ast.Name("_into", ast.Load()), [ast.Constant(f"{method}_"), *args], keywords or [])
 
 
 # --- functions that formulas call ---
 
 _replacements: dict[Any, Callable[..., Any]] = {torch.where: inplace.where}
-_rewritten: dict[FunctionType, ReusingProgram | None] = {}
-_fast_versions: dict[FunctionType, Callable[..., Any]] = {}
+"""Functions -> faster implementations that were written by hand."""
+
+# caches of `_rewrite_helper` and `with_reuse`
+_helper_programs: dict[FunctionType, ReusingProgram | None] = {}
+_helpers_with_reuse: dict[FunctionType, Callable[..., Any]] = {}
 
 
 def replaces(function: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -408,25 +422,29 @@ def replaces(function: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
 
 
 def fast_version(function: Any) -> Any:
-    """The implementation that a program with reuse calls for this function."""
+    """The function that a program with reused temporaries calls in place of this function. It may be the same."""
     if not isinstance(function, Hashable):
         return function
     return _replacements[function] if function in _replacements else with_reuse(function)
 
 
 def with_reuse(function: Any) -> Any:
-    """A helper function of manualgrad.ops in its variant that reuses temporaries."""
-    if not isinstance(function, FunctionType) or not function.__module__.startswith("manualgrad.ops."):
+    """A helper function of manualgrad.ops in its variant that reuses temporaries. Any other function as it is."""
+    if not _is_helper(function):
         return function
-    if function not in _fast_versions:
-        _fast_versions[function] = function  # for recursive calls
-        found = _rewrite_helper(function)
-        if found is None:
-            _fast_versions[function] = _with_fast_callees(function)
-        elif found.is_rewritten:
-            compute = found.compile()
-            _fast_versions[function] = lambda *args: compute(*args)[0]
-    return _fast_versions[function]
+    if function not in _helpers_with_reuse:
+        _helpers_with_reuse[function] = function  # a recursive function finds this entry
+        program = _rewrite_helper(function)
+        if program is None:
+            _helpers_with_reuse[function] = _with_fast_callees(function)
+        elif program.is_rewritten:
+            compute = program.compile()
+            _helpers_with_reuse[function] = lambda *args: compute(*args)[0]  # a program returns a tuple
+    return _helpers_with_reuse[function]
+
+
+def _is_helper(function: Any) -> bool:
+    return isinstance(function, FunctionType) and str(function.__module__).startswith("manualgrad.ops.")
 
 
 def _with_fast_callees(function: FunctionType) -> FunctionType:
@@ -443,24 +461,29 @@ def _with_fast_callees(function: FunctionType) -> FunctionType:
 
 
 def uses_scatter(function: Any, seen: frozenset[Any] = frozenset()) -> bool:
-    """The function scatters into a tensor that it creates. That may be far larger than all arguments."""
+    """The function, or a helper that it calls, scatters into a new tensor, which may be far larger than all
+    arguments.
+
+    Args:
+        seen: the callers. They are not searched again.
+    """
     if not isinstance(function, FunctionType) or function in seen:
         return False
     names = _names_in(function.__code__)
     if names & {"scatter_add", "index_add", "index_put"}:
         return True
-    helpers = [function.__globals__.get(name) for name in names]
-    helpers = [x for x in helpers if str(getattr(x, "__module__", "")).startswith("manualgrad.ops.")]
-    return any(uses_scatter(x, seen | {function}) for x in helpers)
+    callees = [function.__globals__.get(name) for name in names]
+    return any(uses_scatter(x, seen | {function}) for x in callees if _is_helper(x))
 
 
 def _names_in(code: CodeType) -> set[str]:
+    """The global names and attributes that the code and its inner functions read."""
     inner = [x for x in code.co_consts if isinstance(x, CodeType)]
     return set(code.co_names).union(*map(_names_in, inner))
 
 
 def returns_new_tensor(function: Any) -> bool:
-    """The function returns new memory."""
+    """The function returns memory that it allocates, so its caller may write into it."""
     if not isinstance(function, Hashable):
         return False
     if function in _replacements:
@@ -478,29 +501,25 @@ def returns_new_tensor(function: Any) -> bool:
 
 
 def _result_of(function: FunctionType) -> str:
+    """The name of the result in the program of a helper function."""
     return f"{function.__name__}_result"
 
 
 def _rewrite_helper(function: Any) -> ReusingProgram | None:
     """A helper function of manualgrad.ops as a program that reuses temporaries. None if it cannot be rewritten."""
-    if not isinstance(function, FunctionType) or not function.__module__.startswith("manualgrad.ops."):
+    if not _is_helper(function):
         return None
-    if function not in _rewritten:
-        _rewritten[function] = None  # for recursive calls
+    if function not in _helper_programs:
+        _helper_programs[function] = None  # a recursive function finds this entry
         tree = syntax_tree(function)
-        args = None if tree is None else tree.args
-        if (
-            args is None
-            or args.defaults
-            or args.kwonlyargs
-            or args.vararg
-            or args.kwarg
-            or hasattr(function, "__wrapped__")
-        ):
+        if tree is None or hasattr(function, "__wrapped__"):
+            return None
+        args = tree.args
+        if args.defaults or args.kwonlyargs or args.vararg or args.kwarg:
             return None
         formula = Formula.from_function(_result_of(function), function)
         if formula.statements is not None:
             program = Program(function.__name__, [formula], formula.parameters, [formula.target])
             with suppress(Unsupported):
-                _rewritten[function] = ReusingProgram(program)
-    return _rewritten[function]
+                _helper_programs[function] = ReusingProgram(program)
+    return _helper_programs[function]

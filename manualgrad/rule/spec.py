@@ -16,16 +16,23 @@ from torch import Tensor
 from manualgrad.rule.formulas import Formula, topological_order
 
 OUTPUT_SHAPE = "output_shape_"
-"""The name of a tensor that forward mode saves: a zero expanded to the shape of the output. Saving the output
-itself would forbid writes into it."""
+"""The name of a tensor that forward mode saves to know the shape of ``grad``: a zero, expanded to the shape of
+the output. If the output itself were saved, autograd would refuse later in-place writes into it."""
 
 _OPTIONS = (
-    *("statistics", "autocast", "upcast_gradients", "supports_complex", "save_instead", "recomputable"),
-    *("vendor_kernels", "preserve_memory_format"),
+    "statistics",
+    "autocast",
+    "upcast_gradients",
+    "supports_complex",
+    "save_instead",
+    "recomputable",
+    "vendor_kernels",
+    "preserve_memory_format",
 )
 _METHODS = ("forward", "forward_", "recompute", "batch_dims")
 _DEVICES = ("cpu", "cuda")
 _POLICIES = ("lower_precision", "float32", "promote", "banned")
+_LAYOUT_ATTRIBUTES = ("is_cpu", "is_cuda", "device", "numel", "element_size", "is_contiguous", "data_ptr")
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,13 @@ class RuleSpec:
 
     @cached_property
     def formulas(self) -> dict[str, Formula]:
-        """The methods of the rule, also inherited ones, except ``forward`` and ``forward_``."""
-        methods = {name: getattr(self.rule, name) for name in dir(self.rule) if not hasattr(self.base, name)}
+        """The methods of the rule, also inherited ones, except ``forward``, ``forward_`` and generated ones."""
+        excluded = {*dir(self.base), *self.base.__annotations__}
+        methods = {name: getattr(self.rule, name) for name in dir(self.rule) if name not in excluded}
         return {
             name: Formula.from_function(name, method)
             for name, method in methods.items()
-            if inspect.isfunction(method) and name not in self.base.__annotations__
+            if inspect.isfunction(method)
         }
 
     @cached_property
@@ -77,7 +85,7 @@ class RuleSpec:
 
     @cached_property
     def available(self) -> frozenset[str]:
-        """What a backward has without a formula."""
+        """What a backward need not compute: what is known after the forward, and ``grad``."""
         return frozenset((*self.values, "grad"))
 
     @cached_property
@@ -87,18 +95,22 @@ class RuleSpec:
 
     @cached_property
     def available_when_differentiated(self) -> frozenset[str]:
-        """The same for a backward that is differentiated. It computes these statistics from the inputs."""
+        """`available` in a backward that is differentiated, which computes `differentiable_statistics`."""
         return self.available - self.differentiable_statistics
 
     def formulas_for(self, targets: Iterable[str], available: frozenset[str]) -> list[Formula]:
+        """The formulas that compute the targets from the available quantities, in order."""
         return topological_order(self.formulas, targets, available)
 
     def check(self) -> None:
         self._check_attributes()
         self._check_forward()
+        self._check_options()
         for name, formula in self.formulas.items():
             self._check_formula(name, formula)
         self._check_unused_methods()
+        if not any(name in self.formulas for name in self.gradients):
+            raise TypeError(f"{self.rule.__name__} has no gradient: define grad_{self.inputs[0]}, for example")
         for formula in self.formulas.values():
             for line, problem in impurities(formula.tree, ["writes"]):
                 raise TypeError(
@@ -106,22 +118,32 @@ class RuleSpec:
                 )
 
     def _check_attributes(self) -> None:
+        """Every attribute is a method, a property, None, an option, or annotated by its class."""
         classes = self.rule.__mro__[: self.rule.__mro__.index(self.base)]
-        annotated = {name for cls in classes for name in inspect.get_annotations(cls)}
+        allowed = {*_OPTIONS, "function", "implementation"}
+        allowed |= {name for cls in classes for name in inspect.get_annotations(cls)}
         for cls in classes:
             for name, value in vars(cls).items():
-                if name.startswith("_") or name in annotated or inspect.isroutine(value) or value is None:
-                    continue
-                if name not in (*_OPTIONS, "function", "implementation") and not isinstance(
-                    value, staticmethod | property
-                ):
+                is_method = inspect.isroutine(value) or isinstance(value, property)
+                if not (name.startswith("_") or name in allowed or is_method or value is None):
                     raise TypeError(
                         f"{cls.__name__}.{name}: a rule has no such option{_suggestion(name, _OPTIONS)}"
                     )
+
+    def _check_options(self) -> None:
+        name = self.rule.__name__
+        for option in ("save_instead", "vendor_kernels", "preserve_memory_format"):
+            names = getattr(self.rule, option)
+            if option == "vendor_kernels":
+                names = [name for key in names for name in key]
+            for method in names:
+                if method not in self.formulas:
+                    suggestion = _suggestion(method, self.formulas)
+                    raise TypeError(f"{name}.{option}: there is no method {method!r}{suggestion}")
         for device, policy in self.rule.autocast.items():
             if device not in _DEVICES or policy not in _POLICIES:
                 raise TypeError(
-                    f"{self.rule.__name__}.autocast: {{{device!r}: {policy!r}}} is not a device "
+                    f"{name}.autocast: {{{device!r}: {policy!r}}} is not a device "
                     f"({', '.join(_DEVICES)}) with a policy ({', '.join(_POLICIES)})"
                 )
 
@@ -136,14 +158,6 @@ class RuleSpec:
             "forward"
         ):
             raise TypeError(f"{name}: define forward_ in the class that defines forward, so that both agree")
-        for option in ("save_instead", "vendor_kernels", "preserve_memory_format"):
-            names = getattr(self.rule, option)
-            if option == "vendor_kernels":
-                names = [name for key in names for name in key]
-            for method in names:
-                if method not in self.formulas:
-                    suggestion = _suggestion(method, self.formulas)
-                    raise TypeError(f"{name}.{option}: there is no method {method!r}{suggestion}")
 
     def _defining_class(self, name: str) -> type:
         return next(cls for cls in self.rule.__mro__ if name in vars(cls))
@@ -167,19 +181,18 @@ class RuleSpec:
             raise TypeError(f"{formula.location()}: {error}") from None
 
     def _check_unused_methods(self) -> None:
-        """Every method that this class defines must be part of a gradient."""
+        """A gradient, an option or a statistic uses every method that this class defines. (Not every inherited
+        one: a base class may define methods that only some of its subclasses use.)"""
         roots = [name for name in (*self.gradients, *_METHODS, *self.rule.save_instead) if name in self.formulas]
-        used = {formula.target for formula in self.formulas_for(roots, self.available)}
-        used |= {
-            formula.target
-            for formula in self.formulas_for(self.differentiable_statistics, self.available_when_differentiated)
-        }
-        for name, method in vars(self.rule).items():
-            if name in self.formulas and name not in used and isinstance(method, staticmethod):
-                names = {*self.gradients, *_METHODS}
-                raise TypeError(f"{self.formulas[name].location()}: no gradient uses it{_suggestion(name, names)}")
-        if not any(name in self.formulas for name in self.gradients):
-            raise TypeError(f"{self.rule.__name__} has no gradient: define grad_{self.inputs[0]}, for example")
+        used = [
+            *self.formulas_for(roots, self.available),
+            *self.formulas_for(self.differentiable_statistics, self.available_when_differentiated),
+        ]
+        unused = vars(self.rule).keys() & self.formulas.keys() - {formula.target for formula in used}
+        for name in vars(self.rule):
+            if name in unused:
+                suggestion = _suggestion(name, {*self.gradients, *_METHODS})
+                raise TypeError(f"{self.formulas[name].location()}: no gradient uses it{suggestion}")
 
 
 def derivation(rule: type[Any]) -> str:
@@ -187,10 +200,10 @@ def derivation(rule: type[Any]) -> str:
     base = rule.implementation.spec.base
     texts = []
     for cls in rule.__mro__[: rule.__mro__.index(base)]:
-        formulas = vars(cls).keys() - {"forward", "batch_dims", "recompute"}
-        methods = [name for name in formulas if isinstance(vars(cls)[name], staticmethod)]
-        is_used = any(getattr(rule, name) is getattr(cls, name) for name in methods)
-        if (cls is rule or is_used) and cls.__doc__:
+        methods = [name for name, value in vars(cls).items() if isinstance(value, staticmethod)]
+        formulas = {*methods} - {"forward", "batch_dims", "recompute"}
+        defines_formula = any(getattr(rule, name) is getattr(cls, name) for name in formulas)  # not overridden
+        if (cls is rule or defines_formula) and cls.__doc__:
             texts.append(inspect.cleandoc(cls.__doc__))
     return "\n\n".join(texts)
 
@@ -237,8 +250,3 @@ def impurities(
                         if isinstance(x, ast.Attribute) and x.attr in _LAYOUT_ATTRIBUTES:
                             found.append((node.lineno, f"branches on {x.attr}"))
     return found
-
-
-_LAYOUT_ATTRIBUTES = frozenset(
-    ["is_cpu", "is_cuda", "device", "numel", "element_size", "is_contiguous", "data_ptr"]
-)
