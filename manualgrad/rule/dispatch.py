@@ -28,7 +28,6 @@ from manualgrad.torch_internals import (
     is_any_autocast_enabled,
 )
 
-
 recorder: Callable[..., Any] | None = None
 """Called with the rule and its arguments in place of the Function, while `manualgrad.program` captures a model."""
 

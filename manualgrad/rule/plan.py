@@ -113,7 +113,7 @@ class Plan:
     def vendor_kernel(self) -> tuple[tuple[str, ...], Callable[..., Any]] | None:
         """The names of some needed gradients, and the vendor kernel that computes them."""
         for names, kernel in self.rule.vendor_kernels.items():
-            if set(names) <= set(self.needed):
+            if {x.target for x in self.formulas}.issuperset(names):
                 return names, kernel
         return None
 
