@@ -166,6 +166,7 @@ class Op:
 
 
 _table: dict[str, Op] = {}
+_graph_table: dict[str, Op] = {}
 kernel_replacements: dict[Any, Callable[..., Any]] = {}
 """By a kernel of torch, which torch's functions call: the rule or function that replaces it (see
 `manualgrad.ops.registration.implements`). The rest of torch's function (checks, warnings, broadcasting) is used
@@ -208,6 +209,7 @@ def register(
     supports_special_values: bool = True,
     expected_failures: Mapping[str, str] | None = None,
     skips: Mapping[str, str] | None = None,
+    in_graphs_only: bool = False,
 ) -> None:
     """Register an operation.
 
@@ -222,6 +224,8 @@ def register(
         expected_failures: the reason by the name of a law that does not hold, or "law-2" for the third sample
             only. The coverage page prints the reasons. A law that holds nevertheless fails a test.
         skips: the same for tests that are not run.
+        in_graphs_only: an operator that only programs of whole models need (see `manualgrad.program`). It never
+            takes the place of torch's function, and is in `graph_ops` instead of `ops`.
 
     Raises:
         ValueError: the name is registered already, or torch.nn calls the function and manualgrad is imported
@@ -240,9 +244,17 @@ def register(
         expected_failures=expected_failures or {},
         skips=skips or {},
     )
-    _add(_table, op.name, op, torch_function)
+    if in_graphs_only:
+        _graph_table[op.name] = op
+    else:
+        _add(_table, op.name, op, torch_function)
 
 
 def ops() -> dict[str, Op]:
-    """All operations by name, in alphabetical order."""
+    """The operations of torch.nn by name, in alphabetical order."""
     return dict(sorted(_table.items()))
+
+
+def graph_ops() -> dict[str, Op]:
+    """The operators that only programs of whole models need, likewise."""
+    return dict(sorted(_graph_table.items()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 IntOrInts = int | Sequence[int]
+Shape = tuple[int, ...]
 
 
 def to_tuple(value: IntOrInts, n: int) -> tuple[int, ...]:
@@ -45,3 +46,24 @@ def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if all(x.size() == tensors[0].size() for x in tensors):
         return tensors
     return tuple(torch.broadcast_tensors(*tensors))
+
+
+def sum_to_shape(tensor: Tensor, shape: Shape) -> Tensor:
+    """The sum over the axes along which a tensor of this shape was broadcast: the adjoint of broadcasting."""
+    return tensor if tensor.shape == shape else tensor.sum_to_size(shape)
+
+
+def shape_of(value: Tensor | complex) -> Shape:
+    """The shape of a tensor; () for a number."""
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def nonnegative_axes(axes: IntOrInts | None, n: int) -> tuple[int, ...]:
+    """The axes of a tensor with n axes, counted from the first. None or no axis: all."""
+    if axes is None or (not isinstance(axes, int) and len(axes) == 0):
+        return tuple(range(n))
+    axes = (axes,) if isinstance(axes, int) else axes
+    for axis in axes:
+        if not -max(n, 1) <= axis < max(n, 1):
+            raise IndexError(f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got {axis})")
+    return tuple(axis % n if n else 0 for axis in axes)

@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from manualgrad import registry
+from manualgrad.ops import elementwise, views
 from manualgrad.override import override_by_schema
 from manualgrad.program.trace import Call, Trace, Variable, function_name, is_inplace, variables
 from manualgrad.rule import Rule, dispatch
@@ -126,9 +127,11 @@ def manual_functions() -> Mapping[str, Callable[..., Any]]:
         for by_position in (False, True):
             if override := override_by_schema(op.name, op.function, by_position):
                 found.setdefault(op.name, override)
-    from manualgrad.program.structure_tmp import FUNCTIONS
-
-    return {**found, **{k: v for k, v in FUNCTIONS.items() if k not in found}}
+    for name, op in registry.graph_ops().items():
+        found.setdefault(name, op.function)
+    found["slice"] = views.slice_axis
+    found["rdiv"] = elementwise.rdiv
+    return found
 
 
 class Capture:
