@@ -7,11 +7,12 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from manualgrad.registry import Op, TensorFactory, ops
+from manualgrad.registry import Op, TensorFactory, graph_ops, ops
 from manualgrad.verification import LAWS
 
 os.environ.setdefault("PYTHONWARNINGS", "ignore:manualgrad was not tested with torch")  # for subprocesses
@@ -19,11 +20,17 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore:manualgrad was not tested with t
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-SAMPLES = [
-    pytest.param(op, number, id=f"{op.name}-{number}")
-    for op in ops().values()
-    for number, _ in enumerate(op.sample_inputs(TensorFactory()))
-]
+
+def samples(table: dict[str, Op]) -> list[Any]:
+    return [
+        pytest.param(op, number, id=f"{op.name}-{number}")
+        for op in table.values()
+        for number, _ in enumerate(op.sample_inputs(TensorFactory()))
+    ]
+
+
+SAMPLES = samples(ops())
+GRAPH_SAMPLES = samples(graph_ops())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +44,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "number" in metafunc.fixturenames:
-        metafunc.parametrize(("op", "number"), SAMPLES)
+        is_law = metafunc.function.__name__ == "test_law"
+        metafunc.parametrize(("op", "number"), [*SAMPLES, *GRAPH_SAMPLES] if is_law else SAMPLES)
     elif "op" in metafunc.fixturenames:
         metafunc.parametrize("op", [pytest.param(op, id=op.name) for op in ops().values()])
 
@@ -60,7 +68,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             markers.append("scripts")
         parameters = item.callspec.params if hasattr(item, "callspec") else {}  # pyright: ignore
         law = LAWS.get(str(parameters.get("law")))
-        if parameters.get("number") or (law is not None and law.on_request):  # each law on one sample is enough
+        is_graph_op = getattr(parameters.get("op"), "name", "") in graph_ops()
+        if (
+            parameters.get("number") or is_graph_op or (law is not None and law.on_request)
+        ):  # each law on one sample is enough
             markers.append("slow")
         for marker in markers:
             item.add_marker(marker)

@@ -180,13 +180,13 @@ def div(input: Tensor | Number, other: Tensor | Number, *, rounding_mode: str | 
     if not isinstance(other, Tensor):
         return DivideByNumberFunction.apply(input, other)
     if not isinstance(input, Tensor):
-        return mul(reciprocal(other), input)
+        return mul(ReciprocalFunction.apply(other), input)
     return QuotientFunction.apply(*_same_dtype(input, other), tuple(input.shape), tuple(other.shape))
 
 
 def rdiv(input: Tensor, other: Number) -> Tensor:
     """``other / input``."""
-    return mul(reciprocal(input), other)
+    return mul(ReciprocalFunction.apply(input), other)
 
 
 def neg(input: Tensor) -> Tensor:
@@ -462,7 +462,9 @@ def clamp_min(input: Tensor, min: float) -> Tensor:
     return ClampFunction.apply(input, min, None)
 
 
-def _register(function: Callable[..., Tensor], samples: Callable[[Any], list[SampleInput]], **options: Any) -> None:
+def _register(
+    function: Callable[..., Tensor], samples: Callable[[Any], list[SampleInput]], **options: Any
+) -> None:
     register(
         function,
         sample_inputs=samples,
@@ -476,8 +478,12 @@ def _mask() -> Tensor:
     return torch.tensor([[True, False, True], [False, False, True]])
 
 
-_register(add, lambda t: [SampleInput(t(2, 3), t(3)), SampleInput(t(2, 1), t(2, 3), alpha=2), SampleInput(t(3), 2.5)])
-_register(sub, lambda t: [SampleInput(t(2, 3), t(3)), SampleInput(t(2, 1), t(2, 3), alpha=2), SampleInput(t(3), 2.5)])
+_register(
+    add, lambda t: [SampleInput(t(2, 3), t(3)), SampleInput(t(2, 1), t(2, 3), alpha=2), SampleInput(t(3), 2.5)]
+)
+_register(
+    sub, lambda t: [SampleInput(t(2, 3), t(3)), SampleInput(t(2, 1), t(2, 3), alpha=2), SampleInput(t(3), 2.5)]
+)
 _register(rsub, lambda t: [SampleInput(t(2, 3), t(3)), SampleInput(t(3), 2.5)])
 _register(mul, lambda t: [SampleInput(t(2, 3), t(3)), SampleInput(t(2, 1), t(2, 3)), SampleInput(t(3), 2.5)])
 _register(
@@ -525,5 +531,9 @@ _register(
 _register(masked_fill, lambda t: [SampleInput(t(2, 3), _mask(), 0.5)])
 _register(maximum, lambda t: [SampleInput(t(2, 3), t(3))], supports_special_values=False)
 _register(minimum, lambda t: [SampleInput(t(2, 3), t(3))], supports_special_values=False)
-_register(clamp, lambda t: [SampleInput(t(2, 3), -0.5, 0.6), SampleInput(t(2, 3), max=0.3)], supports_special_values=False)
+_register(
+    clamp,
+    lambda t: [SampleInput(t(2, 3), -0.5, 0.6), SampleInput(t(2, 3), max=0.3)],
+    supports_special_values=False,
+)
 _register(clamp_min, lambda t: [SampleInput(t(2, 3), -0.5)], supports_special_values=False)

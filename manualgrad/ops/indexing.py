@@ -146,7 +146,13 @@ class SliceScatterFunction(Rule):
     supports_complex = True
 
     def forward(
-        input: Tensor, source: Tensor, axis: int, start: int | None, end: int | None, step: int, source_shape: Shape
+        input: Tensor,
+        source: Tensor,
+        axis: int,
+        start: int | None,
+        end: int | None,
+        step: int,
+        source_shape: Shape,
     ) -> Tensor:
         return torch.slice_scatter(input, source, axis, start, end, step)
 
@@ -205,7 +211,9 @@ def slice_scatter(
     return SliceScatterFunction.apply(input, src, dim, start, end, step, tuple(src.shape))
 
 
-def _register(function: Callable[..., Any], samples: Callable[[Any], Sequence[SampleInput]], **options: Any) -> None:
+def _register(
+    function: Callable[..., Any], samples: Callable[[Any], Sequence[SampleInput]], **options: Any
+) -> None:
     register(
         function,
         sample_inputs=samples,

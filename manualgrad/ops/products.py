@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from manualgrad.ops.elementwise import add, mul
@@ -78,7 +77,9 @@ def einsum(equation: str, *operands: Any) -> Tensor:
 
     One operand after the other is joined: axes are ordered as (batch, own, summed), and a matrix product sums.
     """
-    tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else list(operands)
+    tensors = (
+        list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else list(operands)
+    )
     left, _, output = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if "." in equation or any(len(set(term)) != len(term) for term in terms):
@@ -128,7 +129,9 @@ def _order(letters: str, tensor: Tensor, output: str) -> Tensor:
     return tensor if letters == output else permute(tensor, [letters.index(c) for c in output])
 
 
-def _register(function: Callable[..., Any], samples: Callable[[Any], Sequence[SampleInput]], **options: Any) -> None:
+def _register(
+    function: Callable[..., Any], samples: Callable[[Any], Sequence[SampleInput]], **options: Any
+) -> None:
     register(
         function,
         sample_inputs=samples,
@@ -150,7 +153,10 @@ _register(mm, lambda t: [SampleInput(t(3, 4), t(4, 2))])
 _register(mv, lambda t: [SampleInput(t(3, 4), t(4))])
 _register(dot, lambda t: [SampleInput(t(4), t(4))])
 _register(outer, lambda t: [SampleInput(t(3), t(4))])
-_register(addmm, lambda t: [SampleInput(t(2), t(3, 4), t(4, 2)), SampleInput(t(3, 2), t(3, 4), t(4, 2), beta=0.5, alpha=2.0)])
+_register(
+    addmm,
+    lambda t: [SampleInput(t(2), t(3, 4), t(4, 2)), SampleInput(t(3, 2), t(3, 4), t(4, 2), beta=0.5, alpha=2.0)],
+)
 _register(
     einsum,
     lambda t: [

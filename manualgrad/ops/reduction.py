@@ -12,7 +12,7 @@ from torch import Tensor
 from manualgrad.ops.elementwise import mul, square, sub  # type: ignore[attr-defined]
 from manualgrad.ops.indexing import gather
 from manualgrad.ops.shapes import IntOrInts, Shape, nonnegative_axes
-from manualgrad.ops.views import reshape, squeeze, to
+from manualgrad.ops.views import squeeze, to
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule
 
@@ -162,7 +162,9 @@ def cumsum(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tens
     return CumsumFunction.apply(input, dim)
 
 
-def _register(function: Callable[..., Any], samples: Callable[[Any], Sequence[SampleInput]], **options: Any) -> None:
+def _register(
+    function: Callable[..., Any], samples: Callable[[Any], Sequence[SampleInput]], **options: Any
+) -> None:
     register(
         function,
         sample_inputs=samples,
@@ -174,8 +176,16 @@ def _register(function: Callable[..., Any], samples: Callable[[Any], Sequence[Sa
 
 _register(sum, lambda t: [SampleInput(t(2, 3, 4), (0, -1)), SampleInput(t(2, 3)), SampleInput(t(2, 3), 1, True)])
 _register(mean, lambda t: [SampleInput(t(2, 3, 4), (0, -1)), SampleInput(t(2, 3)), SampleInput(t(2, 3), 1, True)])
-_register(amax, lambda t: [SampleInput(t(2, 3, 4), (0, -1)), SampleInput(t(2, 3), 1, True)], supports_special_values=False)
-_register(amin, lambda t: [SampleInput(t(2, 3, 4), (0, -1)), SampleInput(t(2, 3), 1, True)], supports_special_values=False)
+_register(
+    amax,
+    lambda t: [SampleInput(t(2, 3, 4), (0, -1)), SampleInput(t(2, 3), 1, True)],
+    supports_special_values=False,
+)
+_register(
+    amin,
+    lambda t: [SampleInput(t(2, 3, 4), (0, -1)), SampleInput(t(2, 3), 1, True)],
+    supports_special_values=False,
+)
 _register(max, lambda t: [SampleInput(t(2, 3), 1), SampleInput(t(2, 3))], supports_special_values=False)
 _register(min, lambda t: [SampleInput(t(2, 3), 0, True)], supports_special_values=False)
 _register(
@@ -183,5 +193,9 @@ _register(
     lambda t: [SampleInput(t(2, 3), 1), SampleInput(t(2, 3), correction=0)],
     supports_special_values=False,  # infinities have no mean
 )
-_register(logsumexp, lambda t: [SampleInput(t(2, 3), 1), SampleInput(t(2, 3), (0, 1), True)], supports_special_values=False)
+_register(
+    logsumexp,
+    lambda t: [SampleInput(t(2, 3), 1), SampleInput(t(2, 3), (0, 1), True)],
+    supports_special_values=False,
+)
 _register(cumsum, lambda t: [SampleInput(t(2, 3), 1)])

@@ -65,5 +65,7 @@ def nonnegative_axes(axes: IntOrInts | None, n: int) -> tuple[int, ...]:
     axes = (axes,) if isinstance(axes, int) else axes
     for axis in axes:
         if not -max(n, 1) <= axis < max(n, 1):
-            raise IndexError(f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got {axis})")
+            raise IndexError(
+                f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got {axis})"
+            )
     return tuple(axis % n if n else 0 for axis in axes)

@@ -169,15 +169,24 @@ def expand_as(input: Tensor, other: Tensor) -> Tensor:
     return expand(input, other.shape)
 
 
+class RepeatFunction(Rule):
+    r"""y[r, i] = x[i] for r < n, along each axis      ∂L/∂x[i] = Σ g[r, i] over r      (r, i: one axis of y)"""
+
+    supports_complex = True
+
+    def forward(input: Tensor, n: Shape, split_shape: Shape, input_shape: Shape) -> Tensor:
+        return input.repeat(n)
+
+    def grad_input(grad: Tensor, n: Shape, split_shape: Shape, input_shape: Shape) -> Tensor:
+        return grad.reshape(split_shape).sum(tuple(range(0, 2 * len(n), 2))).reshape(input_shape)
+
+
 def repeat(input: Tensor, *repeats: Any) -> Tensor:
-    """`torch.Tensor.repeat`: each axis is split into (repetition, x), expanded, and joined again."""
-    times = _sizes(repeats)
-    if len(times) < input.dim():
-        raise RuntimeError("Number of dimensions of repeat dims can not be smaller than number of dimensions of tensor")
-    sizes = (*[1] * (len(times) - input.dim()), *input.shape)
-    split = reshape(input, [n for size in sizes for n in (1, size)])
-    expanded = expand(split, [n for pair in zip(times, sizes, strict=True) for n in pair])
-    return reshape(expanded, [n * size for n, size in zip(times, sizes, strict=True)])
+    """`torch.Tensor.repeat`."""
+    n = _sizes(repeats)
+    sizes = (*[1] * (len(n) - input.dim()), *input.shape)
+    split_shape = tuple(size for pair in zip(n, sizes, strict=False) for size in pair)
+    return RepeatFunction.apply(input, n, split_shape, tuple(input.shape))
 
 
 class SelectFunction(Rule):
@@ -210,7 +219,9 @@ def select(input: Tensor, dim: int, index: int) -> Tensor:
     return SelectFunction.apply(input, axis, index, tuple(input.shape))
 
 
-def slice_axis(input: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tensor:
+def slice_axis(
+    input: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
     """The operator aten.slice: ``input[start:end:step]`` along an axis."""
     (axis,) = nonnegative_axes(dim, input.dim())
     size = input.shape[axis]
@@ -381,9 +392,26 @@ def type_as(input: Tensor, other: Tensor) -> Tensor:
     return to(input, other.dtype)
 
 
+_EXPECTED_FAILURES = {
+    "view": {"noncontiguous_inputs-0": "as in torch: view does not copy, so it raises an error for such strides"},
+    **dict.fromkeys(
+        ("expand", "expand_as"),
+        dict.fromkeys(
+            (
+                "forward_mode",
+                "jvp_matches_backward",
+                "forward_over_reverse",
+                "reverse_over_forward",
+                "forward_over_forward",
+            ),
+            "torch accepts no tangent with repeated memory from a Function whose output is a view",
+        ),
+    ),
+}
+
 for _function, _samples in {
     view: lambda t: [SampleInput(t(2, 6), (3, 4)), SampleInput(t(4), 2, -1)],
-    reshape: lambda t: [SampleInput(t(2, 6), (3, 4)), SampleInput(t(3, 2).mT.detach(), 6)],
+    reshape: lambda t: [SampleInput(t(2, 6), (3, 4)), SampleInput(t(3, 2).mT.detach(), (6,))],
     flatten: lambda t: [SampleInput(t(2, 3, 2), 1), SampleInput(t(2, 3))],
     unflatten: lambda t: [SampleInput(t(2, 6), -1, (3, 2))],
     unsqueeze: lambda t: [SampleInput(t(2, 3), 1), SampleInput(t(2, 3), -1)],
@@ -414,6 +442,7 @@ for _function, _samples in {
         reference=getattr(torch, _function.__name__, None) or getattr(Tensor, _function.__name__),
         sample_inputs=_samples,
         benchmark_input=lambda t, samples=_samples: samples(t)[0],
+        expected_failures=_EXPECTED_FAILURES.get(_function.__name__),
         in_graphs_only=True,
     )
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
-from manualgrad.program.capture import Capture
-from manualgrad.program.capture import UnsupportedOperators as UnsupportedOperators
 from manualgrad import recomputation, vendor_kernels
 from manualgrad.program.blocks import find_units
+from manualgrad.program.capture import Capture
+from manualgrad.program.capture import UnsupportedOperators as UnsupportedOperators
 from manualgrad.program.fast import FastProgram
 from manualgrad.program.file import FileWriter
 from manualgrad.program.module import ProgramModule
@@ -28,7 +29,12 @@ class Program:
     """
 
     def __init__(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, memory: str
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dynamic_shapes: Any,
+        memory: str,
     ) -> None:
         min_elements = {"eager": recomputation.MIN_ELEMENTS, "least": 0}[memory]
         self._model = model
@@ -37,7 +43,7 @@ class Program:
         self._inputs = leaves
         self._graph = Capture(model, exported, leaves).run()
         outputs = [x for x in self._graph.outputs if isinstance(x, Variable)]
-        fake_mode = torch._guards.detect_fake_mode([x.tensor for x in (*self._graph.state.values(), *outputs)])
+        fake_mode = detect_fake_mode([x.tensor for x in (*self._graph.state.values(), *outputs)])
         assert fake_mode is not None
         self._fake_mode, self._min_elements = fake_mode, min_elements
         largest = [_largest(x) for x in leaves if isinstance(x, Tensor)]
@@ -78,7 +84,9 @@ class Program:
                     raise TypeError(f"expected arguments of the structure {in_spec}, but got {spec}")
             for x, example in zip(leaves, examples, strict=True):
                 if example is not None and not (isinstance(x, Tensor) and (x.shape, x.dtype) == example):
-                    raise ValueError(f"expected a tensor of {example[1]} {list(example[0])}, but got {_describe(x)}")
+                    raise ValueError(
+                        f"expected a tensor of {example[1]} {list(example[0])}, but got {_describe(x)}"
+                    )
             return leaves if only_tensors else [x for x in leaves if isinstance(x, Tensor)]
 
         return check
@@ -88,6 +96,7 @@ class Program:
         positions = [variables.index(x) if isinstance(x, Variable) else None for x in self._graph.outputs]
         constants = list(self._graph.outputs)
         spec = self._graph.exported.call_spec.out_spec
+        assert spec is not None
         single = len(variables) == 1
 
         if single and len(constants) == 1 and spec == pytree.tree_structure(0):

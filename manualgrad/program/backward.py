@@ -77,7 +77,8 @@ class Backward:
                 self._join_parts(variable)
 
     def _add_section(self, step: Step) -> None:
-        assert step.rule is not None and step.output is not None
+        assert step.rule is not None
+        assert step.output is not None
         spec = step.rule.implementation.spec
         targets = [f"grad_{name}" for name in step.needed]
         values = {**step.inputs, "output": step.output, **step.statistics, "grad": self.gradients[step.output]}
@@ -244,8 +245,8 @@ class Backward:
         formula = step.rule.implementation.spec.formulas.get("recompute")
         if not step.rule.recomputable and formula is None:
             return None
+        values = {**step.inputs, **step.statistics}
         if formula is not None:
-            values = {**step.inputs, **step.statistics}
             inputs = [x for name in formula.parameters for x in variables(values[name])]
         else:
             inputs = variables(step.inputs)

@@ -1,23 +1,21 @@
 """Find modules that a model repeats, so that the program has one pair of functions for all of them.
 
-Two modules are the same block if their calls are the same: the same torch functions with the same constants, shapes
-and dtypes, on the same parameters by their names inside the module. A `Unit` is what becomes a pair of functions: the
-model itself, or one of the modules that repeat. A `BlockCall` calls the functions of a unit.
+Two modules are the same block if their calls are the same: the same torch functions with the same constants,
+shapes and dtypes, on the same parameters by their names inside the module. A `Unit` is what becomes a pair of
+functions: the model itself, or one of the modules that repeat. A `BlockCall` calls the functions of a unit.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from manualgrad.program.capture import Graph, Step
-from manualgrad.program.trace import Variable, function_name, variables
+from manualgrad.program.trace import Variable, variables
 
 MIN_STEPS = 3
 """Modules with fewer steps are written out."""
@@ -91,37 +89,29 @@ def find_units(graph: Graph) -> list[Unit]:
     """The units of a model. Each comes after those that it calls; the model itself is the last."""
     outputs = [x for x in dict.fromkeys(graph.outputs) if isinstance(x, Variable)]
     root = Unit("", "", graph.steps, graph.inputs, outputs)
+    occurrences = _occurrences(graph)
     units: dict[str, Unit] = {}
     names: Counter[str] = Counter()
-    finished: list[Unit] = []
-    occurrences = _occurrences(graph)
-    texts = [root]  # the steps that are written out: those of the model and of each unit
     while True:
-        counts = Counter(
-            signature for unit in texts for _, signature in _outermost(unit, occurrences, set(units), count=True)
-        )
-        repeated = {signature for signature, n in counts.items() if n > 1 and signature not in units}
+        counts: Counter[str] = Counter()
+        for unit in (root, *units.values()):
+            counts.update(x.signature for x in _modules_in_text(unit, occurrences, units))
+        repeated = [x for x in occurrences.values() if counts[x.signature] > 1]
         if not repeated:
             break
-        chosen = [x for x in occurrences.values() if x.signature in repeated]
-        chosen.sort(key=lambda x: x.path.count("."))
-        first = chosen[0]  # the outermost one first: what it contains may then occur only once
-        kind = graph.modules[first.path] or "Module"
+        first = min(repeated, key=lambda x: x.path.count("."))  # what it contains may then occur only once
+        kind = graph.modules[first.path]
         names[kind] += 1
         name = kind if names[kind] == 1 else f"{kind}{names[kind]}"
-        unit = Unit(name, first.path, first.steps, first.inputs, first.outputs)
-        units[first.signature] = unit
-        texts.append(unit)
-    for unit in (*texts[:0:-1], root):
-        unit.items = list(_items(unit, occurrences, units))
+        units[first.signature] = Unit(name, first.path, first.steps, first.inputs, first.outputs)
     ordered: list[Unit] = []
 
     def visit(unit: Unit) -> None:
+        unit.items = [*_items(unit, occurrences, units)]
         for item in unit.items:
-            if isinstance(item, BlockCall):
+            if isinstance(item, BlockCall) and item.unit not in ordered:
                 visit(item.unit)
-        if unit not in ordered:
-            ordered.append(unit)
+        ordered.append(unit)
 
     visit(root)
     return ordered
@@ -158,42 +148,39 @@ def _is_inside(module: str, path: str) -> bool:
     return module == path or module.startswith(f"{path}.")
 
 
-def _outermost(
-    unit: Unit, occurrences: dict[str, Occurrence], known: set[str], count: bool = False
-) -> Iterator[tuple[str, str]]:
-    """(path, signature) of the modules in the text of a unit that are not inside a block of it."""
-    hidden: list[str] = []
-    first, last = unit.steps[0], unit.steps[-1]
-    for path, occurrence in occurrences.items():
-        if path == unit.path or not (unit.path == "" or path.startswith(f"{unit.path}.")):
-            continue
-        if any(_is_inside(path, x) for x in hidden):
-            continue
-        if occurrence.signature in known:
-            hidden.append(path)
-        else:
-            yield path, occurrence.signature
-
-
-def _items(
+def _modules_in_text(
     unit: Unit, occurrences: dict[str, Occurrence], units: dict[str, Unit]
-) -> Iterator[Step | BlockCall]:
-    blocks: dict[int, tuple[Occurrence, Unit]] = {}
-    hidden: list[str] = []
+) -> Iterator[Occurrence]:
+    """The modules that the functions of a unit write out: those that are not in a block of it."""
+    blocks = [x.path for x in _blocks(unit, occurrences, units)]
     for path, occurrence in occurrences.items():
-        if path == unit.path or not (unit.path == "" or path.startswith(f"{unit.path}.")):
-            continue
-        if occurrence.signature in units and not any(_is_inside(path, x) for x in hidden):
-            hidden.append(path)
-            blocks[id(occurrence.steps[0])] = occurrence, units[occurrence.signature]
+        if _is_below(path, unit.path) and not any(_is_inside(path, x) for x in blocks):
+            yield occurrence
+
+
+def _blocks(unit: Unit, occurrences: dict[str, Occurrence], units: dict[str, Unit]) -> list[Occurrence]:
+    """The outermost modules inside a unit that are units themselves."""
+    found: list[Occurrence] = []
+    for path, occurrence in occurrences.items():
+        is_new = _is_below(path, unit.path) and not any(_is_inside(path, x.path) for x in found)
+        if is_new and occurrence.signature in units:
+            found.append(occurrence)
+    return found
+
+
+def _is_below(path: str, parent: str) -> bool:
+    return path != parent and (not parent or path.startswith(f"{parent}."))
+
+
+def _items(unit: Unit, occurrences: dict[str, Occurrence], units: dict[str, Unit]) -> Iterator[Step | BlockCall]:
+    """The steps of a unit, with a `BlockCall` for those of each block."""
+    blocks = {id(x.steps[0]): x for x in _blocks(unit, occurrences, units)}
     skip = 0
     for step in unit.steps:
         if skip:
             skip -= 1
-            continue
-        if id(step) in blocks:
-            occurrence, block = blocks[id(step)]
-            skip = len(occurrence.steps) - 1
-            yield BlockCall(block, occurrence.path, occurrence.inputs, occurrence.outputs)
+        elif (block := blocks.get(id(step))) is not None:
+            skip = len(block.steps) - 1
+            yield BlockCall(units[block.signature], block.path, block.inputs, block.outputs)
         else:
             yield step

@@ -2,14 +2,13 @@
 
 `torch.export` gives a graph of torch's operators as the model calls them (``linear``, ``layer_norm``, ``gelu``).
 Each operator is called with fake tensors. If a gradient flows through it, manualgrad's function of the same name
-runs, which checks its arguments and applies rules. Each application of a rule is a `Step`. An operator through which
-no gradient flows (masks, positions, counters) is a step without a rule.
+runs, which checks its arguments and applies rules. Each application of a rule is a `Step`. An operator through
+which no gradient flows (masks, positions, counters) is a step without a rule.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from manualgrad import registry
@@ -63,8 +64,30 @@ class Step:
 
 
 _STRUCTURAL = frozenset(
-    "view reshape flatten unflatten unsqueeze squeeze transpose t permute expand select slice contiguous to float "
-    "unbind split chunk narrow clone movedim swapaxes".split()
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "t",
+        "permute",
+        "expand",
+        "select",
+        "slice",
+        "contiguous",
+        "to",
+        "float",
+        "unbind",
+        "split",
+        "chunk",
+        "narrow",
+        "clone",
+        "movedim",
+        "swapaxes",
+    ]
 )
 
 
@@ -92,13 +115,39 @@ class Graph:
 
 
 WITHOUT_GRADIENT = frozenset(
-    "detach detach_ zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty "
-    "new_full sign floor ceil round trunc lift_fresh_copy lift_fresh alias_copy".split()
+    [
+        "detach",
+        "detach_",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "sign",
+        "floor",
+        "ceil",
+        "round",
+        "trunc",
+        "lift_fresh_copy",
+        "lift_fresh",
+        "alias_copy",
+    ]
 )
 """Their outputs have no gradient, or the gradient is zero."""
 
 _IGNORED = frozenset(
-    "_assert_tensor_metadata _assert_scalar sym_constrain_range sym_constrain_range_for_size _assert_async".split()
+    [
+        "_assert_tensor_metadata",
+        "_assert_scalar",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+        "_assert_async",
+    ]
 )
 _ALIASES = {
     "__radd__": "add",
@@ -151,13 +200,11 @@ class Capture:
         self._in_rule = False
         self._inputs = inputs
         self._names = _canonical_names(model)
-        self._requires_grad = {
-            name for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
+        self._requires_grad = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def run(self) -> Graph:
         module = self.exported.graph_module
-        fake_mode = torch._guards.detect_fake_mode(
+        fake_mode = detect_fake_mode(
             [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
         )
         graph = Graph(self.steps, {}, [], [], self.trace, self.exported, self.modules)
@@ -166,7 +213,9 @@ class Capture:
             results = self._run_graph(module, arguments)
         self._flush()
         if self.missing:
-            lines = [f"    {name}, called by {', '.join(sorted(where))}" for name, where in sorted(self.missing.items())]
+            lines = [
+                f"    {name}, called by {', '.join(sorted(where))}" for name, where in sorted(self.missing.items())
+            ]
             raise UnsupportedOperators("there is no rule for these operators of torch:\n" + "\n".join(lines))
         graph.outputs = [self.trace.replace(x) for x in results]
         return graph
@@ -194,7 +243,9 @@ class Capture:
                     variable = self.trace.add(Variable(identifier(path), value, None if is_constant else path))
                     variable.needs_grad = path in self._requires_grad
                     if is_constant:
-                        graph.constants[variable] = self.exported.constants[str(spec.target)]
+                        constant = self.exported.constants[str(spec.target)]
+                        assert isinstance(constant, Tensor)
+                        graph.constants[variable] = constant
                     else:
                         graph.state[path] = variable
             arguments.append(value)
@@ -215,7 +266,7 @@ class Capture:
             if node.op == "get_attr":
                 values[node] = self._attribute(module, node.target)
                 continue
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), load)
+            args, kwargs = map_arg((node.args, node.kwargs), load)
             if node.op == "output":
                 return [*pytree.tree_leaves(args[0])]
             self._enter_module(node)
@@ -246,6 +297,7 @@ class Capture:
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._call_higher_order(target, args, kwargs)
         if not isinstance(target, torch._ops.OpOverload):
+            assert callable(target)
             return target(*args, **kwargs)  # getitem, or arithmetic of symbolic sizes
         name = self.operator = function_name(target)
         if name in _IGNORED:
@@ -321,9 +373,6 @@ class Capture:
 
     # --- steps ---
 
-    def collect_calls(self) -> None:
-        """The calls that belong to no rule become steps of their own."""
-
     def _on_rule(self, rule: type[Rule], args: tuple[Any, ...]) -> Any:
         if self._in_rule:
             return rule.forward(*args)
@@ -343,7 +392,13 @@ class Capture:
                 return result
             result, output, calls = self._copy_output(result, calls, bool(rule.statistics))
         step = Step(
-            self.module, self.operator, rule, inputs, output, dict(zip(rule.statistics, statistics, strict=True)), calls
+            self.module,
+            self.operator,
+            rule,
+            inputs,
+            output,
+            dict(zip(rule.statistics, statistics, strict=True)),
+            calls,
         )
         output.needs_grad = bool(step.needed)
         output.is_named = not is_structural(step)

@@ -1,9 +1,9 @@
 """The variant of a program that `Program.module` runs: the same operations, without what makes the text readable.
 
-    all modules in one function       tensors are passed by position
-    temporaries are written into      where the program made an operand and reads it for the last time
-    tensors are freed                 after the last line that reads them
-    vendor kernels                    compute the gradients that they compute in eager mode
+all modules in one function       tensors are passed by position
+temporaries are written into      where the program made an operand and reads it for the last time
+tensors are freed                 after the last line that reads them
+vendor kernels                    compute the gradients that they compute in eager mode
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from manualgrad.program.backward import Backward
 from manualgrad.program.capture import Graph
@@ -25,7 +24,9 @@ from manualgrad.program.text import Writer, operator_name
 from manualgrad.program.trace import Call, Variable
 from manualgrad.rule import inplace
 
-_UNARY = frozenset(("neg", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "erf", "square", "reciprocal", "sin", "cos"))
+_UNARY = frozenset(
+    ("neg", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "erf", "square", "reciprocal", "sin", "cos")
+)
 _BINARY = frozenset(("add", "sub", "mul", "div"))
 _counter = itertools.count()
 
@@ -36,8 +37,8 @@ class FastProgram:
     Attributes:
         state: the parameters and buffers that ``forward`` takes, before the inputs.
         forward: (*state, *inputs) -> (outputs, saved)
-        backward: (saved, *grad_outputs) -> a gradient or None for each argument of ``forward``. It empties the list
-            ``saved``.
+        backward: (saved, *grad_outputs) -> a gradient or None for each argument of ``forward``. It empties the
+            list ``saved``.
     """
 
     def __init__(self, graph: Graph, outputs: Sequence[Variable], min_elements: int, vendor_kernels: bool) -> None:
@@ -60,8 +61,11 @@ class FastProgram:
         grads = [backward.output_gradients.get(x) for x in outputs]
         self.backward_source = writer.backward(saved, grads, calls, gradients)
         scope = {
-            **{"_where": inplace.where, "_indicator": inplace._indicator},
-            **{"torch": torch, "F": F, "math": math},
+            "_where": inplace.where,
+            "_indicator": inplace._indicator,
+            "torch": torch,
+            "F": F,
+            "math": math,
             **{x.name: value for x, value in graph.constants.items()},
         }
         self.forward = _compile(self.forward_source, "forward", scope)
@@ -236,7 +240,10 @@ class FastFunction:
 
 
 def _is_reflected(call: Call) -> bool:
-    return getattr(call.function, "__name__", "").startswith("__r") and getattr(call.function, "__name__", "") != "__rshift__"
+    return (
+        getattr(call.function, "__name__", "").startswith("__r")
+        and getattr(call.function, "__name__", "") != "__rshift__"
+    )
 
 
 def _candidates(call: Call) -> list[Variable]:

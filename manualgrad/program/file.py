@@ -6,16 +6,14 @@ import ast
 import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from manualgrad.program.backward import Backward, BlockFunction, Section
+from manualgrad.program.backward import Backward, BlockFunction
 from manualgrad.program.blocks import BlockCall, Unit
 from manualgrad.program.capture import Graph, Step, is_structural
 from manualgrad.program.text import WIDTH, Writer, split_line, wrap
-from manualgrad.program.trace import Call, Variable, variables
+from manualgrad.program.trace import Call, Variable
 
 _SUBSTATE = '''def substate(state, path):
     """The parameters and buffers of the module at this path."""
@@ -139,24 +137,28 @@ class FileWriter:
         grad_inputs = ", ".join(name_of_gradient(root, x) if x in needed else "None" for x in self.graph.inputs)
         grads = [name_of_gradient(root, x) for x in needed]
         nested = self.has_blocks
-        return wrap(_RUN.format(
-            inputs=inputs,
-            outputs=outputs,
-            result=outputs,
-            grad_outputs=", ".join(root.grad_outputs),
-            results=", ".join(["grads", *grads]),
-            grad_inputs=grad_inputs,
-            layout=", ctx.layout" if nested else "",
-            layout_value=", without_tensors(saved)" if nested else "",
-            flat="flatten(saved)" if nested else "saved",
-            restored="unflatten(ctx.layout, iter(saved))" if nested else "saved",
-        ))
-
+        return wrap(
+            _RUN.format(
+                inputs=inputs,
+                outputs=outputs,
+                result=outputs,
+                grad_outputs=", ".join(root.grad_outputs),
+                results=", ".join(["grads", *grads]),
+                grad_inputs=grad_inputs,
+                layout=", ctx.layout" if nested else "",
+                layout_value=", without_tensors(saved)" if nested else "",
+                flat="flatten(saved)" if nested else "saved",
+                restored="unflatten(ctx.layout, iter(saved))" if nested else "saved",
+            )
+        )
 
     def _check(self) -> str:
         state = [f'    "{path}": {_example(x, 0)},' for path, x in self.graph.state.items()]
         inputs = [f"    {_example(x, n)}," for x, n in zip(self.graph.inputs, self.largest, strict=True)]
-        return _CHECK.format(state="\n".join(["{", *state, "}"]), inputs="\n".join(["[", *inputs, "]"]) if len(inputs) > 1 else f"[{''.join(inputs).strip(' ,')}]")
+        return _CHECK.format(
+            state="\n".join(["{", *state, "}"]),
+            inputs="\n".join(["[", *inputs, "]"]) if len(inputs) > 1 else f"[{''.join(inputs).strip(' ,')}]",
+        )
 
 
 def _example(variable: Variable, largest: int) -> str:
@@ -215,11 +217,15 @@ def name_variables(unit: Unit) -> None:
         pass
 
 
-_SHORT_NAMES = {"scaled_dot_product_attention": "attention", "native_layer_norm": "layer_norm", "cross_entropy_loss": "loss"}
+_SHORT_NAMES = {
+    "scaled_dot_product_attention": "attention",
+    "native_layer_norm": "layer_norm",
+    "cross_entropy_loss": "loss",
+}
 
 
 def path_identifier(path: str) -> str:
-    return "_".join(x if x[:1].isalpha() or not i == 0 else f"layer{x}" for i, x in enumerate(path.split(".")) if x)
+    return "_".join(x if x[:1].isalpha() or i != 0 else f"layer{x}" for i, x in enumerate(path.split(".")) if x)
 
 
 class UnitWriter:
@@ -270,7 +276,9 @@ class UnitWriter:
         body: list[str] = []
         groups = [
             (place, [call for _, calls in items for call in calls])
-            for place, items in groupby(zip(unit.items, self.forward_calls, strict=True), lambda x: self._place(x[0]))
+            for place, items in groupby(
+                zip(unit.items, self.forward_calls, strict=True), lambda x: self._place(x[0])
+            )
         ]
         for i, (place, calls) in enumerate(groups):
             later = {x for _, others in groups[i + 1 :] for call in others for x in call.reads}
@@ -298,7 +306,10 @@ class UnitWriter:
         writer, backward, unit = self.writer, self.backward, self.unit
         body: list[str] = []
         own = {x for x in self.graph.state.values() if x not in unit.inputs}
-        for gradient, variable in (*backward.history.items(), *((x, v) for v, x in backward.output_gradients.items())):
+        for gradient, variable in (
+            *backward.history.items(),
+            *((x, v) for v, x in backward.output_gradients.items()),
+        ):
             if variable in writer.names:
                 gradient.name = f"grad_{writer.names[variable]}"
         self.grad_outputs = [

@@ -15,31 +15,97 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualgrad.program.trace import Call, Variable, function_name, is_inplace, variables
+from manualgrad.program.trace import Call, Variable, function_name, is_inplace
 
 WIDTH = 115
 _INLINE_WIDTH = 92
 
 _BINARY: dict[str, type[ast.operator]] = {
-    **{"add": ast.Add, "sub": ast.Sub, "mul": ast.Mult, "div": ast.Div, "matmul": ast.MatMult, "pow": ast.Pow},
-    **{"bitwise_and": ast.BitAnd, "bitwise_or": ast.BitOr, "__and__": ast.BitAnd, "__or__": ast.BitOr},
-    **{"floor_divide": ast.FloorDiv, "remainder": ast.Mod, "true_divide": ast.Div, "logical_and": ast.BitAnd},
+    "add": ast.Add,
+    "sub": ast.Sub,
+    "mul": ast.Mult,
+    "div": ast.Div,
+    "matmul": ast.MatMult,
+    "pow": ast.Pow,
+    "bitwise_and": ast.BitAnd,
+    "bitwise_or": ast.BitOr,
+    "__and__": ast.BitAnd,
+    "__or__": ast.BitOr,
+    "floor_divide": ast.FloorDiv,
+    "remainder": ast.Mod,
+    "true_divide": ast.Div,
+    "logical_and": ast.BitAnd,
 }
 _REFLECTED: dict[str, type[ast.operator]] = {
-    **{"__radd__": ast.Add, "__rsub__": ast.Sub, "__rmul__": ast.Mult, "__rdiv__": ast.Div, "__rtruediv__": ast.Div},
-    **{"__rpow__": ast.Pow, "__rmatmul__": ast.MatMult, "rsub": ast.Sub},
+    "__radd__": ast.Add,
+    "__rsub__": ast.Sub,
+    "__rmul__": ast.Mult,
+    "__rdiv__": ast.Div,
+    "__rtruediv__": ast.Div,
+    "__rpow__": ast.Pow,
+    "__rmatmul__": ast.MatMult,
+    "rsub": ast.Sub,
 }
 _COMPARISONS: dict[str, type[ast.cmpop]] = {
-    **{"gt": ast.Gt, "ge": ast.GtE, "lt": ast.Lt, "le": ast.LtE, "eq": ast.Eq, "ne": ast.NotEq},
+    "gt": ast.Gt,
+    "ge": ast.GtE,
+    "lt": ast.Lt,
+    "le": ast.LtE,
+    "eq": ast.Eq,
+    "ne": ast.NotEq,
 }
 _UNARY: dict[str, type[ast.unaryop]] = {"neg": ast.USub, "__neg__": ast.USub, "__invert__": ast.Invert}
 _SPACES = ((F, "F"), (torch, "torch"), (torch.special, "torch.special"), (torch.linalg, "torch.linalg"))
 _RESERVED = frozenset(dir(__builtins__) if not isinstance(__builtins__, dict) else __builtins__) | frozenset(
-    "torch F math state saved grads forward backward run substate and as assert break class continue def del elif "
-    "else except finally for from global if import in is lambda None nonlocal not or pass raise return True False "
-    "try while with yield".split()
+    [
+        "torch",
+        "F",
+        "math",
+        "state",
+        "saved",
+        "grads",
+        "forward",
+        "backward",
+        "run",
+        "substate",
+        "and",
+        "as",
+        "assert",
+        "break",
+        "class",
+        "continue",
+        "def",
+        "del",
+        "elif",
+        "else",
+        "except",
+        "finally",
+        "for",
+        "from",
+        "global",
+        "if",
+        "import",
+        "in",
+        "is",
+        "lambda",
+        "None",
+        "nonlocal",
+        "not",
+        "or",
+        "pass",
+        "raise",
+        "return",
+        "True",
+        "False",
+        "try",
+        "while",
+        "with",
+        "yield",
+    ]
 )
-_MAY_SHADOW = frozenset(("input", "hash", "iter", "max", "min", "sum", "abs", "pow", "round", "filter", "map", "slice"))
+_MAY_SHADOW = frozenset(
+    ("input", "hash", "iter", "max", "min", "sum", "abs", "pow", "round", "filter", "map", "slice")
+)
 
 
 class Writer:
@@ -92,7 +158,9 @@ class Writer:
 
     # --- lines ---
 
-    def lines(self, calls: Sequence[Call], kept: Iterable[Variable], start: int = 0, rebind: bool = False) -> list[str]:
+    def lines(
+        self, calls: Sequence[Call], kept: Iterable[Variable], start: int = 0, rebind: bool = False
+    ) -> list[str]:
         """The lines of these calls.
 
         Args:
@@ -101,7 +169,9 @@ class Writer:
         """
         kept = set(kept)
         reads = Counter(variable for call in calls for variable in call.reads)
-        written_inplace = {call.outputs for call in calls if call.is_inplace and isinstance(call.outputs, Variable)}
+        written_inplace = {
+            call.outputs for call in calls if call.is_inplace and isinstance(call.outputs, Variable)
+        }
         positions = {id(call): start + i for i, call in enumerate(calls)}
         found: list[str] = []
         for i, call in enumerate(calls):
@@ -112,7 +182,9 @@ class Writer:
                 found += self._own_line(operand, position, rebind)
                 expression = self.expression(call)
             if call.is_inplace:
-                found += render(ast.Expr(expression) if isinstance(expression, ast.expr) else expression, self.width)
+                found += render(
+                    ast.Expr(expression) if isinstance(expression, ast.expr) else expression, self.width
+                )
                 continue
             if (
                 isinstance(output, Variable)
@@ -154,7 +226,10 @@ class Writer:
         name = ast.unparse(self.value(target)) if target in self.expressions else getattr(target, "name", "")
         if len(name) + 3 + _length(expression) <= WIDTH - 6:
             return False
-        return not _is_plain_call(expression) or any(_length(x) > _INLINE_WIDTH for x in expression.args)
+        return not _is_plain_call(expression) or any(
+            _length(x) > _INLINE_WIDTH
+            for x in expression.args  # pyright: ignore[reportAttributeAccessIssue]
+        )
 
     def _longest_operand(self, call: Call) -> Variable | None:
         """The operand with the longest expression."""
@@ -220,7 +295,9 @@ class Writer:
         if isinstance(value, list):
             return ast.List([self.value(x) for x in value], ast.Load())
         if isinstance(value, slice):
-            return ast.Call(ast.Name("slice", ast.Load()), [self.value(x) for x in (value.start, value.stop, value.step)], [])
+            return ast.Call(
+                ast.Name("slice", ast.Load()), [self.value(x) for x in (value.start, value.stop, value.step)], []
+            )
         if isinstance(value, float) and not math.isfinite(value):
             self.imports.add("import math")
             text = "math.nan" if math.isnan(value) else "math.inf" if value > 0 else "-math.inf"
@@ -311,7 +388,9 @@ class Writer:
                 return f"{path}.{short}"
         if getattr(torch._C._nn, name, None) is function:  # type: ignore[attr-defined]
             return f"torch._C._nn.{name}"
-        if getattr(torch.ops.aten, name, None) is not None and "torch._ops" in str(getattr(function, "__module__", "")):
+        if getattr(torch.ops.aten, name, None) is not None and "torch._ops" in str(
+            getattr(function, "__module__", "")
+        ):
             return f"torch.ops.aten.{name}"
         raise NotImplementedError(f"{function} has no path that can be written")
 
@@ -360,13 +439,36 @@ def _has_effect(call: Call) -> bool:
 
 
 RANDOM = frozenset(
-    "dropout native_dropout bernoulli rand randn rand_like randn_like randint randint_like normal multinomial randperm "
-    "rrelu alpha_dropout feature_dropout feature_alpha_dropout _scaled_dot_product_attention_math".split()
+    [
+        "dropout",
+        "native_dropout",
+        "bernoulli",
+        "rand",
+        "randn",
+        "rand_like",
+        "randn_like",
+        "randint",
+        "randint_like",
+        "normal",
+        "multinomial",
+        "randperm",
+        "rrelu",
+        "alpha_dropout",
+        "feature_dropout",
+        "feature_alpha_dropout",
+        "_scaled_dot_product_attention_math",
+    ]
 )
 _UPDATES_BUFFERS = frozenset(("_batch_norm_impl_index", "batch_norm", "native_batch_norm", "instance_norm"))
 
 
-_FACTORY_DEFAULTS = (("pin_memory", False), ("pin_memory", None), ("layout", None), ("device", None), ("dtype", None))
+_FACTORY_DEFAULTS = (
+    ("pin_memory", False),
+    ("pin_memory", None),
+    ("layout", None),
+    ("device", None),
+    ("dtype", None),
+)
 
 
 def _without_defaults(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -383,7 +485,9 @@ def _without_defaults(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _without_schema_defaults(function: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def _without_schema_defaults(
+    function: Any, args: list[Any], kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of an operator of torch without those that have their default."""
     if isinstance(function, torch._ops.OpOverloadPacket):
         if len(function.overloads()) > 1:

@@ -75,11 +75,25 @@ def function_name(function: Any) -> str:
 
 def is_inplace(function: Any) -> bool:
     name = function_name(function)
-    return name.endswith("_") and not name.endswith("__") or name in ("__setitem__", "__iadd__", "__imul__")
+    return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
 
 
 _IDENTITIES = frozenset(
-    "reshape view expand expand_as sum_to_size flatten unflatten contiguous to float conj resolve_conj squeeze".split()
+    [
+        "reshape",
+        "view",
+        "expand",
+        "expand_as",
+        "sum_to_size",
+        "flatten",
+        "unflatten",
+        "contiguous",
+        "to",
+        "float",
+        "conj",
+        "resolve_conj",
+        "squeeze",
+    ]
 )
 
 
@@ -171,10 +185,10 @@ class Trace(TorchFunctionMode):
         if not outputs:
             return result
         if is_inplace(func):
-            read = self.replace((args, kwargs))
+            new_args, new_kwargs = self.replace((args, kwargs))
             written = self.find(args[0])
             assert written is not None
-            self.calls.append(Call(func, *read, written, self.module))
+            self.calls.append(Call(func, new_args, new_kwargs, written, self.module))
             return result
         if isinstance(result, Tensor) and self.find(result) is not None:
             return result  # the function returned an argument
@@ -182,10 +196,10 @@ class Trace(TorchFunctionMode):
             self._variables[id(result)] = self._variables[id(args[0])]
             self._kept.append(result)
             return result
-        read = self.replace((args, kwargs))
+        new_args, new_kwargs = self.replace((args, kwargs))
         name = function_name(func).strip("_")
         for output in outputs:
             if self.find(output) is None:
                 self.add(Variable(name, output))
-        self.calls.append(Call(func, *read, self.replace(result), self.module))
+        self.calls.append(Call(func, new_args, new_kwargs, self.replace(result), self.module))
         return result
