@@ -231,6 +231,8 @@ class PowerOfTensorsFunction(Rule):
 
 def pow(input: Tensor | Number, exponent: Tensor | Number) -> Tensor:
     """`torch.pow`."""
+    if isinstance(input, Tensor) and exponent == 2 and not isinstance(exponent, Tensor):
+        return SquareFunction.apply(input)
     if isinstance(input, Tensor) and not isinstance(exponent, Tensor):
         return PowFunction.apply(input, exponent)
     a, b = (x if isinstance(x, Tensor) else torch.tensor(x) for x in (input, exponent))

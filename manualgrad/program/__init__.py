@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def export(
 
     Args:
         model: a module. It is captured in its current mode, training or evaluation.
-        args, kwargs: example inputs, as for `torch.export.export`. A gradient is derived for those that require it.
+        args, kwargs: example inputs, as for `torch.export.export`. Those that require a gradient get one.
         dynamic_shapes: as for `torch.export.export`.
 
     Raises:

@@ -336,6 +336,8 @@ class Capture:
         name = _ALIASES.get(name, name).strip("_")
         if name in self._open_functions or name in WITHOUT_GRADIENT or not self._needs_grad((args, kwargs)):
             return None
+        if name == "to" and _keeps_dtype(args, kwargs):
+            return _first_argument  # as torch, which returns the tensor itself
         function = manual_functions().get(name)
         if function is None:
             return functools.partial(self._without_rule, func, name)
@@ -418,6 +420,16 @@ class Capture:
         for call in self.trace.calls:
             self.steps.append(Step(call.module, function_name(call.function), None, {}, None, {}, [call]))
         self.trace.calls = []
+
+
+def _keeps_dtype(args: Any, kwargs: Any) -> bool:
+    """A call of ``to`` with the dtype that the tensor has."""
+    dtypes = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.dtype)]
+    return all(x == args[0].dtype for x in dtypes) and True not in (*args[1:], *kwargs.values())
+
+
+def _first_argument(*args: Any, **kwargs: Any) -> Any:
+    return args[0]
 
 
 def _torch_call(target: Any) -> Any:

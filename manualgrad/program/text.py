@@ -515,7 +515,7 @@ def render(statement: ast.stmt, width: int = WIDTH, indent: int = 4) -> list[str
     text = text.replace("'", '"') if "'" in text and '"' not in text else text
     if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
         head, _, tail = text.partition(" = ")
-        text = f"{head.strip('()')} = {tail}"
+        text = f"{_without_parentheses(head)} = {tail}"
     head, _, value = text.partition(" = ")
     if (
         len(text) > width - indent
@@ -524,6 +524,16 @@ def render(statement: ast.stmt, width: int = WIDTH, indent: int = 4) -> list[str
     ):
         return [f"{head} = (", *(f"    {x}" for x in split_line(value, width - indent - 4)), ")"]
     return split_line(text, width - indent)
+
+
+def _without_parentheses(text: str) -> str:
+    """A tuple without the parentheses around it."""
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0 and i < len(text) - 1:
+            return text
+    return text[1:-1]
 
 
 def _format_numbers(text: str) -> str:
