@@ -1,4 +1,4 @@
-"""python -m manualgrad show [NAME], coverage [NAME ...], or verify PACKAGE.MODULE:FUNCTION --inputs ..."""
+"""python -m manualgrad show, export, verify or coverage. ``--help`` describes each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import importlib
 import sys
 from typing import Any
 
+import torch
+
 from manualgrad import coverage
+from manualgrad.program import export
 from manualgrad.show import list_operations, show
 from manualgrad.verification import LAWS, verify
 
@@ -20,9 +23,9 @@ def main() -> int:
     if options.command == "coverage":
         return coverage.main(options.names)
     try:
-        return _verify(options)
+        return _export(options) if options.command == "export" else _verify(options)
     except Exception as error:
-        print(f"{parser.prog} verify: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{parser.prog} {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
 
 
@@ -36,6 +39,17 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--standalone", action="store_true", help="print a Python file that imports only torch")
     coverage = commands.add_parser("coverage", help="print the coverage table of torch.nn")
     coverage.add_argument("names", nargs="*", metavar="NAME", help="only these functions")
+    export = commands.add_parser("export", help="write a model's forward and backward as one Python file")
+    export.add_argument("model", metavar="PACKAGE.MODULE:NAME", help="a model, or a function that returns one")
+    export.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="SHAPE[:DTYPE]",
+        help="an input of random numbers, for example 64,3,32,32 or 8,128:int64; once for each input",
+    )
+    export.add_argument("--memory", choices=("eager", "least"), default="eager", help="what is computed again")
+    export.add_argument("-o", "--output", metavar="FILE", help="the file to write (default: print it)")
     verify = commands.add_parser(
         "verify",
         help="check a Function, function or module against all laws",
@@ -79,6 +93,26 @@ def _verify(options: argparse.Namespace) -> int:
     )
     print(report.to_json() if options.json else report)
     return 0 if report.ok else 1
+
+
+def _export(options: argparse.Namespace) -> int:
+    model = _import_object(options.model)
+    model = model if isinstance(model, torch.nn.Module) else model()
+    program = export(model, tuple(map(_example_input, options.input)), memory=options.memory)
+    if options.output is None:
+        print(program.code, end="")
+    else:
+        program.save(options.output)
+    return 0
+
+
+def _example_input(text: str) -> torch.Tensor:
+    sizes, _, name = text.partition(":")
+    shape = [int(x) for x in sizes.split(",") if x]
+    dtype = getattr(torch, name or "float32", None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"there is no dtype {name!r}")
+    return torch.rand(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 
 def _import_object(path: str) -> Any:

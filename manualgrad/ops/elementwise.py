@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manualgrad.ops.arithmetic import Pointwise
+from manualgrad.ops.arithmetic import Pointwise, PowerFunction
 from manualgrad.ops.shapes import Shape, shape_of, sum_to_shape
 from manualgrad.ops.views import to
 from manualgrad.registry import SampleInput, register
@@ -205,16 +205,6 @@ def _same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 # --- powers ---
 
 
-class PowFunction(Pointwise):
-    r"""y = xⁿ      y′ = n xⁿ⁻¹      n: a number"""
-
-    def forward(input: Tensor, n: float) -> Tensor:
-        return input**n
-
-    def derivative(input: Tensor, n: float) -> Tensor:
-        return n * input ** (n - 1) if n else torch.zeros_like(input)  # 0 · 0⁻¹ would be nan
-
-
 class PowerOfTensorsFunction(Rule):
     r"""y = aᵇ = e^(b ln a)      ∂L/∂a = g b aᵇ⁻¹      ∂L/∂b = g y ln a      (0 where y = 0)"""
 
@@ -234,7 +224,7 @@ def pow(input: Tensor | Number, exponent: Tensor | Number) -> Tensor:
     if isinstance(input, Tensor) and exponent == 2 and not isinstance(exponent, Tensor):
         return SquareFunction.apply(input)
     if isinstance(input, Tensor) and not isinstance(exponent, Tensor):
-        return PowFunction.apply(input, exponent)
+        return PowerFunction.apply(input, exponent)
     a, b = (x if isinstance(x, Tensor) else torch.tensor(x) for x in (input, exponent))
     return PowerOfTensorsFunction.apply(*_same_dtype(a, b), tuple(a.shape), tuple(b.shape))
 

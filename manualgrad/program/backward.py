@@ -48,7 +48,9 @@ class Backward:
         items: Sequence[Step | BlockCall],
         outputs: Iterable[Variable],
         vendor_kernels: bool = False,
+        differentiable: bool = False,
     ) -> None:
+        self.differentiable = differentiable
         self.vendor_kernels = vendor_kernels
         self.trace = trace
         self.saved_by_block: dict[BlockCall, Variable] = {}
@@ -84,13 +86,16 @@ class Backward:
         values = {**step.inputs, "output": step.output, **step.statistics, "grad": self.gradients[step.output]}
         self.trace.calls = []
         tensors = pytree.tree_map_only(Variable, lambda x: x.tensor, values)
-        formulas = spec.formulas_for(targets, spec.available)
+        available = spec.available_when_differentiated if self.differentiable else spec.available
+        for name in spec.available - available:
+            del values[name], tensors[name]
+        formulas = spec.formulas_for(targets, available)
         in_float32 = step.rule.upcast_gradients and step.output.tensor.dtype in LOW_PRECISION
         if in_float32:
             tensors = {name: self._upcast(value) for name, value in tensors.items()}
         tensors |= self._by_vendor_kernel(step, targets, tensors)
         if not tensors.keys() >= set(targets):
-            formulas = spec.formulas_for(targets, spec.available | tensors.keys())
+            formulas = spec.formulas_for(targets, available | tensors.keys())
         for formula in formulas:
             if formula.target not in tensors:
                 tensors[formula.target] = self._compute(step, formula, tensors)

@@ -110,8 +110,14 @@ class Graph:
     exported: ExportedProgram
     modules: dict[str, str]
     """The class of each module, by its path."""
+    symbols: dict[str, str] = field(default_factory=dict)
+    """By the symbol of a dynamic size: its name."""
     constants: dict[Variable, Tensor] = field(default_factory=dict)
     """Tensors that the model creates from numbers."""
+
+    @property
+    def calls(self) -> list[Call]:
+        return [call for step in self.steps for call in step.calls]
 
 
 WITHOUT_GRADIENT = frozenset(
@@ -167,7 +173,8 @@ _ALIASES = {
 @functools.cache
 def manual_functions() -> Mapping[str, Callable[..., Any]]:
     """manualgrad's functions by the name of torch's operator, with the operator's arguments."""
-    found: dict[str, Callable[..., Any]] = {}
+    found: dict[str, Callable[..., Any]] = {name: op.function for name, op in registry.graph_ops().items()}
+    found |= {"slice": views.slice_axis, "rdiv": elementwise.rdiv}
     for kernel, function in registry.kernel_replacements.items():
         name = getattr(kernel, "__name__", "")
         if override := override_by_schema(name, function, by_position=True):
@@ -176,17 +183,16 @@ def manual_functions() -> Mapping[str, Callable[..., Any]]:
         for by_position in (False, True):
             if override := override_by_schema(op.name, op.function, by_position):
                 found.setdefault(op.name, override)
-    for name, op in registry.graph_ops().items():
-        found.setdefault(name, op.function)
-    found["slice"] = views.slice_axis
-    found["rdiv"] = elementwise.rdiv
     return found
 
 
 class Capture:
     """Runs a graph of torch.export with fake tensors and collects its steps."""
 
-    def __init__(self, model: torch.nn.Module, exported: ExportedProgram, inputs: list[Any]) -> None:
+    def __init__(
+        self, model: torch.nn.Module, exported: ExportedProgram, inputs: list[Any], dimension_names: list[str]
+    ) -> None:
+        self._dimension_names = dimension_names
         self.exported = exported
         self.trace = Trace(self._override)
         self.steps: list[Step] = []
@@ -224,6 +230,7 @@ class Capture:
         signature = self.exported.graph_signature
         placeholders = [node for node in self.exported.graph.nodes if node.op == "placeholder"]
         arguments: list[Any] = []
+        names = iter(self._dimension_names)
         user_inputs = iter(self._inputs)
         for spec, node in zip(signature.input_specs, placeholders, strict=True):
             value = node.meta.get("val")
@@ -234,6 +241,9 @@ class Capture:
                     variable.needs_grad = isinstance(given, Tensor) and given.requires_grad
                     variable.is_named = True
                     graph.inputs.append(variable)
+                    for size in value.shape:
+                        if isinstance(size, torch.SymInt):
+                            graph.symbols.setdefault(str(size.node.expr), next(names, ""))
             elif isinstance(value, Tensor):
                 path = self._names.get(str(spec.target), str(spec.target))
                 if path in graph.state:

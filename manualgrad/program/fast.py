@@ -41,9 +41,19 @@ class FastProgram:
             list ``saved``.
     """
 
-    def __init__(self, graph: Graph, outputs: Sequence[Variable], min_elements: int, vendor_kernels: bool) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        outputs: Sequence[Variable],
+        min_elements: int,
+        vendor_kernels: bool,
+        reuse: bool = True,
+        differentiable: bool = False,
+    ) -> None:
         self.graph, self.outputs = graph, outputs
-        backward = Backward(graph.trace, graph.steps, outputs, vendor_kernels=vendor_kernels)
+        backward = Backward(
+            graph.trace, graph.steps, outputs, vendor_kernels=vendor_kernels, differentiable=differentiable
+        )
         constants = set(graph.constants)
         backward.recompute({*constants, *graph.state.values()}, min_elements)
         saved = backward.find_saved(constants)
@@ -51,12 +61,13 @@ class FastProgram:
         read = {x for call in forward_calls for x in call.reads}
         self.state = [path for path, x in graph.state.items() if x in read]
         arguments = [*(graph.state[path] for path in self.state), *graph.inputs]
-        writer = _PositionalWriter(constants)
+        writer = _PositionalWriter(constants, graph.symbols)
         self.forward_source = writer.function("forward", arguments, forward_calls, outputs, saved)
         calls = [call for section in backward.sections for call in section.calls]
         gradients = [backward.gradients.get(x) if x.needs_grad else None for x in arguments]
         results = [x for x in gradients if x is not None]
-        calls = reuse_temporaries(use_fast_masks(calls), results)
+        if reuse:
+            calls = reuse_temporaries(use_fast_masks(calls), results)
         writer.keep(saved)
         grads = [backward.output_gradients.get(x) for x in outputs]
         self.backward_source = writer.backward(saved, grads, calls, gradients)
@@ -81,17 +92,18 @@ def _compile(source: str, name: str, scope: dict[str, Any]) -> Callable[..., Any
 
 
 class _PositionalWriter:
-    def __init__(self, constants: Iterable[Variable]) -> None:
+    def __init__(self, constants: Iterable[Variable], symbols: dict[str, str]) -> None:
         self.writer = Writer(width=10**6)
+        self.writer.symbols = symbols
         for x in constants:
             self.writer.expressions[x] = ast.Name(x.name, ast.Load())
 
     def keep(self, variables: Iterable[Variable]) -> None:
         """Start a new function in which these variables have the names that they have now."""
         names = {x: self.writer.name(x) for x in variables}
-        constants = self.writer.expressions
+        constants, symbols = self.writer.expressions, self.writer.symbols
         self.writer = Writer(width=10**6)
-        self.writer.expressions = constants
+        self.writer.expressions, self.writer.symbols = constants, symbols
         self.writer.names = names
         self.writer._holders = {name: x for x, name in names.items()}
 
@@ -116,6 +128,7 @@ class _PositionalWriter:
     ) -> str:
         names = [self._name(x) for x in arguments]
         lines = self._lines(calls, {*outputs, *saved}, {*outputs, *saved, *arguments})
+        lines[:0] = self.writer.size_lines(arguments)
         result = ", ".join(self._name(x) for x in outputs)
         result = result if len(outputs) == 1 else f"({result},)"
         lines.append(f"return {result}, ({''.join(f'{self._name(x)}, ' for x in saved)})")
@@ -132,6 +145,7 @@ class _PositionalWriter:
         head = [f"{''.join(f'{self._name(x)}, ' for x in saved)} = saved", "saved.clear()"] if saved else []
         results = {x for x in gradients if x is not None}
         lines = self._lines(calls, results, results)
+        head += self.writer.size_lines([*saved, *(x for x in grads if x is not None)])
         values = ["None" if x is None else self._name(x) for x in gradients]
         return _join(f"def backward({', '.join(parameters)}):", [*head, *lines, f"return ({', '.join(values)},)"])
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from manualgrad.program.backward import Backward, BlockFunction
@@ -163,7 +164,8 @@ class FileWriter:
 
 def _example(variable: Variable, largest: int) -> str:
     """The arguments of ``random_tensor`` for a variable."""
-    values = variable.tensor.dtype, variable.needs_grad, largest, *variable.tensor.shape
+    shape = [size.node.hint if isinstance(size, torch.SymInt) else size for size in variable.tensor.shape]
+    values = variable.tensor.dtype, variable.needs_grad, largest, *shape
     return f"({', '.join(map(str, values))})"
 
 
@@ -238,6 +240,7 @@ class UnitWriter:
         self.available = available
         self.writer = Writer()
         self.writer.unit_path = unit.path
+        self.writer.symbols = graph.symbols
         self.saved = self._find_saved()
         self.forward_calls = [self._forward_calls(item) for item in unit.items]
         self.grad_outputs: list[str] = []
@@ -284,6 +287,7 @@ class UnitWriter:
             later = {x for _, others in groups[i + 1 :] for call in others for x in call.reads}
             if lines := writer.lines(calls, kept | later):
                 body += [*([f"# {place}"] if place else []), *lines]
+        body[:0] = writer.size_lines(unit.inputs)
         outputs = [ast.unparse(writer.value(x)) for x in unit.outputs]
         result = outputs[0] if len(outputs) == 1 else _tuple(outputs)
         body += split_line(f"return {result}, {_tuple([writer.name(x) for x in self.saved])}", WIDTH - 4)
@@ -312,6 +316,7 @@ class UnitWriter:
         ):
             if variable in writer.names:
                 gradient.name = f"grad_{writer.names[variable]}"
+        writer.used_sizes.clear()
         self.grad_outputs = [
             writer.name(backward.output_gradients[x]) if x in backward.output_gradients else f"_{i}"
             for i, x in enumerate(unit.outputs)
@@ -349,6 +354,9 @@ class UnitWriter:
             ast.unparse(writer.value(backward.gradients[x])) if x in backward.gradients else "None" for x in needed
         ]
         body += split_line(f"return {', '.join(['grads', *returned])}", WIDTH - 4)
+        given = [*self.saved, *(x for x in backward.output_gradients.values() if x in writer.names)]
+        at = next(i for i, line in enumerate(body) if line == "grads = {}")
+        body[at:at] = writer.size_lines(given)
         docstring = "The gradients of the parameters by name" + (", and of the inputs." if needed else ".")
         head = f"{self._function('backward')}({', '.join(['state', 'saved', *self._grad_parameters()])})"
         return _definition(head, docstring, body)

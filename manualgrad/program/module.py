@@ -24,13 +24,14 @@ class ProgramModule(nn.Module):
         state: Sequence[str],
         forward: Compute,
         backward: Compute,
+        differentiable: Callable[[], Compute],
         check_inputs: Callable[..., list[Tensor]],
         outputs: Callable[[Any], Any],
     ) -> None:
         super().__init__()
         self.model = model
         self._tensors = [_find(model, path) for path in state]
-        self._apply_program = make_apply(forward, backward)
+        self._apply_program = make_apply(forward, backward, differentiable)
         self._check_inputs, self._outputs = check_inputs, outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -45,7 +46,13 @@ def _find(model: nn.Module, path: str) -> tuple[dict[str, Any], str]:
     return (module._parameters if name in module._parameters else module._buffers), name
 
 
-def make_apply(forward: Compute, backward: Compute) -> Compute:
+def make_apply(forward: Compute, backward: Compute, differentiable: Callable[[], Compute]) -> Compute:
+    """The entry point of the Function.
+
+    Args:
+        differentiable: gives the function (tensors, grads) -> gradients that runs if the backward is itself
+            differentiated. It computes again what the backward reads, so its derivative takes all paths.
+    """
     run_forward, run_backward = forward, backward
 
     class ProgramFunction(Function):
@@ -55,12 +62,13 @@ def make_apply(forward: Compute, backward: Compute) -> Compute:
         def forward(ctx: Any, *tensors: Any) -> Any:
             outputs, saved = run_forward(*tensors)
             ctx.save_for_backward(*saved)
+            ctx.arguments = tensors  # only a second derivative reads them
             return outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             if torch.is_grad_enabled():
-                raise RuntimeError("the backward of a program cannot be differentiated")
+                return differentiable()(ctx.arguments, grads)
             return run_backward([*ctx.saved_tensors], *grads)
 
     parent: Any = super(Function, ProgramFunction)

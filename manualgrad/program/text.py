@@ -127,6 +127,7 @@ class Writer:
         self.expressions: dict[Variable, ast.expr] = {}
         """For a variable that is no local name: how it is written."""
         self.symbols: dict[str, str] = {}
+        self.used_sizes: set[str] = set()
         self.unit_path = ""
 
     # --- names ---
@@ -199,7 +200,7 @@ class Writer:
                 self._extend_reads(call, output)
                 continue
             used = {variable for variable in call.writes if reads[variable] or variable in kept}
-            if not used and not _has_effect(call):
+            if not used and not has_effect(call):
                 continue
             if hasattr(call.function, "block"):
                 found += self._block_lines(call, expression, used, position, rebind)
@@ -262,7 +263,7 @@ class Writer:
         for call in calls[i + 1 :]:
             if output in call.reads:
                 return not call.is_inplace
-            if call.is_inplace or _has_effect(call):
+            if call.is_inplace or has_effect(call):
                 return False
         return False
 
@@ -315,9 +316,22 @@ class Writer:
     def _symbolic(self, value: Any) -> ast.expr:
         tree = ast.parse(str(value.node.expr), mode="eval").body
         for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and node.id in self.symbols:
-                node.id = self.symbols[node.id]
+            if isinstance(node, ast.Name):
+                node.id = self.symbols.get(node.id) or f"size_{node.id}"
+                self.used_sizes.add(node.id)
         return tree
+
+    def size_lines(self, variables: Iterable[Variable]) -> list[str]:
+        """The lines that read the dynamic sizes from the shapes of these variables."""
+        found: dict[str, str] = {}
+        for x in variables:
+            for axis, size in enumerate(x.tensor.shape):
+                if isinstance(size, torch.SymInt):
+                    symbol = str(size.node.expr)
+                    name = self.symbols.get(symbol) or f"size_{symbol}"
+                    if name in self.used_sizes and symbol.isidentifier():
+                        found.setdefault(name, f"{name} = {ast.unparse(self.value(x))}.shape[{axis}]")
+        return list(found.values())
 
     def expression(self, call: Call) -> Any:
         name = function_name(call.function)
@@ -430,7 +444,7 @@ def _is_operator(function: Any) -> bool:
     return getattr(Tensor, name, None) is function or getattr(torch, name, None) is function
 
 
-def _has_effect(call: Call) -> bool:
+def has_effect(call: Call) -> bool:
     """The call draws random numbers or writes into a tensor, so its position matters."""
     name = function_name(call.function)
     if hasattr(call.function, "block"):
