@@ -449,7 +449,9 @@ def has_effect(call: Call) -> bool:
     name = function_name(call.function)
     if hasattr(call.function, "block"):
         return True
-    return is_inplace(call.function) or name in RANDOM or (name in _UPDATES_BUFFERS)
+    if name in _UPDATES_BUFFERS:
+        return call.args[5] is not False  # in evaluation mode it does not
+    return is_inplace(call.function) or name in RANDOM
 
 
 RANDOM = frozenset(
@@ -574,7 +576,8 @@ def split_line(text: str, width: int) -> list[str]:
         return [text]
     head, body, tail = text[: start + 1], text[start + 1 : end], text[end:]
     indented = "    "
-    if len(indented + body) <= width and not body.rstrip().endswith(","):
+    is_call = start > 0 and (text[start - 1].isalnum() or text[start - 1] in "_])")
+    if is_call and len(indented + body) <= width and not body.rstrip().endswith(","):
         return [head, indented + body, *split_line(tail, width)]
     parts = _split_at_commas(body)
     if len(parts) == 1:

@@ -111,6 +111,8 @@ class RuleSpec:
         self._check_unused_methods()
         if not any(name in self.formulas for name in self.gradients):
             raise TypeError(f"{self.rule.__name__} has no gradient: define grad_{self.inputs[0]}, for example")
+        if self.rule.__module__.startswith("manualgrad.ops."):
+            return  # a test reads these formulas: parsing all files at import takes longer than the rest of it
         for formula in self.formulas.values():
             for line, problem in impurities(formula.tree, ["writes"]):
                 raise TypeError(
