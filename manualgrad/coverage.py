@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from manualgrad import nn
 from manualgrad.meter import saved_bytes
-from manualgrad.registry import Op, SampleInput, TensorFactory, kernel_replacements, ops
+from manualgrad.registry import Op, SampleInput, TensorFactory, graph_ops, kernel_replacements, ops
 from manualgrad.verification.derivatives import along_line, derivative, difference_quotient
 from manualgrad.verification.function_under_test import FunctionUnderTest, random_grad_output
 
@@ -234,6 +234,28 @@ Operations with correct derivatives:
 """
 
 
+_GRAPH_OPERATORS = """\
+## Operators of whole-model programs
+
+`manualgrad.export` needs a rule for every operator between the layers. These rules are under the same laws, but
+never take the place of torch's functions in eager mode.
+"""
+
+
+def graph_table() -> str:
+    lines = ["| operator | file | orders 1-4 | expected failures |", "|---|---|---|---|"]
+    for op in graph_ops().values():
+        laws: dict[str, list[str]] = {}
+        for law, reason in op.expected_failures.items():
+            laws.setdefault(reason, []).append(law)
+        failures = "; ".join(f"`{'`, `'.join(names)}`: {reason}" for reason, names in laws.items())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            marks = orders(op)[0]
+        lines.append(f"| `{op.name}` | `{op.file}.py` | {marks} | {failures} |")
+    return "\n".join(lines)
+
+
 def main(names: Sequence[str] = ()) -> int:
     """Print the page, or only the rows of some operations. Return the exit status."""
     for name in set(names) - ops().keys():
@@ -244,6 +266,8 @@ def main(names: Sequence[str] = ()) -> int:
         print(_INTRODUCTION.format(version=torch.__version__.partition("+")[0]))
         print(f"{summary([(x.orders, x.torch_orders) for x in rows])}\n")
     print("\n".join([HEADER, *map(str, rows)]))
+    if not names:
+        print(f"\n{_GRAPH_OPERATORS}\n{graph_table()}")
     if missing := missing_names():
         print(f"\nNot covered: {', '.join(missing)}")
     return 1 if missing else 0

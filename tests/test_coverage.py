@@ -14,7 +14,10 @@ from manualgrad import coverage, ops, registry
 from manualgrad.registry import Op
 
 PAGE = (Path(ops.__file__).parent / "COVERAGE.md").read_text()
-CELLS = {line.split("`")[1]: line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| `")}
+OPERATIONS, _, OPERATORS = PAGE.partition("## Operators of whole-model programs")
+CELLS = {
+    line.split("`")[1]: line.strip("| ").split(" | ") for line in OPERATIONS.splitlines() if line.startswith("| `")
+}
 
 
 def measured_with_this_torch() -> bool:
@@ -38,6 +41,11 @@ def test_row(op: Op) -> None:
 def test_table_and_summary() -> None:
     assert list(CELLS) == list(registry.ops())
     assert coverage.summary([(cells[3], cells[4]) for cells in CELLS.values()]) in PAGE
+
+
+@pytest.mark.slow
+def test_table_of_graph_operators() -> None:
+    assert coverage.graph_table() in OPERATORS
 
 
 def test_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,9 +211,9 @@ def test_second_derivatives(name: str) -> None:
     parameters = [x for x in model.parameters() if x.requires_grad]
 
     def second(compute: Callable[..., Any]) -> list[Tensor]:
-        loss = sum(x.square().sum() for x in pytree.tree_leaves(compute(*inputs)))
+        loss = torch.stack([x.square().sum() for x in pytree.tree_leaves(compute(*inputs))]).sum()
         first = torch.autograd.grad(loss, parameters, create_graph=True)
-        return list(torch.autograd.grad(sum(x.square().sum() for x in first), parameters))
+        return list(torch.autograd.grad(torch.stack([x.square().sum() for x in first]).sum(), parameters))
 
     with sdpa_kernel(SDPBackend.MATH):
         expected = second(model)
