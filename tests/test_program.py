@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import re
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
+import manualgrad
 from manualgrad.program import Program, UnsupportedOperators, export
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")
@@ -247,6 +250,7 @@ def forward(state, input):
     layer1 = F.relu(layer0)
     # 2: Linear
     layer2 = F.linear(layer1, state["2.weight"], state["2.bias"])
+    # saved: 480 bytes
     return layer2, (input, layer1)
 
 
@@ -359,3 +363,32 @@ def test_command_line(tmp_path: Path) -> None:
     assert printed.stdout == (tmp_path / "step.py").read_text()
     assert "there is no dtype 'float7'" in run("models:small", "--input", "4,3:float7").stderr
     assert run("models:small", "--input", "4,5").returncode == 2
+
+
+# --- the page ---
+
+PAGE = Path(manualgrad.__file__).parent / "program" / "README.md"
+EXAMPLE = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
+
+
+def output_of_example(text: str) -> str:
+    """What the example of the page prints."""
+    match = EXAMPLE.search(text)
+    assert match
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(match[1], str(PAGE), "exec"), {})
+    return printed.getvalue()
+
+
+def test_page() -> None:
+    match = EXAMPLE.search(PAGE.read_text())
+    assert match
+    assert match[2] == output_of_example(PAGE.read_text()), "python tests/test_program.py updates the page"
+
+
+if __name__ == "__main__":
+    page = PAGE.read_text()
+    found = EXAMPLE.search(page)
+    assert found
+    PAGE.write_text(page[: found.start(2)] + output_of_example(page) + page[found.end(2) :])

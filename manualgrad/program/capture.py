@@ -165,7 +165,6 @@ _ALIASES = {
     "__rmatmul__": "rmatmul",
     "_unsafe_view": "view",
     "_to_copy": "to",
-    "alias": "clone",
     "true_divide": "div",
 }
 
@@ -314,8 +313,9 @@ class Capture:
             return None
         if is_inplace(target) and self.trace.find(args[0]).path is None:  # type: ignore[union-attr]
             return self._call_inplace(target, args, kwargs)
+        subscript = _SUBSCRIPTS.get(name) if not self._needs_grad((args, kwargs)) else None
         with self.trace:
-            return _torch_call(target)(*args, **kwargs)
+            return (subscript or _torch_call(target))(*args, **kwargs)
 
     def _call_higher_order(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target.name() == "wrap_with_set_grad_enabled":
@@ -346,7 +346,7 @@ class Capture:
         name = _ALIASES.get(name, name).strip("_")
         if name in self._open_functions or name in WITHOUT_GRADIENT or not self._needs_grad((args, kwargs)):
             return None
-        if name == "to" and _keeps_dtype(args, kwargs):
+        if name == "alias" or (name == "to" and _keeps_dtype(args, kwargs)):
             return _first_argument  # as torch, which returns the tensor itself
         function = manual_functions().get(name)
         if function is None:
@@ -450,6 +450,20 @@ def _torch_call(target: Any) -> Any:
         if function is not None and not isinstance(function, type(_torch_call)):
             return functools.partial(_call_with_fallback, function, target)
     return target
+
+
+def _slice(input: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Tensor:
+    axis = dim % input.dim()
+    end = None if isinstance(end, int) and end >= 2**62 else end
+    return input[(*[slice(None)] * axis, slice(start or None, end, step if step != 1 else None))]
+
+
+def _index(input: Tensor, indices: Any) -> Tensor:
+    return input[tuple(slice(None) if x is None else x for x in indices)]
+
+
+_SUBSCRIPTS = {"slice": _slice, "index": _index}
+"""Operators that read better as subscripts. (Where a gradient flows, their rules are applied.)"""
 
 
 def _call_with_fallback(function: Any, target: Any, *args: Any, **kwargs: Any) -> Any:

@@ -280,7 +280,7 @@ class UnitWriter:
         groups = [
             (place, [call for _, calls in items for call in calls])
             for place, items in groupby(
-                zip(unit.items, self.forward_calls, strict=True), lambda x: self._place(x[0])
+                zip(unit.items, self.forward_calls, strict=True), lambda x: self._title(x[0])
             )
         ]
         for i, (place, calls) in enumerate(groups):
@@ -288,11 +288,33 @@ class UnitWriter:
             if lines := writer.lines(calls, kept | later):
                 body += [*([f"# {place}"] if place else []), *lines]
         body[:0] = writer.size_lines(unit.inputs)
+        body += self._saved_bytes()
         outputs = [ast.unparse(writer.value(x)) for x in unit.outputs]
         result = outputs[0] if len(outputs) == 1 else _tuple(outputs)
         body += split_line(f"return {result}, {_tuple([writer.name(x) for x in self.saved])}", WIDTH - 4)
         head = f"{self._function('forward')}({', '.join(['state', *arguments])})"
         return _definition(head, f"The output of {unit.name or 'the model'}, and what the backward needs.", body)
+
+    def _saved_bytes(self) -> list[str]:
+        """A comment that says how much memory the saved tensors take."""
+        sizes = [
+            x.tensor.untyped_storage().nbytes()
+            for x in self.saved
+            if x not in self.backward.saved_by_block.values()
+        ]
+        if not self.saved or not all(isinstance(size, int) for size in sizes):
+            return []
+        blocks = len(self.saved) - len(sizes)
+        more = (
+            f", besides those of {blocks} blocks" if blocks > 1 else ", besides those of a block" if blocks else ""
+        )
+        return [f"# saved: {sum(sizes):,} bytes{more}"]
+
+    def _title(self, item: Step | BlockCall) -> str:
+        place = self._place(item)
+        if isinstance(item, Step) and item.rule is None:
+            return f"{place} (no gradient)" if place else "no gradient"
+        return place
 
     def _place(self, item: Step | BlockCall) -> str:
         if isinstance(item, BlockCall):
