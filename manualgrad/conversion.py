@@ -100,6 +100,19 @@ def revert(model: Model) -> Model:
     return model
 
 
+@contextmanager
+def reverted(model: nn.Module) -> Iterator[None]:
+    """Inside this context the model's modules are torch's own. See `revert`."""
+    changes = _Changes(model, _torch_functions())
+    for module in changes.modules:
+        changes.add(module, _original_class)
+    undo = changes.apply()
+    try:
+        yield
+    finally:
+        undo()
+
+
 class ReportRow(NamedTuple):
     """How one module was converted."""
 
@@ -165,9 +178,15 @@ class _Changes:
         with self._error_note(module):
             self.classes[module] = new_class(module)
 
-    def apply(self) -> None:
-        """Set the classes, and replace the functions that the modules hold."""
+    def apply(self) -> Callable[[], None]:
+        """Set the classes, and replace the functions that the modules hold. Returns a function that undoes it."""
         done: list[tuple[nn.Module, Class, dict[str, Any]]] = []
+
+        def undo() -> None:
+            for module, cls, old in reversed(done):
+                _set_class(module, cls)
+                vars(module).update(old)
+
         try:
             for module, cls in self.classes.items():
                 with self._error_note(module):
@@ -181,10 +200,9 @@ class _Changes:
                     _set_class(module, cls)
                     attributes.update(new)
         except BaseException:
-            for module, cls, old in reversed(done):
-                _set_class(module, cls)
-                vars(module).update(old)
+            undo()
             raise
+        return undo
 
     @contextmanager
     def _error_note(self, module: nn.Module) -> Iterator[None]:

@@ -187,6 +187,18 @@ def test_gradients_of_the_module(name: str, memory: Any) -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("name", ["mlp", "encoder"])
+def test_converted_model(name: str) -> None:
+    """The program of a converted model is that of the model itself, and the model stays converted."""
+    model, inputs = make(name)
+    code = export(model, inputs).code
+    manualgrad.convert(model, functional=True)
+    classes = [type(x) for x in model.modules()]
+    assert export(model, inputs).code == code
+    assert [type(x) for x in model.modules()] == classes
+    assert_same(model, inputs, export(model, inputs).module())
+
+
 @CASES
 def test_file_runs_without_manualgrad(name: str, tmp_path: Path) -> None:
     """The file checks itself, in a process that cannot import manualgrad, and ruff finds nothing to change."""

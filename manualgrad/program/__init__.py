@@ -13,6 +13,7 @@ from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
 from manualgrad import recomputation, vendor_kernels
+from manualgrad.conversion import reverted
 from manualgrad.program.blocks import find_units
 from manualgrad.program.capture import Capture
 from manualgrad.program.capture import UnsupportedOperators as UnsupportedOperators
@@ -40,7 +41,8 @@ class Program:
     ) -> None:
         min_elements = {"eager": recomputation.MIN_ELEMENTS, "least": 0}[memory]
         self._model = model
-        exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        with reverted(model):
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         leaves, self._in_spec = pytree.tree_flatten((args, kwargs))
         self._inputs = leaves
         self._graph = Capture(model, exported, leaves, _dimension_names(dynamic_shapes)).run()
@@ -208,7 +210,7 @@ def export(
         print(program.code)
 
     Args:
-        model: a module. It is captured in its current mode, training or evaluation.
+        model: a module of torch or manualgrad. It is captured in its current mode, training or evaluation.
         args, kwargs: example inputs, as for `torch.export.export`. Those that require a gradient get one.
         dynamic_shapes: as for `torch.export.export`.
 
