@@ -19,7 +19,15 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-from manualgrad.training import DataError, FitResult, TaskSettings, Trainer, parse_settings, run
+from manualgrad.training import (
+    DataError,
+    FitResult,
+    TaskSettings,
+    TensorBoardLogger,
+    Trainer,
+    parse_settings,
+    run,
+)
 
 DIAMONDS = Path(__file__).parent / "data" / "diamonds.csv.bz2"
 MIN_ROWS = 50
@@ -235,6 +243,11 @@ def train(settings: Settings) -> FitResult | None:
     model = build_model(settings, table.inputs.shape[1])
     train_loader = make_loader(table, "train", settings.batch_size, shuffle=True)
     optimizer, schedule = settings.one_cycle(model, len(train_loader))
+
+    def finish(logger: TensorBoardLogger, step: int) -> dict[str, float]:
+        logger.log_program(model, table.inputs[: settings.batch_size].to(trainer.device), step)
+        return evaluate(model, table, logarithm, trainer.device)
+
     trainer = Trainer(
         model,
         settings.layers.MSELoss(),
@@ -243,7 +256,7 @@ def train(settings: Settings) -> FitResult | None:
         make_loader(table, "validation", 4096, shuffle=False),
         settings=settings,
         lr_scheduler=schedule,
-        on_fit_end=lambda *_: evaluate(model, table, logarithm, trainer.device),
+        on_fit_end=finish,
     )
     result = trainer.fit()
     if not trainer.is_main_process:

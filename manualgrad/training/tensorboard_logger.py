@@ -12,6 +12,8 @@
     settings                a text card
     gradient_flow           a picture: the norm of each layer's gradient, from the loss to the input
     saved_bytes             a card and a picture: the bytes that each layer saves for backward
+    program                 a card: forward and backward as one Python program, if `log_program` is called
+    graphs                  the model's operations, likewise
     custom scalars          the loss and each metric, training and validation in one chart
 
 The step of every point is the number of optimizer steps done, so all curves share one axis. Points written after a
@@ -23,6 +25,7 @@ is full they stay in memory until there is room.
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -35,7 +38,9 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
+from manualgrad.conversion import reverted
 from manualgrad.meter import TENSORBOARD_LENGTH, TENSORBOARD_MAX_BARS, add_pil_image, bar_chart, saved_bytes
+from manualgrad.program import export
 
 from .distributed import full_tensor
 from .serialization import CheckpointError
@@ -155,6 +160,20 @@ class TensorBoardLogger:
         if self.folder is not None:
             saved = saved_bytes(model, input)
             self.add(step, lambda writer: saved.log(writer, step=step))
+
+    def log_program(self, model: nn.Module, input: Tensor, step: int) -> None:
+        """Add the model's forward and backward as one Python program (see `manualgrad.export`), and its graph."""
+        if self.folder is None:
+            return
+        code = export(model, (input,)).code
+
+        def write(writer: SummaryWriter) -> None:
+            writer.add_text("program", _verbatim(code), step)
+            with reverted(model), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
+                writer.add_graph(model, input)
+
+        self.add(step, write)
 
     def start_epoch(self, examples: int) -> None:
         """Start measuring the speed; `examples` is the number of examples in this epoch so far."""
