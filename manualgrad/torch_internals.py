@@ -59,7 +59,11 @@ PRIVATE_NAMES = (
     "torch._ctc_loss",
     "torch._functorch.eager_transforms.JVP_NESTING",
     "torch._functorch.utils.unwrap_dead_wrappers",
+    "torch._guards.detect_fake_mode",
     "torch._jit_internal.boolean_dispatched",
+    "torch._ops.HigherOrderOperator",
+    "torch._ops.OpOverload",
+    "torch._ops.OpOverloadPacket",
     "torch._prims_common.suggest_memory_format",
     "torch.autograd._get_sequence_nr",
     "torch.autograd.forward_ad._current_level",
@@ -84,6 +88,7 @@ PRIVATE_NAMES = (
     "torch.utils._pytree.tree_leaves",
     "torch.utils._pytree.tree_map",
     "torch.utils._pytree.tree_map_only",
+    "torch.utils._pytree.tree_structure",
     "torch.utils._pytree.tree_unflatten",
 )
 """The private names that `check` looks for. Names that are imported on first use (DTensor, torch.compile) are not

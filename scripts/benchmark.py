@@ -47,9 +47,9 @@ from manualgrad.verification.derivatives import along_line, derivative
 class Settings(CliSettings):
     """Time and memory of manualgrad compared with torch.nn and others. A ratio below 1 means less."""
 
-    suite: Literal["all", "operations", "models", "orders"] = "all"
-    """Single operations at sizes of real models, whole models, or both (all); or the derivatives of layer norm of
-    orders 1 to 4 (orders)."""
+    suite: Literal["all", "operations", "models", "small", "orders"] = "all"
+    """Single operations at sizes of real models, whole models, or both (all); small models with one thread (small);
+    or the derivatives of layer norm of orders 1 to 4 (orders)."""
     only: list[str] = []
     """Names of the models and operations to measure; by default all."""
     device: str = "cpu"
@@ -327,15 +327,20 @@ def main() -> None:
     if settings.suite == "orders":
         print(layer_norm_table())
         return
-    ops = {} if settings.suite == "models" else registry.ops()
+    if settings.suite == "small":
+        torch.set_num_threads(1)
+    ops = registry.ops() if settings.suite in ("all", "operations") else {}
     cases = {} if settings.suite == "operations" else models.CASES_BY_NAME
     if unknown := set(settings.only) - {*cases, *ops}:
         fail(f"--only: {', '.join(sorted(unknown))} not found among {', '.join([*cases, *ops])}")
     if settings.only:
         cases = {name: cases[name] for name in settings.only if name in cases}
         ops = {name: ops[name] for name in settings.only if name in ops}
-    elif settings.device == "cpu":
-        cases = {name: case for name, case in cases.items() if case not in models.LAYERS}
+    elif settings.suite == "small":
+        cases = {case.name: case for case in models.SMALL}
+    else:
+        excluded = models.SMALL + (models.LAYERS if settings.device == "cpu" else [])
+        cases = {name: case for name, case in cases.items() if case not in excluded}
     where = "CPU" if settings.device == "cpu" else torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, {settings.dtype}")
     print("Each row is one forward and backward.")

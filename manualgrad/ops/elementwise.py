@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manualgrad.ops.arithmetic import Pointwise, PowerFunction
 from manualgrad.ops.shapes import Shape, shape_of, sum_to_shape
-from manualgrad.ops.views import to
+from manualgrad.ops.views import to_dtype
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule
 
@@ -199,7 +199,7 @@ def _same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.dtype == b.dtype:
         return a, b
     dtype = torch.result_type(a, b)
-    return (a if a.dtype == dtype else to(a, dtype)), (b if b.dtype == dtype else to(b, dtype))
+    return (a if a.dtype == dtype else to_dtype(a, dtype)), (b if b.dtype == dtype else to_dtype(b, dtype))
 
 
 # --- powers ---

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manualgrad.ops.shapes import nonnegative_axes
-from manualgrad.ops.views import to, unsqueeze
+from manualgrad.ops.views import to_dtype, unsqueeze
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule
 
@@ -36,7 +36,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """`torch.cat`, one tensor after the other. Other dtypes than the result's are cast first."""
     axis = nonnegative_axes(dim, tensors[0].dim())[0]
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
-    found, *others = (x if x.dtype == dtype else to(x, dtype) for x in tensors)
+    found, *others = (x if x.dtype == dtype else to_dtype(x, dtype) for x in tensors)
     for x in others:
         found = CatFunction.apply(found, x, axis, found.shape[axis], x.shape[axis])
     return found

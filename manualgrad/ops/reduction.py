@@ -12,7 +12,7 @@ from torch import Tensor
 from manualgrad.ops.elementwise import mul, square, sub  # type: ignore[attr-defined]
 from manualgrad.ops.indexing import gather
 from manualgrad.ops.shapes import IntOrInts, Shape, nonnegative_axes
-from manualgrad.ops.views import squeeze, to
+from manualgrad.ops.views import squeeze, to_dtype
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule
 
@@ -51,14 +51,14 @@ class MeanFunction(Rule):
 def sum(input: Tensor, dim: Axes = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """`torch.sum`."""
     axes = nonnegative_axes(dim, input.dim())
-    input = input if dtype is None or dtype == input.dtype else to(input, dtype)
+    input = input if dtype is None or dtype == input.dtype else to_dtype(input, dtype)
     return SumFunction.apply(input, axes, keepdim, _kept(input, axes), tuple(input.shape))
 
 
 def mean(input: Tensor, dim: Axes = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """`torch.mean`."""
     axes = nonnegative_axes(dim, input.dim())
-    input = input if dtype is None or dtype == input.dtype else to(input, dtype)
+    input = input if dtype is None or dtype == input.dtype else to_dtype(input, dtype)
     n = math.prod(input.shape[axis] for axis in axes)
     return MeanFunction.apply(input, axes, keepdim, _kept(input, axes), tuple(input.shape), n)
 
@@ -158,7 +158,7 @@ class CumsumFunction(Rule):
 
 def cumsum(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """`torch.cumsum`."""
-    input = input if dtype is None or dtype == input.dtype else to(input, dtype)
+    input = input if dtype is None or dtype == input.dtype else to_dtype(input, dtype)
     return CumsumFunction.apply(input, dim)
 
 

@@ -378,7 +378,7 @@ def clone(input: Tensor, *, memory_format: torch.memory_format | None = None) ->
     return CloneFunction.apply(input)
 
 
-def to(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def to_dtype(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`torch.Tensor.to`, for a dtype. A device must be the one that the tensor is on."""
     dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), input.dtype)
     devices = [torch.device(x) for x in (*args, *kwargs.values()) if isinstance(x, (str, torch.device))]
@@ -389,7 +389,7 @@ def to(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def type_as(input: Tensor, other: Tensor) -> Tensor:
     """`torch.Tensor.type_as`."""
-    return to(input, other.dtype)
+    return to_dtype(input, other.dtype)
 
 
 _EXPECTED_FAILURES = {
@@ -446,8 +446,9 @@ for _function, _samples in {
         in_graphs_only=True,
     )
 
+to_dtype.__name__ = "to"
 register(
-    to,
+    to_dtype,
     reference=Tensor.to,
     sample_inputs=lambda t: [SampleInput(t(3, 2), torch.float64)],
     benchmark_input=lambda t: SampleInput(t(512, 512), torch.float32),

@@ -90,14 +90,29 @@ class BasicBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class LeNet(nn.Module):
+    """Two convolutions with pooling, two linear layers (LeCun, Bottou, Bengio and Haffner, 1998)."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        self.conv1, self.conv2 = nn.Conv2d(1, 8, 5), nn.Conv2d(8, 16, 5)
+        self.linear, self.head = nn.Linear(256, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        for conv in (self.conv1, self.conv2):
+            x = F.max_pool2d(F.relu(conv(x)), 2)
+        return F.cross_entropy(self.head(F.relu(self.linear(x.flatten(1)))), target)
+
+
+class ResNet(nn.Module):
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        w = width
+        self.stem = nn.Sequential(nn.Conv2d(3, w, 3, 1, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU())
         self.blocks = Blocks(
-            [BasicBlock(64, 64, 1), BasicBlock(64, 64, 1), BasicBlock(64, 128, 2), BasicBlock(128, 256, 2)]
+            [BasicBlock(w, w, 1), BasicBlock(w, w, 1), BasicBlock(w, 2 * w, 2), BasicBlock(2 * w, 4 * w, 2)]
         )
-        self.head = nn.Linear(256, 10)
+        self.head = nn.Linear(4 * w, 10)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         x = F.adaptive_avg_pool2d(self.blocks(self.stem(x)), 1).flatten(1)
@@ -410,13 +425,13 @@ class Case:
     title: str
     make: Callable[[], nn.Module]
     batch: Callable[[], Batch]
-    variants: tuple[str, ...] = ("manualgrad", "torch_compiled")
+    variants: tuple[str, ...] = ("manualgrad", "program", "torch_compiled")
     """The variants to measure besides plain torch.nn. See `VARIANTS` in lib/steps.py."""
     functional: bool = True
     """Whether the model also calls functions of torch.nn.functional."""
 
 
-_BLOCK_VARIANTS = ("manualgrad", "torch_checkpointed", "manualgrad_checkpointed", "torch_compiled")
+_BLOCK_VARIANTS = ("manualgrad", "program", "torch_checkpointed", "manualgrad_checkpointed", "torch_compiled")
 _HEAD_VARIANTS = (*_BLOCK_VARIANTS, "torch_chunked", "liger")
 _LAYER_VARIANTS = ("manualgrad", "torch_compiled", "liger")
 
@@ -524,4 +539,33 @@ LAYERS = [
 ]
 """Measured on CUDA only, where Liger-Kernel runs."""
 
-CASES_BY_NAME = {case.name: case for case in CASES + LAYERS}
+_SMALL_VARIANTS = ("manualgrad", "program")
+SMALL = [
+    Case(
+        *("small_mlp", "MLP, width 64", lambda: MLP(64, 3, lambda _: [nn.ReLU()])),
+        *(classification_batch(64, 64), _SMALL_VARIANTS),
+    ),
+    Case("small_lenet", "LeNet", LeNet, classification_batch(32, 1, 28, 28), _SMALL_VARIANTS),
+    Case(
+        "small_resnet", "ResNet, width 16", lambda: ResNet(16), classification_batch(8, 3, 32, 32), _SMALL_VARIANTS
+    ),
+    Case(
+        *("small_bert", "BERT, width 32, 2 layers", lambda: BERT(100, 32, 2, 2)),
+        *(lambda: (torch.randint(100, (4, 32)), torch.randint(2, (4,))), _SMALL_VARIANTS),
+    ),
+    Case(
+        *("small_gpt", "GPT, width 32, 2 layers", lambda: gpt(100, 32, 2, 2)),
+        *(language_batch(100, 4, 32), _SMALL_VARIANTS),
+    ),
+    Case(
+        *("small_llama", "Llama, width 32, 2 layers", lambda: llama(100, 32, 2, 4)),
+        *(language_batch(100, 4, 32), _SMALL_VARIANTS),
+    ),
+    Case(
+        *("small_vit", "ViT, width 32, 2 layers", lambda: ViT(32, 8, 32, 2, 2)),
+        *(classification_batch(4, 3, 32, 32), _SMALL_VARIANTS),
+    ),
+]
+"""Models whose steps take a few milliseconds, where each call counts."""
+
+CASES_BY_NAME = {case.name: case for case in CASES + LAYERS + SMALL}

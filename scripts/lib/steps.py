@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from manualgrad import convert, registry
+from manualgrad import convert, export, registry
 
 from . import models
 
@@ -32,6 +32,8 @@ class Variant(NamedTuple):
     convert: bool = False
     """Whether to convert the model to manualgrad."""
     compile: bool = False
+    program: bool = False
+    """Whether to run the model's program (`manualgrad.export`)."""
     attributes: dict[str, Any] = {}
     """Set on each module of the model that has them."""
     optional: bool = False
@@ -51,6 +53,7 @@ VARIANTS = {
     "manualgrad_compiled": Variant(
         "manualgrad, torch.compile", convert=True, compile=True, attributes={"implementation": "fused"}
     ),
+    "program": Variant("program", program=True),
     "torch_chunked": Variant("torch.nn, head in chunks", attributes={"implementation": "chunked"}),
     "liger": Variant("torch.nn, Liger-Kernel", attributes={"implementation": "liger"}, optional=True),
 }
@@ -71,9 +74,11 @@ class ModelStep:
                 if hasattr(module, name):
                     setattr(module, name, value)
         self.model.to(device, dtype)
-        self.function: Callable[..., Tensor] = torch.compile(self.model) if variant.compile else self.model
         torch.manual_seed(1)
         self.batch = [x.to(device, dtype if x.is_floating_point() else None) for x in case.batch()]
+        self.function: Callable[..., Tensor] = torch.compile(self.model) if variant.compile else self.model
+        if variant.program:
+            self.function = export(self.model, tuple(self.batch)).module()
         self.grad_output: Tensor | None = None
         self.device = device
 
