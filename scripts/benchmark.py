@@ -48,7 +48,7 @@ class Settings(CliSettings):
     """Time and memory of manualgrad compared with torch.nn and others. A ratio below 1 means less."""
 
     suite: Literal["all", "operations", "models", "small", "orders"] = "all"
-    """Single operations at sizes of real models, whole models, or both (all); small models with one thread (small);
+    """Single operations at sizes of real models, whole models, or both (all); small models, one thread (small);
     or the derivatives of layer norm of orders 1 to 4 (orders)."""
     only: list[str] = []
     """Names of the models and operations to measure; by default all."""

@@ -379,11 +379,8 @@ def clone(input: Tensor, *, memory_format: torch.memory_format | None = None) ->
 
 
 def to_dtype(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`torch.Tensor.to`, for a dtype. A device must be the one that the tensor is on."""
+    """`torch.Tensor.to`, for a dtype."""
     dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), input.dtype)
-    devices = [torch.device(x) for x in (*args, *kwargs.values()) if isinstance(x, (str, torch.device))]
-    if any(x.type != input.device.type for x in devices):
-        raise RuntimeError(f"cannot move a tensor from {input.device} to {devices[0]}")
     return ToFunction.apply(input, dtype, input.dtype) if dtype != input.dtype else CloneFunction.apply(input)
 
 

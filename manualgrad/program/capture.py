@@ -346,6 +346,8 @@ class Capture:
         name = _ALIASES.get(name, name).strip("_")
         if name in self._open_functions or name in WITHOUT_GRADIENT or not self._needs_grad((args, kwargs)):
             return None
+        if name == "to" and _moves(args, kwargs):
+            return functools.partial(self._without_rule, func, "to (another device)")
         if name == "alias" or (name == "to" and _keeps_dtype(args, kwargs)):
             return _first_argument  # as torch, which returns the tensor itself
         function = manual_functions().get(name)
@@ -436,6 +438,12 @@ def _keeps_dtype(args: Any, kwargs: Any) -> bool:
     """A call of ``to`` with the dtype that the tensor has."""
     dtypes = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.dtype)]
     return all(x == args[0].dtype for x in dtypes) and True not in (*args[1:], *kwargs.values())
+
+
+def _moves(args: Any, kwargs: Any) -> bool:
+    """A call of ``to`` with another device."""
+    devices = [torch.device(x) for x in (*args[1:], *kwargs.values()) if isinstance(x, (str, torch.device))]
+    return any(x.type != args[0].device.type for x in devices)
 
 
 def _first_argument(*args: Any, **kwargs: Any) -> Any:
