@@ -7,7 +7,7 @@
 The script runs the network forward, computes the loss, and follows the autograd graph backward from it. For each
 node it prints the derivation of its rule, the gradient of its output and the gradients of its inputs. It then
 updates the weights, and compares every gradient with torch.nn's and with a finite difference. If one differs, the
-exit status is 1.
+exit status is 1. At the end it prints forward and backward as one Python program (`manualgrad.export`).
 """
 
 import inspect
@@ -29,6 +29,7 @@ from torch.nn.modules import activation
 from torch.nn.utils import get_total_norm
 from torch.utils.tensorboard import SummaryWriter
 
+import manualgrad
 import manualgrad.nn
 from manualgrad.meter import TENSORBOARD_LENGTH, add_pil_image, bar_chart
 from manualgrad.rule import Rule, derivation, saved_values
@@ -526,6 +527,24 @@ def gradient_descent(
         yield compute_loss(model, loss, input, target).item()
 
 
+class TrainingStep(nn.Module):
+    """A network and its loss as one module."""
+
+    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return compute_loss(self.model, self.loss, input, target)
+
+
+def program_steps(model: nn.Module, loss: nn.Module, input: Tensor, target: Tensor) -> list[Step]:
+    """Forward and backward of the network as Python."""
+    code = manualgrad.export(TrainingStep(model, loss), (input, target)).code
+    text = code[code.index("def forward(") : code.index("class Run(")]
+    return [Step("forward and backward as one program", text.rstrip())]
+
+
 def number_steps(sections: Sections) -> Sections:
     """Number the headings through all sections."""
     number = count(1)
@@ -580,7 +599,11 @@ def main() -> None:
 
     explanation = explain(model, loss, input, target, rate=rate, digits=digits)
     losses = [*explanation.losses, *gradient_descent(model, loss, input, target, rate, settings.steps - 1)]
-    sections = number_steps(explanation.sections | {"further steps": descent_steps(losses, digits)})
+    more = {
+        "further steps": descent_steps(losses, digits),
+        "the same in Python": program_steps(model, loss, input, target),
+    }
+    sections = number_steps(explanation.sections | more)
     print("\n".join(to_text(sections)))
     if folder is not None:
         write_tensorboard(folder, sections, explanation.backwards, losses)

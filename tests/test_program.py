@@ -104,6 +104,15 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.GELU(), nn.Dropout(0.1), nn.Linear(8, 2))
 
 
+class WithLoss(nn.Module):
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.loss = nn.Linear(4, 3), loss
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.loss(self.linear(x), target)
+
+
 def images(channels: int = 3, size: int = 8) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: (torch.rand(4, channels, size, size, dtype=torch.float64),)
 
@@ -245,6 +254,37 @@ def test_second_derivative_with_dropout_is_refused() -> None:
         torch.autograd.grad(output.sum(), [*model.parameters()], create_graph=True)
 
 
+LOSSES: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
+    **{
+        type(x).__name__: (x, lambda: torch.rand(5, 3, dtype=torch.float64))
+        for x in (
+            nn.MSELoss(),
+            nn.L1Loss(),
+            nn.SmoothL1Loss(),
+            nn.HuberLoss(),
+            nn.BCEWithLogitsLoss(),
+            nn.KLDivLoss(),
+        )
+    },
+    "PoissonNLLLoss": (nn.PoissonNLLLoss(), lambda: torch.randint(4, (5, 3)).double()),
+    "SoftMarginLoss": (nn.SoftMarginLoss(), lambda: torch.randint(2, (5, 3)).double() * 2 - 1),
+    "CrossEntropyLoss": (nn.CrossEntropyLoss(label_smoothing=0.1), lambda: torch.randint(3, (5,))),
+    "MultiMarginLoss": (nn.MultiMarginLoss(), lambda: torch.randint(3, (5,))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name: str) -> None:
+    loss, make_target = LOSSES[name]
+    torch.manual_seed(0)
+    model, inputs = (
+        WithLoss(loss).double(),
+        (torch.rand(5, 4, dtype=torch.float64, requires_grad=True), make_target()),
+    )
+    assert_same(model, inputs, export(model, inputs).module())
+
+
 # --- the text ---
 
 
@@ -329,6 +369,63 @@ def test_dynamic_shapes() -> None:
         ValueError, match=r"expected a tensor of torch.float64 \['any', 5, 8\], but got .* \[2, 6, 8\]"
     ):
         module(torch.rand(2, 6, 8, dtype=torch.float64))
+
+
+# --- writes in place ---
+
+
+class Writes(nn.Module):
+    """Writes into views, reads the base and other views afterwards."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+        self.register_buffer("seen", torch.zeros(2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        rows, matrix = y[1:], y.view(5, 2, 3)
+        y[:, 0] = 1
+        y[2, 1:3] *= 2
+        matrix[0].transpose(0, 1).add_(x[0, :1])
+        matrix[1:, :, 1].copy_(rows[:, 2:4] * 3)
+        shifted = y.new_zeros(y.shape)
+        shifted[:, 1:] = y[:, :-1].clone()
+        self.seen[0] += y.detach().mean(0)
+        return (rows * 2).sin() + y[1:] * matrix.flatten(1)[1:] + shifted[1:].exp()
+
+
+def test_writes_into_views() -> None:
+    torch.manual_seed(0)
+    model, inputs = Writes().double(), (torch.rand(5, 4, dtype=torch.float64, requires_grad=True),)
+    program = export(model, inputs)
+    assert_same(model, inputs, program.module())
+    run = functions(program)["run"]
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert_same(model, inputs, lambda *args: run(state, *args))
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda self, x: x.add_(1), "the model writes into its input 'x'"),
+        (
+            lambda self, x: (self.weight * x).expand(2, 3).select(0, 0).add_(1),
+            "a write into a view made by expand",
+        ),
+    ],
+)
+def test_writes_that_are_refused(forward: Any, message: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+    Model.forward = forward
+    with pytest.raises(UnsupportedOperators, match=message):
+        export(Model(), (torch.rand(3),))
 
 
 # --- errors ---

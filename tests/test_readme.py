@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import manualgrad
 from manualgrad.ops.linear import LinearFunction
 
 ROOT = Path(__file__).parent.parent

@@ -419,3 +419,25 @@ def test_other_heads_are_refused(make: Any) -> None:
 def _with_scaled_head(model: Any) -> Any:
     model.lm_head = Scaled(32, 99, bias=False)
     return model
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "resnet", "convnext", "t5", "whisper"])
+def test_program(name: str) -> None:
+    """The program of a model has its loss and its gradients."""
+    make, inputs = MODELS[name]
+    model, reference = make(), make()
+    for x in (*model.modules(), *reference.modules()):
+        if hasattr(x, "config"):
+            x.config.use_cache = False  # torch.export knows no caches
+    module = manualgrad.export(model, (), inputs).module()
+    torch.manual_seed(1)
+    loss = module(**inputs).loss
+    loss.backward()
+    expected, gradients = step(reference, inputs)
+    assert_close(loss.detach(), expected, rtol=1e-10, atol=0)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        if gradient is not None:
+            assert parameter.grad is not None
+            scale = gradient.abs().max().item()
+            assert_close(parameter.grad, gradient, rtol=0, atol=1e-9 * scale + 1e-14)

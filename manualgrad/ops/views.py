@@ -169,6 +169,13 @@ def expand_as(input: Tensor, other: Tensor) -> Tensor:
     return expand(input, other.shape)
 
 
+def broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
+    """`torch.broadcast_tensors`. A tensor that has the common shape is returned unchanged."""
+    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+    shape = torch.broadcast_shapes(*(x.shape for x in given))
+    return tuple(x if x.shape == shape else expand(x, shape) for x in given)
+
+
 class RepeatFunction(Rule):
     r"""y[r, i] = x[i] for r < n, along each axis      ∂L/∂x[i] = Σ g[r, i] over r      (r, i: one axis of y)"""
 
@@ -384,6 +391,12 @@ def to_dtype(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return ToFunction.apply(input, dtype, input.dtype) if dtype != input.dtype else CloneFunction.apply(input)
 
 
+def copy_values(input: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What `torch.Tensor.copy_` writes into the input: the source in its dtype and shape."""
+    source = source if source.dtype == input.dtype else to_dtype(source, input.dtype)
+    return source if source.shape == input.shape else expand(source, input.shape)
+
+
 def type_as(input: Tensor, other: Tensor) -> Tensor:
     """`torch.Tensor.type_as`."""
     return to_dtype(input, other.dtype)
@@ -392,7 +405,7 @@ def type_as(input: Tensor, other: Tensor) -> Tensor:
 _EXPECTED_FAILURES = {
     "view": {"noncontiguous_inputs-0": "as in torch: view does not copy, so it raises an error for such strides"},
     **dict.fromkeys(
-        ("expand", "expand_as"),
+        ("expand", "expand_as", "broadcast_tensors"),
         dict.fromkeys(
             (
                 "forward_mode",
@@ -419,6 +432,7 @@ for _function, _samples in {
     movedim: lambda t: [SampleInput(t(2, 3, 4), 0, -1)],
     expand: lambda t: [SampleInput(t(2, 1), (3, 2, 4)), SampleInput(t(3, 1), (-1, 2))],
     expand_as: lambda t: [SampleInput(t(2, 1), torch.zeros(2, 3))],
+    broadcast_tensors: lambda t: [SampleInput(t(2, 1), t(1, 3))],
     repeat: lambda t: [SampleInput(t(2, 3), (2, 1, 2))],
     select: lambda t: [SampleInput(t(2, 3, 4), 1, -1)],
     narrow: lambda t: [SampleInput(t(5, 3), 0, 1, 3)],

@@ -142,6 +142,8 @@ WITHOUT_GRADIENT = frozenset(
         "lift_fresh_copy",
         "lift_fresh",
         "alias_copy",
+        "fill",
+        "zero",
     ]
 )
 """Their outputs have no gradient, or the gradient is zero."""
@@ -173,7 +175,7 @@ _ALIASES = {
 def manual_functions() -> Mapping[str, Callable[..., Any]]:
     """manualgrad's functions by the name of torch's operator, with the operator's arguments."""
     found: dict[str, Callable[..., Any]] = {name: op.function for name, op in registry.graph_ops().items()}
-    found |= {"slice": views.slice_axis, "rdiv": elementwise.rdiv}
+    found |= {"slice": views.slice_axis, "rdiv": elementwise.rdiv, "copy": views.copy_values}
     for kernel, function in registry.kernel_replacements.items():
         name = getattr(kernel, "__name__", "")
         if override := override_by_schema(name, function, by_position=True):
@@ -183,6 +185,43 @@ def manual_functions() -> Mapping[str, Callable[..., Any]]:
             if override := override_by_schema(op.name, op.function, by_position):
                 found.setdefault(op.name, override)
     return found
+
+
+@dataclass
+class View:
+    """A tensor that shares the memory of another one."""
+
+    tensor: Tensor
+    base: Tensor
+    operator: str
+    args: Any
+    kwargs: Any
+    make: Callable[[Tensor], Tensor]
+    """Makes the view of another value of the base."""
+    made_again: dict[int, Tensor] = field(default_factory=dict)
+    """By the id of a value of the base."""
+
+
+def _reshape_back(base: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return value.reshape(base.shape)
+
+
+def _permute_back(base: Tensor, value: Tensor, dims: Any) -> Tensor:
+    n = base.dim()
+    return value.permute(sorted(range(n), key=lambda i: dims[i] % n))
+
+
+_INVERSES: dict[str, Callable[..., Tensor]] = {
+    "select": lambda base, value, dim, index: torch.select_scatter(base, value, dim, index),
+    "slice": lambda base, value, dim=0, start=None, end=None, step=1: torch.slice_scatter(
+        base, value, dim, start, end, step
+    ),
+    "transpose": lambda base, value, dim0, dim1: value.transpose(dim0, dim1),
+    "t": lambda base, value: value.t(),
+    "permute": _permute_back,
+    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "alias"), _reshape_back),
+}
+"""By an operator that makes views: (base, new value of the view, its arguments) -> new value of the base."""
 
 
 class Capture:
@@ -199,6 +238,8 @@ class Capture:
         self.module = ""
         self.operator = ""
         self.modules: dict[str, str] = {}
+        self._views: dict[int, View] = {}
+        self._user_inputs: set[Variable] = set()
         self._current: dict[int, Tensor] = {}
         """By the id of a tensor that was written to: its new value."""
         self._open_functions: list[str] = []
@@ -240,6 +281,7 @@ class Capture:
                     variable.needs_grad = isinstance(given, Tensor) and given.requires_grad
                     variable.is_named = True
                     graph.inputs.append(variable)
+                    self._user_inputs.add(variable)
                     for size in value.shape:
                         if isinstance(size, torch.SymInt):
                             graph.symbols.setdefault(str(size.node.expr), next(names, ""))
@@ -282,11 +324,6 @@ class Capture:
             values[node] = self._call(node, args, kwargs)
         raise AssertionError
 
-    def _current_value(self, tensor: Tensor) -> Tensor:
-        while id(tensor) in self._current:
-            tensor = self._current[id(tensor)]
-        return tensor
-
     def _attribute(self, module: torch.fx.GraphModule, target: str) -> Any:
         return functools.reduce(getattr, target.split("."), module)
 
@@ -311,11 +348,30 @@ class Capture:
         name = self.operator = function_name(target)
         if name in _IGNORED:
             return None
-        if is_inplace(target) and self.trace.find(args[0]).path is None:  # type: ignore[union-attr]
-            return self._call_inplace(target, args, kwargs)
+        if is_inplace(target):
+            root = self.trace.find(self._root(args[0]))
+            if root is None or root.path is None:  # writes into a buffer stay writes in place
+                return self._call_inplace(target, args, kwargs)
         subscript = _SUBSCRIPTS.get(name) if not self._needs_grad((args, kwargs)) else None
+        call = subscript or _torch_call(target)
         with self.trace:
-            return (subscript or _torch_call(target))(*args, **kwargs)
+            result = call(*args, **kwargs)
+        self._add_views(name, call, args, kwargs, result)
+        return result
+
+    def _add_views(self, name: str, call: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Remember which outputs are views of the first argument."""
+        base = args[0] if args else None
+        if not isinstance(base, Tensor):
+            return
+        for i, x in enumerate(pytree.tree_leaves(result)):
+            is_view = isinstance(x, Tensor) and x is not base and id(x) not in self._views
+            if is_view and x.untyped_storage()._cdata == base.untyped_storage()._cdata:
+
+                def make(new: Tensor, i: int = i) -> Tensor:
+                    return pytree.tree_leaves(call(new, *args[1:], **kwargs))[i]
+
+                self._views[id(x)] = View(x, base, name, args[1:], kwargs, make)
 
     def _call_higher_order(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target.name() == "wrap_with_set_grad_enabled":
@@ -325,8 +381,27 @@ class Capture:
         self.missing.setdefault(target.name(), set()).add(self._where())
         raise UnsupportedOperators(f"{target.name()} (in {self._where()}) has no rule")
 
+    # --- writes in place ---
+
+    def _current_value(self, tensor: Tensor) -> Tensor:
+        """The value of a tensor after the writes so far. A view of a tensor that was written to is made again."""
+        while id(tensor) in self._current:
+            tensor = self._current[id(tensor)]
+        view = self._views.get(id(tensor))
+        if view is None:
+            return tensor
+        base = self._current_value(view.base)
+        if base is view.base:
+            return tensor
+        if id(base) not in view.made_again:
+            with self.trace:
+                again = view.made_again[id(base)] = view.make(base)
+            self._views[id(again)] = View(again, base, view.operator, view.args, view.kwargs, view.make)
+        return view.made_again[id(base)]
+
     def _call_inplace(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Call the operator that does not write in place. From now on its output is the value of the tensor."""
+        """Call the operator that does not write in place. Its output becomes the value of the tensor, or a part of
+        the value of the tensor of which it is a view."""
         tensor = args[0]
         name = function_name(target)[:-1]
         overload = getattr(torch.ops.aten, name)
@@ -334,9 +409,30 @@ class Capture:
         with self.trace:
             result = _torch_call(overload)(*args, **kwargs)
         if result.dtype != tensor.dtype:
-            raise UnsupportedOperators(f"{target} changes the dtype of its input")
-        self._current[id(tensor)] = result
-        return result
+            raise UnsupportedOperators(f"{target} changes the dtype of its input (in {self._where()})")
+        self._write(tensor, result)
+        return tensor
+
+    def _write(self, tensor: Tensor, value: Tensor) -> None:
+        variable = self.trace.find(tensor)
+        if variable is not None and variable in self._user_inputs:
+            raise UnsupportedOperators(f"the model writes into its input {variable.name!r} (in {self._where()})")
+        view = self._views.get(id(tensor))
+        if view is None:
+            self._current[id(tensor)] = value
+            return
+        if view.operator not in _INVERSES:
+            raise UnsupportedOperators(f"a write into a view made by {view.operator} (in {self._where()})")
+        base = self._current_value(view.base)
+        with self.trace:
+            written = _INVERSES[view.operator](base, value, *view.args, **view.kwargs)
+        self._write(base, written)  # a view itself, or the tensor of which all are views
+
+    def _root(self, tensor: Tensor) -> Tensor:
+        """The tensor of which this one is a view, directly or not."""
+        while id(tensor) in self._views:
+            tensor = self._views[id(tensor)].base
+        return tensor
 
     def _override(self, func: Any, args: Any, kwargs: Any) -> Callable[..., Any] | None:
         """manualgrad's function for a call through which a gradient flows."""

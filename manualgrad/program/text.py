@@ -380,6 +380,8 @@ class Writer:
         if isinstance(index, slice):
             parts = [None if x is None else self.value(x) for x in (index.start, index.stop, index.step)]
             return ast.Slice(*parts)
+        if isinstance(index, tuple) and len(index) == 1:
+            return self._index(index[0])
         if isinstance(index, tuple):
             return ast.Tuple([self._index(x) for x in index], ast.Load())
         return self.value(index)
