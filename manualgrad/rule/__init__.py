@@ -102,7 +102,8 @@ class Rule:
     vendor_kernels: ClassVar[Mapping[tuple[str, ...], Callable[..., Any]]] = {}
     """Names of gradients -> a function of saved quantities that computes them by a vendor's kernel: a tuple of
     gradients, or one gradient for one name. It may return None to use the formulas. It runs in a backward that
-    nothing observes (see vendor_kernels.py). The first entry whose gradients are all needed is used."""
+    is not differentiated or transformed (see vendor_kernels.py). The first entry applies that has only needed
+    gradients."""
 
     preserve_memory_format: ClassVar[tuple[str, ...]] = ()
     """Names of gradients that get the memory format of ``grad``, channels_last or contiguous."""

@@ -566,6 +566,6 @@ SMALL = [
         *(classification_batch(4, 3, 32, 32), _SMALL_VARIANTS),
     ),
 ]
-"""Models whose steps take a few milliseconds, where each call counts."""
+"""Models with steps of a few milliseconds. Most of this time is Python and the start of operations."""
 
 CASES_BY_NAME = {case.name: case for case in CASES + LAYERS + SMALL}
