@@ -118,7 +118,7 @@ def find_units(graph: Graph) -> list[Unit]:
 
 
 def _occurrences(graph: Graph) -> dict[str, Occurrence]:
-    """By path: the modules whose steps follow each other, outermost first."""
+    """By path: the modules with consecutive steps, outermost first."""
     found: dict[str, Occurrence] = {}
     readers: dict[Variable, list[int]] = {}
     for i, step in enumerate(graph.steps):

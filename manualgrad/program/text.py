@@ -570,7 +570,7 @@ def wrap(text: str) -> str:
 
 
 def split_line(text: str, width: int) -> list[str]:
-    """Break a line that is too long at its last outer bracket: the content on lines of its own."""
+    """Break a long line inside its last outer bracket."""
     if len(text) <= width:
         return [text]
     start, end = _outer_bracket(text)

@@ -31,7 +31,7 @@ class Variable:
         self.name, self.tensor, self.path = name, tensor, path
         self.needs_grad = False
         self.is_named = False
-        """The text must give it a line of its own."""
+        """The text gives it a separate line."""
 
     def __repr__(self) -> str:
         return f"{self.name}: {str(self.tensor.dtype).removeprefix('torch.')}{list(self.tensor.shape)}"
