@@ -202,6 +202,21 @@ def _same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return (a if a.dtype == dtype else to_dtype(a, dtype)), (b if b.dtype == dtype else to_dtype(b, dtype))
 
 
+def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    """`torch.addcmul`: input + value tensor1 tensor2."""
+    return add(input, mul(tensor1, tensor2), alpha=value)
+
+
+def addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    """`torch.addcdiv`: input + value tensor1 / tensor2."""
+    return add(input, div(tensor1, tensor2), alpha=value)
+
+
+def lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    """`torch.lerp`: input + weight (end - input)."""
+    return add(input, mul(sub(end, input), weight))
+
+
 # --- powers ---
 
 
@@ -221,9 +236,9 @@ class PowerOfTensorsFunction(Rule):
 
 def pow(input: Tensor | Number, exponent: Tensor | Number) -> Tensor:
     """`torch.pow`."""
-    if isinstance(input, Tensor) and exponent == 2 and not isinstance(exponent, Tensor):
-        return SquareFunction.apply(input)
     if isinstance(input, Tensor) and not isinstance(exponent, Tensor):
+        if exponent == 2:
+            return SquareFunction.apply(input)
         return PowerFunction.apply(input, exponent)
     a, b = (x if isinstance(x, Tensor) else torch.tensor(x) for x in (input, exponent))
     return PowerOfTensorsFunction.apply(*_same_dtype(a, b), tuple(a.shape), tuple(b.shape))
@@ -482,6 +497,17 @@ _register(
     div,
     lambda t: [SampleInput(t(2, 3), t(3, low=0.5, high=2)), SampleInput(t(3), 2.5)],
     supports_special_values=False,  # a quotient of infinities or zeros is nan, and so is its derivative
+)
+_register(addcmul, lambda t: [SampleInput(t(2, 3), t(3), t(2, 1), value=0.5)])
+_register(
+    addcdiv,
+    lambda t: [SampleInput(t(2, 3), t(3), t(2, 1, low=0.5, high=2), value=0.5)],
+    supports_special_values=False,
+)
+_register(
+    lerp,
+    lambda t: [SampleInput(t(2, 3), t(3), 0.3), SampleInput(t(2, 3), t(2, 3), t(3))],
+    supports_special_values=False,  # a difference of infinities is nan
 )
 _register(neg, lambda t: [SampleInput(t(2, 3))])
 _register(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manualgrad.ops.shapes import Shape
+from manualgrad.ops.shapes import Shape, sum_to_shape
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule
 
@@ -125,6 +125,59 @@ class IndexAddFunction(Rule):
         return torch.index_select(grad, axis, index)
 
 
+class IndexPutFunction(Rule):
+    r"""y = x, but y[k(i), l(i), ...] = v[i]      ∂L/∂x = g, 0 at each index      ∂L/∂v[i] = g[k(i), l(i), ...]
+
+    The indices must differ: torch does not define which of several values is written.
+    """
+
+    supports_complex = True
+
+    def forward(
+        input: Tensor,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
+        values: Tensor,
+        present: Shape,
+        values_shape: Shape,
+    ) -> Tensor:
+        return torch.ops.aten.index_put(input, _indices(first, second, third, present), values)
+
+    def grad_input(
+        grad: Tensor, first: Tensor, second: Tensor | None, third: Tensor | None, present: Shape
+    ) -> Tensor:
+        return torch.ops.aten.index_put(grad, _indices(first, second, third, present), grad.new_zeros(()))
+
+    def grad_values(
+        grad: Tensor,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
+        present: Shape,
+        values_shape: Shape,
+    ) -> Tensor:
+        return sum_to_shape(grad[_subscript(first, second, third, present)], values_shape)
+
+
+class IndexPutAddFunction(IndexPutFunction):
+    r"""y[j] = x[j] + Σ v[i] over (k(i), l(i), ...) = j      ∂L/∂x = g      ∂L/∂v[i] = g[k(i), l(i), ...]"""
+
+    def forward(
+        input: Tensor,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
+        values: Tensor,
+        present: Shape,
+        values_shape: Shape,
+    ) -> Tensor:
+        return torch.ops.aten.index_put(input, _indices(first, second, third, present), values, True)
+
+    def grad_input(grad: Tensor) -> Tensor:
+        return grad
+
+
 class SelectScatterFunction(Rule):
     r"""y = x, but s at one index of an axis      ∂L/∂x = g, 0 there      ∂L/∂s = g there"""
 
@@ -184,6 +237,21 @@ def index(input: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     return IndexFunction.apply(input, *given, *[None] * (3 - len(given)), present, tuple(input.shape))
 
 
+def index_put(input: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
+    """`torch.index_put`, with up to three tensors of integers or booleans."""
+    given = [x for x in indices if x is not None]
+    if len(given) > 3:
+        raise NotImplementedError("indexing with more than three tensors")
+    present = tuple(axis for axis, x in enumerate(indices) if x is not None)
+    rule = IndexPutAddFunction if accumulate else IndexPutFunction
+    return rule.apply(input, *given, *[None] * (3 - len(given)), values, present, tuple(values.shape))
+
+
+def take_along_dim(input: Tensor, indices: Tensor, dim: int) -> Tensor:
+    """`torch.take_along_dim`, with indices that have the shape of the input except along the axis."""
+    return gather(input, dim, indices)
+
+
 def scatter(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     """`torch.scatter`, of a tensor with as many elements as the index."""
     return ScatterFunction.apply(input, dim, index, src)
@@ -233,6 +301,16 @@ _register(
     ],
     reference=torch.ops.aten.index,
 )
+_register(
+    index_put,
+    lambda t: [
+        SampleInput(t(3, 4), [torch.tensor([2, 0])], t(2, 4)),
+        SampleInput(t(3, 4, 2), [None, torch.tensor([1, 3, 0]), torch.tensor([0, 0, 1])], t(3)),
+        SampleInput(t(3, 4), [t.index(3, 5), t.index(4, 5)], t(5), True),
+    ],
+    reference=torch.ops.aten.index_put,
+)
+_register(take_along_dim, lambda t: [SampleInput(t(3, 4), t.index(4, 3, 2), 1)])
 _register(scatter, lambda t: [SampleInput(t(3, 4), 1, torch.tensor([[0, 2], [1, 3], [3, 0]]), t(3, 2))])
 _register(scatter_add, lambda t: [SampleInput(t(3, 4), 1, t.index(4, 3, 2), t(3, 2))])
 _register(index_add, lambda t: [SampleInput(t(3, 4), 1, t.index(4, 2), t(3, 2))])

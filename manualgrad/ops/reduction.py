@@ -128,6 +128,28 @@ def var(
     return mul(sum(square(sub(input, mean(input, axes, True))), axes, keepdim), 1 / (n - offset))
 
 
+class RootOfVarianceFunction(Rule):
+    r"""y = √x      ∂L/∂x = g / (2 y),  0 where y = 0      (as torch: there the root of a variance has a kink)"""
+
+    def forward(input: Tensor) -> Tensor:
+        return torch.sqrt(input)
+
+    def grad_input(grad: Tensor, output: Tensor) -> Tensor:
+        return torch.where(output == 0, 0, grad / (2 * output))
+
+
+def std(
+    input: Tensor,
+    dim: Axes = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+) -> Tensor:
+    """`torch.std`: the root of the variance."""
+    return RootOfVarianceFunction.apply(var(input, dim, unbiased, keepdim, correction=correction))
+
+
 class LogsumexpFunction(Rule):
     r"""y = ln Σ eˣ over some axes      ∂y/∂x = e^(x - y)      ∂L/∂x = g e^(x - y)"""
 
@@ -190,6 +212,11 @@ _register(max, lambda t: [SampleInput(t(2, 3), 1), SampleInput(t(2, 3))], suppor
 _register(min, lambda t: [SampleInput(t(2, 3), 0, True)], supports_special_values=False)
 _register(
     var,
+    lambda t: [SampleInput(t(2, 3), 1), SampleInput(t(2, 3), correction=0)],
+    supports_special_values=False,  # infinities have no mean
+)
+_register(
+    std,
     lambda t: [SampleInput(t(2, 3), 1), SampleInput(t(2, 3), correction=0)],
     supports_special_values=False,  # infinities have no mean
 )

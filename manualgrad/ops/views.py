@@ -196,6 +196,14 @@ def repeat(input: Tensor, *repeats: Any) -> Tensor:
     return RepeatFunction.apply(input, n, split_shape, tuple(input.shape))
 
 
+def repeat_interleave(input: Tensor, repeats: int, dim: int | None = None) -> Tensor:
+    """`torch.repeat_interleave`, with one number: each slice along an axis, repeated."""
+    input, axis = (flatten(input), 0) if dim is None else (input, nonnegative_axes(dim, input.dim())[0])
+    sizes = tuple(input.shape)
+    expanded = expand(unsqueeze(input, axis + 1), (*sizes[: axis + 1], repeats, *sizes[axis + 1 :]))
+    return reshape(expanded, (*sizes[:axis], sizes[axis] * repeats, *sizes[axis + 1 :]))
+
+
 class SelectFunction(Rule):
     r"""y = x at one index of an axis      ∂L/∂x = g there, 0 elsewhere"""
 
@@ -405,7 +413,7 @@ def type_as(input: Tensor, other: Tensor) -> Tensor:
 _EXPECTED_FAILURES = {
     "view": {"noncontiguous_inputs-0": "as in torch: view does not copy, so it raises an error for such strides"},
     **dict.fromkeys(
-        ("expand", "expand_as", "broadcast_tensors"),
+        ("expand", "expand_as", "broadcast_tensors", "repeat_interleave"),
         dict.fromkeys(
             (
                 "forward_mode",
@@ -434,6 +442,7 @@ for _function, _samples in {
     expand_as: lambda t: [SampleInput(t(2, 1), torch.zeros(2, 3))],
     broadcast_tensors: lambda t: [SampleInput(t(2, 1), t(1, 3))],
     repeat: lambda t: [SampleInput(t(2, 3), (2, 1, 2))],
+    repeat_interleave: lambda t: [SampleInput(t(2, 3), 2, 1), SampleInput(t(2, 3), 2)],
     select: lambda t: [SampleInput(t(2, 3, 4), 1, -1)],
     narrow: lambda t: [SampleInput(t(5, 3), 0, 1, 3)],
     split: lambda t: [SampleInput(t(5, 3), 2), SampleInput(t(3, 5), [1, 4], 1)],

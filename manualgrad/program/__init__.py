@@ -53,7 +53,7 @@ class Program:
         largest = [_largest(x) for x in leaves if isinstance(x, Tensor)]
         with fake_mode:
             writer = FileWriter(self._graph, find_units(self._graph), largest, min_elements)
-            self.code = writer.text(f"Forward and backward of {type(model).__name__}.", "")
+            self.code = writer.text(f"Forward and backward of {type(model).__name__}.")
 
     @property
     def _output_variables(self) -> list[Variable]:

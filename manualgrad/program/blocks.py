@@ -76,7 +76,10 @@ class Occurrence:
             name = tokens.get(value) or ("state", (value.path or "").removeprefix(f"{self.path}."))
             return (*name, tuple(value.tensor.shape), value.tensor.dtype, value.needs_grad)
 
-        rules = [(step.rule, step.module.removeprefix(self.path)) for step in self.steps]
+        rules = [
+            (step.rule, step.module.removeprefix(self.path), *map(token, pytree.tree_leaves(step.inputs)))
+            for step in self.steps
+        ]
         calls = [
             (call.function, *map(token, pytree.tree_leaves((call.args, call.kwargs, call.outputs))))
             for step in self.steps

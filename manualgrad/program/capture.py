@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -255,7 +255,7 @@ class Capture:
         )
         graph = Graph(self.steps, {}, [], [], self.trace, self.exported, self.modules)
         arguments = self._add_placeholders(graph)
-        with fake_mode or _nothing(), record_rules(self._on_rule), torch.enable_grad():
+        with fake_mode or nullcontext(), record_rules(self._on_rule), torch.enable_grad():
             results = self._run_graph(module, arguments)
         self._flush()
         if self.missing:
@@ -315,7 +315,7 @@ class Capture:
                 values[node] = next(waiting)
                 continue
             if node.op == "get_attr":
-                values[node] = self._attribute(module, node.target)
+                values[node] = functools.reduce(getattr, str(node.target).split("."), module)
                 continue
             args, kwargs = map_arg((node.args, node.kwargs), load)
             if node.op == "output":
@@ -323,9 +323,6 @@ class Capture:
             self._enter_module(node)
             values[node] = self._call(node, args, kwargs)
         raise AssertionError
-
-    def _attribute(self, module: torch.fx.GraphModule, target: str) -> Any:
-        return functools.reduce(getattr, target.split("."), module)
 
     def _enter_module(self, node: torch.fx.Node) -> None:
         stack = node.meta.get("nn_module_stack") or {}
@@ -440,14 +437,14 @@ class Capture:
             return None
         name = function_name(func)
         name = _ALIASES.get(name, name).strip("_")
-        if name in self._open_functions or name in WITHOUT_GRADIENT or not self._needs_grad((args, kwargs)):
+        if name in WITHOUT_GRADIENT or not self._needs_grad((args, kwargs)):
             return None
         if name == "to" and _moves(args, kwargs):
             return functools.partial(self._without_rule, func, "to (another device)")
         if name == "alias" or (name == "to" and _keeps_dtype(args, kwargs)):
             return _first_argument  # as torch, which returns the tensor itself
         function = manual_functions().get(name)
-        if function is None:
+        if function is None or name in self._open_functions:
             return functools.partial(self._without_rule, func, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -590,11 +587,6 @@ def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
 def identifier(name: str) -> str:
     name = re.sub(r"\W", "_", name)
     return name if name[:1].isalpha() else f"layer{name}"
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

@@ -118,7 +118,7 @@ class FileWriter:
             self.imports |= writer.writer.imports
             self.root = writer
 
-    def text(self, title: str, model_outputs: str) -> str:
+    def text(self, title: str) -> str:
         standard = sorted(x for x in self.imports if "torch" not in x)
         torch_imports = sorted(x for x in self.imports if "torch" in x)
         head = "\n\n".join("\n".join(x) for x in (standard, torch_imports) if x)
@@ -215,8 +215,6 @@ def name_variables(unit: Unit) -> None:
         differentiable = [x for x in unit.inputs if x.needs_grad] or unit.inputs
         for i, x in enumerate(differentiable):
             x.name = "input" if i == 0 else f"input_{i + 1}"
-    elif len(unit.outputs) == 1 and unit.outputs[0].path is None:
-        pass
 
 
 _SHORT_NAMES = {
