@@ -49,7 +49,7 @@ class LinearCrossEntropyLossFunction(Rule):
     x: (N, in)   W: (C, ..., in)   b: (C, ...)   t: (N, ...) class indices, or (N, C, ...) class probabilities
     w: (C), class weights, or 1   ε: label smoothing   L: the losses ℓ, their sum or mean, in float32 at least
 
-    class indices          q_c = (1-ε) w[t] [c = t] + (ε/C) w_c    s = ∂L/∂ℓ = g,  for the mean g / Σ w[t]
+    class indices          q_c = (1-ε) w[t] 1[c = t] + (ε/C) w_c   s = ∂L/∂ℓ = g,  for the mean g / Σ w[t]
     class probabilities    q = w t′,   t′ = (1-ε) t + ε/C          s = ∂L/∂ℓ = g,  for the mean g / number of rows
     ignored rows           ℓ = 0                                   s = 0
 
@@ -87,19 +87,17 @@ class LinearCrossEntropyLossFunction(Rule):
     def s(grad: Tensor, target: Tensor, options: TargetOptions, reduction: int) -> Tensor:
         return options.grad_losses(grad, target, reduction)
 
+    def split(
+        input: Tensor, linear_weight: Tensor, target: Tensor, options: TargetOptions, chunk_size: int
+    ) -> Callable[[Tensor], Iterator[Chunk]]:
+        """Of s: the chunks of all rows"""
+        return lambda s: split_rows(input, linear_weight, target, options, s, chunk_size)
+
     def gradients(
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        options: TargetOptions,
-        s: Tensor,
-        chunk_size: int,
-        needed: Needed,
+        split: Any, s: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, needed: Needed
     ) -> list[Any]:
         """∂L/∂x, ∂L/∂W and ∂L/∂b"""
-        chunks = split_rows(input, linear_weight, target, options, s, chunk_size)
-        return losses_and_gradients(chunks, linear_weight, linear_bias, needed)[1]
+        return losses_and_gradients(split(s), linear_weight, linear_bias, needed)[1]
 
     def grad_input(gradients: list[Any], input: Tensor) -> Tensor:
         return gradients[0].to(input.dtype)
@@ -110,18 +108,9 @@ class LinearCrossEntropyLossFunction(Rule):
     def grad_linear_bias(gradients: list[Any], linear_weight: Tensor) -> Tensor:
         return gradients[2].to(linear_weight.dtype)
 
-    def Q(
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        options: TargetOptions,
-        s: Tensor,
-        chunk_size: int,
-    ) -> Tensor:
+    def Q(split: Any, s: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
         """s (λ - z), in the shape of class probabilities"""
-        chunks = split_rows(input, linear_weight, target, options, s, chunk_size)
-        z_and_s = ((logits(x, linear_weight, linear_bias), s) for x, _, s in chunks)
+        z_and_s = ((logits(x, linear_weight, linear_bias), s) for x, _, s in split(s))
         return torch.cat([s * (logsumexp(z) - z) for z, s in z_and_s])
 
     def grad_target(Q: Tensor, target: Tensor, options: TargetOptions) -> Tensor:
@@ -142,7 +131,7 @@ def _check_weight_is_differentiable(target: Tensor) -> None:
 
 
 class ClassCoefficients(NamedTuple):
-    """q_c = hard [c = label] + soft_c for n rows, (n, C, *). Class probabilities have only the second term."""
+    """q_c = hard 1[c = label] + soft_c for n rows, (n, C, *). Class probabilities have only the second term."""
 
     hard: Tensor  # (n, 1, *), or (n, 0, *) for class probabilities
     label: Tensor  # of the same shape
@@ -421,17 +410,8 @@ class LinearCrossEntropyLossWithGradientsFunction(LinearCrossEntropyLossFunction
         loss = _reduce(losses, target, options, reduction)
         return loss, *[not_needed if x is None else x for x in unit_grads]
 
-    def unit_grads(
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        options: TargetOptions,
-        chunk_size: int,
-        needed: Needed,
-    ) -> list[Any]:
-        chunks = split_rows(input, linear_weight, target, options, _unit_s(linear_weight), chunk_size)
-        return losses_and_gradients(chunks, linear_weight, linear_bias, needed)[1]
+    def unit_grads(split: Any, linear_weight: Tensor, linear_bias: Tensor | None, needed: Needed) -> list[Any]:
+        return losses_and_gradients(split(_unit_s(linear_weight)), linear_weight, linear_bias, needed)[1]
 
     def unit_grad_input(unit_grads: list[Any]) -> Tensor:
         return unit_grads[0]

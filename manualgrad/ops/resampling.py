@@ -156,32 +156,27 @@ def source_pixels(kernel: NearestKernel, device: torch.device) -> list[Tensor]:
     """i(p) along each axis: the kernel's output for images in which each pixel holds its own index."""
     k = len(kernel.shape)
     indices = torch.meshgrid([torch.arange(n, device=device) for n in kernel.shape], indexing="ij")
-    digits = to_digits(torch.stack(indices), max(kernel.shape), kernel.dtype)
-    input = flatten(digits, 0, 1).unsqueeze(1).repeat(1, kernel.channels, *[1] * k)  # one image for each digit
+    digits = to_digits(torch.stack(indices), max(kernel.shape))
+    images = flatten(digits, 0, 1).to(kernel.dtype)  # one for each digit and axis
+    input = images.unsqueeze(1).repeat(1, kernel.channels, *[1] * k)
     if kernel.channels_last:
         input = input.contiguous(memory_format=CHANNELS_LAST[input.dim()])
-    sources = from_digits(kernel(input)[:, 0].unflatten(0, (len(digits), k)), kernel.dtype)
+    sources = from_digits(kernel(input)[:, 0].unflatten(0, (len(digits), k)))
     return [source.movedim(axis, -1)[(0,) * (k - 1)] for axis, source in zip(range(-k, 0), sources, strict=True)]
 
 
 replaces(source_pixels)(functools.lru_cache(maxsize=64)(source_pixels))
 
 
-def to_digits(number: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
-    """Integers up to ``largest`` as digits that the dtype holds exactly, along a new first axis."""
-    bits = _bits_of_digit(dtype)
-    shifts = [bits * digit for digit in range(8) if digit == 0 or largest >= 2 ** (bits * digit)]
-    return torch.stack([number >> shift & (2**bits - 1) for shift in shifts]).to(dtype)
+def to_digits(number: Tensor, largest: int) -> Tensor:
+    """Integers up to ``largest`` as digits of 8 bits, which every dtype holds exactly, along a new first axis."""
+    shifts = [8 * n for n in range(8) if n == 0 or largest >= 2 ** (8 * n)]
+    return torch.stack([number >> shift & 255 for shift in shifts])
 
 
-def from_digits(digits: Tensor, dtype: torch.dtype) -> Tensor:
+def from_digits(digits: Tensor) -> Tensor:
     """The integers of these digits."""
-    bits = _bits_of_digit(dtype)
-    return torch.stack([digit << (bits * n) for n, digit in enumerate(digits.long())]).sum(0)
-
-
-def _bits_of_digit(dtype: torch.dtype) -> int:
-    return 8 if dtype.itemsize < 4 else 24
+    return torch.stack([digit << (8 * n) for n, digit in enumerate(digits.long())]).sum(0)
 
 
 def sum_by_source(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
@@ -488,11 +483,11 @@ class GridSampleNearestFunction(Rule):
         The kernel is called because rounding decides between two pixels, and each kernel rounds differently.
         """
         size = math.prod(shape[2:])
-        digits = to_digits(torch.arange(1, size + 1, device=grid.device), size, dtype)
-        image = digits.reshape(len(digits), *shape[2:])  # one channel for each digit
+        digits = to_digits(torch.arange(1, size + 1, device=grid.device), size)
+        image = digits.to(dtype).reshape(len(digits), *shape[2:])  # one channel for each digit
         images = image.expand(shape[0], *image.shape)
         output = torch.grid_sampler(images, grid.detach().to(dtype), _NEAREST, padding, align_corners)
-        return from_digits(output.movedim(1, 0), dtype)
+        return from_digits(output.movedim(1, 0))
 
     def grad_input(grad: Tensor, i: Tensor, shape: tuple[int, ...]) -> Tensor:
         zeros = grad.new_zeros(*shape[:2], math.prod(shape[2:]) + 1)
