@@ -1,7 +1,7 @@
-"""Cross entropy of a linear map's output, in chunks of rows: a language model's head and its loss.
+"""Cross entropy of a linear map's output, in chunks of rows: the head of a language model and its loss.
 
-N rows and C classes have N·C logits. For a large vocabulary they take more memory than everything else that a step
-saves. So the rows are processed in chunks: the logits of a chunk are freed once its loss and gradients are known.
+N rows and C classes have N·C logits. For a large vocabulary they take more memory than everything else that a
+training step saves. So the rows are processed in chunks. The logits of a chunk are freed before the next chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from manualgrad.ops.shapes import flatten, rows
 from manualgrad.rebinding import rebind_function
 from manualgrad.recomputation import saved_tensor_hooks_active
 from manualgrad.registry import SampleInput, register
-from manualgrad.rule import Rule, autocast_inputs, replaces
+from manualgrad.rule import Rule, autocast_inputs, replaces, with_reuse
 from manualgrad.rule.reuse import fast_version
 from manualgrad.torch_internals import in_forward_mode_or_transform, inplace_is_safe, is_last_backward
 
@@ -34,10 +34,10 @@ MAX_LOGITS_PER_CHUNK = 2**24
 """64 MiB in float32. A chunk of this size has enough rows for matrix products at full speed."""
 
 _LOGITS_IN_CACHE = 2**17
-"""The pointwise operations on a chunk's logits process so many at a time."""
+"""How many logits of a chunk the pointwise operations process at one time."""
 
 _CLASSES_PER_PRODUCT = 4096
-"""A weight in bfloat16 or float16 is converted to float32 for so many classes at a time."""
+"""For how many classes at one time a weight in bfloat16 or float16 is converted to float32."""
 
 Needed = tuple[bool, bool, bool]
 """Whether the gradients of input, linear_weight and linear_bias are needed."""
@@ -47,16 +47,17 @@ class LinearCrossEntropyLossFunction(Rule):
     r"""ℓ = -Σ_c q_c log p_c = λ Σq - Σ_c q_c z_c,    z = x Wᵀ + b,   λ = log Σ_c e^z_c,   p = e^(z - λ)
 
     x: (N, in)   W: (C, ..., in)   b: (C, ...)   t: (N, ...) class indices, or (N, C, ...) class probabilities
-    w: (C), class weights   ε: label smoothing   L: the losses ℓ, their sum or their mean, in float32 at least
+    w: (C), class weights, or 1   ε: label smoothing   L: the losses ℓ, their sum or mean, in float32 at least
 
-    class indices          q = (1-ε) w[t] 1_t + (ε/C) w            s = ∂L/∂ℓ = g,  for the mean g / Σ w[t]
+    class indices          q_c = (1-ε) w[t] 1[c = t] + (ε/C) w_c   s = ∂L/∂ℓ = g,  for the mean g / Σ w[t]
     class probabilities    q = w t′,   t′ = (1-ε) t + ε/C          s = ∂L/∂ℓ = g,  for the mean g / number of rows
     ignored rows           ℓ = 0                                   s = 0
 
-    dλ = ⟨p, dz⟩, so  D = ∂L/∂z = s (p Σq - q):      ∂L/∂x = D W      ∂L/∂W = Dᵀ x      ∂L/∂b = Σ D
-    and  ∂L/∂q = s (λ - z):      ∂L/∂t = s (λ - z) (1-ε) w      ∂L/∂w = Σ s (λ - z) t′
+    dℓ = Σq ⟨p, dz⟩ - ⟨q, dz⟩ + ⟨λ - z, dq⟩:
+    D = ∂L/∂z = s (p Σq - q)      ∂L/∂x = D W      ∂L/∂W = Dᵀ x      ∂L/∂b = Σ D
+    Q = ∂L/∂q = s (λ - z)         ∂L/∂t = Q (1-ε) w                  ∂L/∂w = Σ Q t′
 
-    The logits z are not saved. The backward computes them again for each chunk of rows, and adds up the gradients.
+    The logits z are not saved. The backward computes them again for each chunk of rows.
 
     Wijmans, Huval, Hertzberg, Koltun and Krähenbühl, "Cut Your Losses in Large-Vocabulary Language Models", 2025.
     """
@@ -86,19 +87,17 @@ class LinearCrossEntropyLossFunction(Rule):
     def s(grad: Tensor, target: Tensor, options: TargetOptions, reduction: int) -> Tensor:
         return options.grad_losses(grad, target, reduction)
 
+    def split(
+        input: Tensor, linear_weight: Tensor, target: Tensor, options: TargetOptions, chunk_size: int
+    ) -> Callable[[Tensor], Iterator[Chunk]]:
+        """Of s: the chunks of all rows"""
+        return lambda s: split_rows(input, linear_weight, target, options, s, chunk_size)
+
     def gradients(
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        options: TargetOptions,
-        s: Tensor,
-        chunk_size: int,
-        needed: Needed,
+        split: Any, s: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, needed: Needed
     ) -> list[Any]:
         """∂L/∂x, ∂L/∂W and ∂L/∂b"""
-        chunks = split_rows(input, linear_weight, target, options, s, chunk_size)
-        return losses_and_gradients(chunks, linear_weight, linear_bias, needed)[1]
+        return losses_and_gradients(split(s), linear_weight, linear_bias, needed)[1]
 
     def grad_input(gradients: list[Any], input: Tensor) -> Tensor:
         return gradients[0].to(input.dtype)
@@ -109,52 +108,47 @@ class LinearCrossEntropyLossFunction(Rule):
     def grad_linear_bias(gradients: list[Any], linear_weight: Tensor) -> Tensor:
         return gradients[2].to(linear_weight.dtype)
 
-    def surprisal(
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        options: TargetOptions,
-        s: Tensor,
-        chunk_size: int,
-    ) -> Tensor:
-        """∂L/∂q = s (λ - z) = -s log p, in the shape of class probabilities"""
-        chunks = split_rows(input, linear_weight, target, options, s, chunk_size)
-        z_and_s = ((logits(x, linear_weight, linear_bias), s) for x, _, s in chunks)
+    def Q(split: Any, s: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+        """s (λ - z), in the shape of class probabilities"""
+        z_and_s = ((logits(x, linear_weight, linear_bias), s) for x, _, s in split(s))
         return torch.cat([s * (logsumexp(z) - z) for z, s in z_and_s])
 
-    def grad_target(surprisal: Tensor, target: Tensor, options: TargetOptions) -> Tensor:
-        grad = surprisal * (1 - options.label_smoothing)
+    def grad_target(Q: Tensor, target: Tensor, options: TargetOptions) -> Tensor:
+        grad = Q * (1 - options.label_smoothing)
         return (grad if options.weight is None else grad * _along(options.weight, grad)).to(target.dtype)
 
-    def grad_weight(surprisal: Tensor, target: Tensor, options: TargetOptions, weight: Tensor) -> Tensor:
-        if not target.is_floating_point():
-            raise RuntimeError("a class weight has no gradient if the target holds class indices")
-        return (surprisal * options.smooth(target)).sum([0, *range(2, target.dim())]).to(weight.dtype)
+    def grad_weight(Q: Tensor, target: Tensor, options: TargetOptions, weight: Tensor) -> Tensor:
+        _check_weight_is_differentiable(target)
+        return (Q * options.smooth(target)).sum([0, *range(2, target.dim())]).to(weight.dtype)
+
+
+def _check_weight_is_differentiable(target: Tensor) -> None:
+    if not target.is_floating_point():
+        raise RuntimeError("a class weight has no gradient if the target holds class indices")
 
 
 # --- q: how much each class counts in the loss ---
 
 
 class ClassCoefficients(NamedTuple):
-    """q_c = hard · 1[c = label] + soft_c for some rows, (n, C, *)"""
+    """q_c = hard 1[c = label] + soft_c for n rows, (n, C, *). Class probabilities have only the second term."""
 
-    hard: Tensor  # (n, 1, *); of size (n, 0, *) for class probabilities
+    hard: Tensor  # (n, 1, *), or (n, 0, *) for class probabilities
     label: Tensor  # of the same shape
     soft: Tensor | None  # (n, C, *) or (C, *)
-    total: Tensor  # Σ_c q_c, (n, 1, *)
+    sum: Tensor  # Σ_c q_c, (n, 1, *)
     valid: Tensor  # false in ignored rows, (n, 1, *) or ()
 
 
 class TargetOptions(NamedTuple):
-    """The arguments of the loss that say how a target counts."""
+    """The arguments of the loss that turn a target into q, and the losses into their mean."""
 
     weight: Tensor | None
     ignore_index: int
     label_smoothing: float
 
     def coefficients(self, target: Tensor, like: Tensor) -> ClassCoefficients:
-        """q for the targets of some rows, in the dtype of ``like``, which has one element for each class."""
+        """q for the targets of some rows. ``like`` has the dtype of q, and one element for each class."""
         if target.is_floating_point():
             q = self.smooth(target.to(like.dtype))
             q = q if self.weight is None else q * _along(self.weight.to(like.dtype), q)
@@ -178,7 +172,7 @@ class TargetOptions(NamedTuple):
         return target * (1 - self.label_smoothing) + self.label_smoothing / target.shape[1]
 
     def mean(self, total: Tensor, target: Tensor) -> Tensor:
-        """The mean from the sum: divided by Σ w[t], for class probabilities by the number of rows."""
+        """The sum of the losses divided by Σ w[t], or for class probabilities by the number of rows."""
         if target.is_floating_point():
             return total / (target.numel() // max(target.shape[1], 1))
         valid = target != self.ignore_index
@@ -186,8 +180,10 @@ class TargetOptions(NamedTuple):
 
     def grad_losses(self, grad: Tensor, target: Tensor, reduction: int) -> Tensor:
         """s = ∂L/∂ℓ, one number for all rows, or one for each row. It is 0 if the mean has no valid row."""
+        if reduction != MEAN:
+            return grad
         valid = torch.ones_like(target) if target.is_floating_point() else target != self.ignore_index
-        return torch.where(valid.any(), self.mean(grad, target), 0) if reduction == MEAN else grad
+        return torch.where(valid.any(), self.mean(grad, target), 0)
 
 
 # --- ℓ and D of some rows ---
@@ -208,15 +204,15 @@ def cross_entropy(z: Tensor, lam: Tensor, q: ClassCoefficients) -> Tensor:
     """ℓ = λ Σq - Σ_c q_c z_c, 0 in ignored rows"""
     hard = (q.hard * _logit_of_label(z, q.label)).sum(1, keepdim=True)
     qz = hard if q.soft is None else hard + (z * q.soft).sum(1, keepdim=True)
-    return torch.where(q.valid, lam * q.total - qz, 0).squeeze(1)
+    return torch.where(q.valid, lam * q.sum - qz, 0).squeeze(1)
 
 
 def grad_logits(z: Tensor, lam: Tensor, q: ClassCoefficients, s: Tensor) -> Tensor:
     """D = ∂L/∂z = s (p Σq - q),   p = e^(z - λ)"""
     s = torch.where(q.valid, s, 0)
-    dense = (z - lam).exp() * (s * q.total)
-    hard = dense.scatter_add(1, q.label, -s * q.hard)
-    return hard if q.soft is None else hard - s * q.soft
+    p = (z - lam).exp()
+    D = (p * (s * q.sum)).scatter_add(1, q.label, -s * q.hard)
+    return D if q.soft is None else D - s * q.soft
 
 
 def losses_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, q: ClassCoefficients) -> Tensor:
@@ -237,11 +233,12 @@ def losses_and_grad_logits(
 def _losses_and_grad_logits_in_cache(
     x: Tensor, weight: Tensor, bias: Tensor | None, q: ClassCoefficients, s: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same for so many rows at a time that temporaries stay in the cache. D is written over z."""
+    """The same. On the CPU, few rows are processed at one time, so that temporaries stay in the cache. D is
+    written over z."""
     z = logits(x, weight, bias)
     if not len(z):
         return cross_entropy(z, logsumexp(z), q), z
-    step = max(1, _LOGITS_IN_CACHE // max(z[:1].numel(), 1) if z.is_cpu else len(z))
+    step = max(1, _LOGITS_IN_CACHE // max(z[:1].numel(), 1)) if z.is_cpu else len(z)
     losses_of_parts = []
     for start in range(0, len(z), step):
         part = slice(start, start + step)
@@ -271,7 +268,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# --- ℓ and the gradients of all rows, chunk after chunk ---
+# --- ℓ and the gradients of all rows, one chunk after the other ---
 
 Chunk = tuple[Tensor, ClassCoefficients, Tensor]
 """x, q and s of some rows"""
@@ -280,10 +277,11 @@ Chunk = tuple[Tensor, ClassCoefficients, Tensor]
 def split_rows(
     input: Tensor, weight: Tensor, target: Tensor, options: TargetOptions, s: Tensor, chunk_size: int
 ) -> Iterator[Chunk]:
+    """The chunks of all rows. ``s`` is one number for all rows, or one for each row."""
     like = weight.new_empty(len(weight), dtype=_at_least_float32(weight.dtype))
-    s_of_chunks = (x.unsqueeze(1) for x in s.split(chunk_size)) if s.dim() else repeat(s)
-    for x, t, s in zip(input.split(chunk_size), target.split(chunk_size), s_of_chunks, strict=False):
-        yield _zero_ignored_rows(x, t, options.ignore_index), options.coefficients(t, like), s
+    s_of_chunks = (part.unsqueeze(1) for part in s.split(chunk_size)) if s.dim() else repeat(s)
+    for x, t, part in zip(input.split(chunk_size), target.split(chunk_size), s_of_chunks, strict=False):
+        yield _zero_ignored_rows(x, t, options.ignore_index), options.coefficients(t, like), part
 
 
 def _zero_ignored_rows(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -294,7 +292,7 @@ def _zero_ignored_rows(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 
 def _unit_s(weight: Tensor) -> Tensor:
-    """s for the plain sum of the losses, in the dtype of the logits."""
+    """s = 1, in the dtype of the logits."""
     return weight.new_ones((), dtype=_at_least_float32(weight.dtype))
 
 
@@ -309,37 +307,31 @@ def _reduce(losses: list[Tensor], target: Tensor, options: TargetOptions, reduct
 LossesAndGradients = tuple[list[Tensor], list[Any]]
 
 
+def add_product(total: Tensor | None, D: Tensor, factor: Tensor) -> Tensor:
+    """total + D factor, where the factor may have a lower precision than D"""
+    product = (D.to(factor.dtype) @ factor).to(D.dtype)
+    return product if total is None else total + product
+
+
 def losses_and_gradients(
-    chunks: Iterable[Chunk], weight: Tensor, bias: Tensor | None, needed: Needed
-) -> LossesAndGradients:
-    """ℓ of each chunk, and the sums over the chunks of  ∂L/∂x = D W,  ∂L/∂W = Dᵀ x  and  ∂L/∂b = Σ D"""
-    return _accumulate(chunks, weight, bias, needed, add_product)
-
-
-@replaces(losses_and_gradients)
-def _losses_and_gradients_inplace(
-    chunks: Iterable[Chunk], weight: Tensor, bias: Tensor | None, needed: Needed
-) -> LossesAndGradients:
-    """The same. The products of a chunk are added in place."""
-    return fast_version(_accumulate)(chunks, weight, bias, needed, _add_product_inplace)
-
-
-def _accumulate(
     chunks: Iterable[Chunk],
     weight: Tensor,
     bias: Tensor | None,
     needed: Needed,
-    add_product: Callable[[Tensor | None, Tensor, Tensor], Tensor],
+    add: Callable[[Tensor | None, Tensor, Tensor], Tensor] | None = None,
 ) -> LossesAndGradients:
+    """ℓ of each chunk; and ∂L/∂x = D W, ∂L/∂W = Dᵀ x and ∂L/∂b = Σ D, the last two as sums over the chunks"""
+    add = add or add_product
     losses, grads_input, grad_weight, grad_bias = [], [], None, None
+    W = rows(weight)
     for x, q, s in chunks:
         loss, D = losses_and_grad_logits(x, weight, bias, q, s)
-        D = D.reshape(len(x), len(rows(weight)))
+        D = D.reshape(len(x), len(W))
         losses.append(loss)
         if needed[0]:
-            grads_input.append(add_product(None, D, rows(weight)))
+            grads_input.append(add(None, D, W))
         if needed[1]:
-            grad_weight = add_product(grad_weight, D.mT, x)
+            grad_weight = add(grad_weight, D.mT, x)
         if needed[2]:
             grad_bias = D.sum(0) if grad_bias is None else grad_bias + D.sum(0)
         del D  # frees it before the next logits are computed
@@ -350,16 +342,18 @@ def _accumulate(
     ]
 
 
-def add_product(total: Tensor | None, D: Tensor, factor: Tensor) -> Tensor:
-    """total + D factor, where the factor may have a lower precision than D"""
-    product = (D.to(factor.dtype) @ factor).to(D.dtype)
-    return product if total is None else total + product
+@replaces(losses_and_gradients)
+def _losses_and_gradients_inplace(
+    chunks: Iterable[Chunk], weight: Tensor, bias: Tensor | None, needed: Needed
+) -> LossesAndGradients:
+    """The same. The products of a chunk are added in place."""
+    return with_reuse(losses_and_gradients)(chunks, weight, bias, needed, _add_product_inplace)
 
 
 def _add_product_inplace(total: Tensor | None, D: Tensor, factor: Tensor) -> Tensor:
-    """The same in the precision of D, written into the total.
+    """`add_product` in the precision of D, written into the total.
 
-    On the CPU the product is computed in float32, for some rows of the factor at a time. In bfloat16 it may take
+    On the CPU, a factor in bfloat16 is converted to float32, some rows at one time. A product in bfloat16 may take
     100 times as long (256 x 8192 times 8192 x 512, one thread, no instructions for bfloat16: 7.2 s and 0.07 s).
     """
     if D.dtype == factor.dtype:
@@ -377,18 +371,18 @@ def _add_product_inplace(total: Tensor | None, D: Tensor, factor: Tensor) -> Ten
 
 
 def _scale_in_last_backward(
-    unit_grad_linear_weight: Tensor, s: Tensor, saved_is_observed: bool, input: Tensor
+    unit_grad_linear_weight: Tensor, s: Tensor, saved_is_observed: bool, linear_weight: Tensor
 ) -> Tensor | None:
-    """s times the saved gradient, written into it. Not used if a hook or a later backward may read it."""
+    """s times the saved gradient, written into it. None if a hook or a later backward may read the saved one."""
     if saved_is_observed or not is_last_backward():
         return None
-    return unit_grad_linear_weight.mul_(s).to(input.dtype)
+    return unit_grad_linear_weight.mul_(s).to(linear_weight.dtype)
 
 
 class LinearCrossEntropyLossWithGradientsFunction(LinearCrossEntropyLossFunction):
-    r"""For a sum or a mean, s is one number, and the gradients are linear in it: ∂L/∂x = s · (∂L/∂x where s = 1)
+    r"""For a sum or a mean, s is one number, and the gradients are linear in it: ∂L/∂x = s · (∂L/∂x for s = 1)
 
-    The forward has the logits. It computes the gradients where s = 1, and saves them as ``unit_grad_...``. The
+    The forward has the logits. It computes the gradients for s = 1, and saves them as ``unit_grad_...``. The
     backward multiplies them by s. The gradient of W is as large as W, so the last backward writes into it.
     """
 
@@ -416,17 +410,8 @@ class LinearCrossEntropyLossWithGradientsFunction(LinearCrossEntropyLossFunction
         loss = _reduce(losses, target, options, reduction)
         return loss, *[not_needed if x is None else x for x in unit_grads]
 
-    def unit_grads(
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        options: TargetOptions,
-        chunk_size: int,
-        needed: Needed,
-    ) -> list[Any]:
-        chunks = split_rows(input, linear_weight, target, options, _unit_s(linear_weight), chunk_size)
-        return losses_and_gradients(chunks, linear_weight, linear_bias, needed)[1]
+    def unit_grads(split: Any, linear_weight: Tensor, linear_bias: Tensor | None, needed: Needed) -> list[Any]:
+        return losses_and_gradients(split(_unit_s(linear_weight)), linear_weight, linear_bias, needed)[1]
 
     def unit_grad_input(unit_grads: list[Any]) -> Tensor:
         return unit_grads[0]
@@ -438,15 +423,16 @@ class LinearCrossEntropyLossWithGradientsFunction(LinearCrossEntropyLossFunction
         return unit_grads[2]
 
     def grad_input(unit_grad_input: Tensor, s: Tensor, input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+        # an infinite s must not make 0 · ∞ = nan of an ignored row
         return _zero_ignored_rows(unit_grad_input * s, target, ignore_index).to(input.dtype)
 
     def grad_linear_weight(
-        unit_grad_linear_weight: Tensor, s: Tensor, saved_is_observed: bool, input: Tensor
+        unit_grad_linear_weight: Tensor, s: Tensor, saved_is_observed: bool, linear_weight: Tensor
     ) -> Tensor:
-        return (unit_grad_linear_weight * s).to(input.dtype)
+        return (unit_grad_linear_weight * s).to(linear_weight.dtype)
 
-    def grad_linear_bias(unit_grad_linear_bias: Tensor, s: Tensor, input: Tensor) -> Tensor:
-        return (unit_grad_linear_bias * s).to(input.dtype)
+    def grad_linear_bias(unit_grad_linear_bias: Tensor, s: Tensor, linear_weight: Tensor) -> Tensor:
+        return (unit_grad_linear_bias * s).to(linear_weight.dtype)
 
 
 # --- the function ---
@@ -500,9 +486,9 @@ def linear_cross_entropy(
     (N, ...) or () of class indices, or (N, C, ...) or (C) of class probabilities. The result is a number, or with
     reduction "none" has the shape of class indices.
 
-    Memory never holds more than 2²⁴ logits, or the logits of one row, for any target, smoothing and reduction.
-    ``options`` may set another chunk size. Of the other options two have no effect: sums are in float32 at least
-    for every ``acc_policy``, and the graph may be retained without ``allow_retain_graph``.
+    Memory never holds more than 2²⁴ logits, or the logits of one row, unless ``options`` sets another chunk size.
+    The options ``acc_policy`` and ``acc_dtype`` have no effect: sums are always in float32 at least. Nor has
+    ``allow_retain_graph``: the graph may always be retained.
 
     Raises:
         RuntimeError, ValueError: the shapes do not match.
@@ -511,7 +497,7 @@ def linear_cross_entropy(
         IndexError: a class index is outside of the classes.
     """
     count = input.shape[:-1].numel() * linear_weight.shape[:-1].numel()
-    if options is None and count <= MAX_LOGITS_PER_CHUNK:
+    if options is None and count <= MAX_LOGITS_PER_CHUNK:  # torch's code, which calls manualgrad's rules here
         return rebind_function(_reference)(
             *(input, linear_weight, target),
             linear_bias=linear_bias,
@@ -561,13 +547,13 @@ def linear_cross_entropy_in_float32(
     if torch.compiler.is_compiling() or in_forward_mode_or_transform():  # requires_grad is not known
         needed, with_gradients = (True, True, linear_bias is not None), False
     else:
-        required = [
+        *needed, target_needed, weight_needed = (
             torch.is_grad_enabled() and x is not None and x.requires_grad for x in (*tensors, target, weight)
-        ]
-        if required[4] and not target.is_floating_point():
-            raise RuntimeError("a class weight has no gradient if the target holds class indices")
-        needed = tuple(required[:3])
-        with_gradients = how != NONE and any(needed) and not any(required[3:])
+        )
+        if weight_needed:
+            _check_weight_is_differentiable(target)
+        needed = tuple(needed)
+        with_gradients = how != NONE and any(needed) and not (target_needed or weight_needed)
     if with_gradients:
         loss = LinearCrossEntropyLossWithGradientsFunction.apply(
             *tensors, *settings, needed, saved_tensor_hooks_active()
@@ -585,14 +571,13 @@ def _chunk_size(options: LinearCrossEntropyOptions | None, n: int, features: int
         return max(1, -(-n // chunks))
     if method is None or method == "auto":
         return max(1, n if size is None else min(size, n))
-    # torch's "aspect_ratio:r" divides by r the number of rows that have as many logits as the input has elements,
-    # rounded up to a power of 2
-    rows_needed = -(-n // -(-logits_per_row // features))
-    chosen = min((1 << (rows_needed - 1).bit_length()) // int(method.partition(":")[2] or 1), n)
+    # torch's "aspect_ratio:r": the logits of k rows take as much memory as the input. k is rounded up to a power
+    # of 2, and divided by r.
+    k = -(-n // -(-logits_per_row // features))
+    chosen = min((1 << (k - 1).bit_length()) // int(method.partition(":")[2] or 1), n)
     if size not in (None, chosen):
         raise ValueError(
-            f"batch_chunk_size={size} contradicts chunking_method={method!r}, which chooses {chosen}: pass one of "
-            "the two"
+            f"batch_chunk_size={size} contradicts chunking_method={method!r}, which chooses {chosen}: pass one"
         )
     return max(1, chosen)
 
@@ -723,14 +708,7 @@ else:
             )
 
         def extra_repr(self) -> str:
-            shown = {
-                "in_features": self.linear.in_features,
-                "num_classes": self.num_classes,
-                "out_features": self.out_features,
-                "bias": self.linear.bias is not None,
-                **{
-                    name: getattr(self, name)
-                    for name in ("reduction", "ignore_index", "label_smoothing", "options")
-                },
-            }
-            return ", ".join(f"{name}={value}" for name, value in shown.items())
+            sizes = f"num_classes={self.num_classes}, out_features={self.out_features}"
+            more = [f"{x}={getattr(self, x)}" for x in ("reduction", "ignore_index", "label_smoothing", "options")]
+            bias = self.linear.bias is not None
+            return ", ".join([f"in_features={self.linear.in_features}, {sizes}, bias={bias}", *more])

@@ -56,7 +56,7 @@ class PairLoss(Loss):
         return h * derivative
 
     def grad_target(grad: Tensor, input: Tensor, reduction: int, target_derivative: Tensor) -> Tensor:
-        # h with the n of the input, because ∂ℓ/∂t often needs no target: so the target need not be saved
+        # n from the input instead of the target: ∂ℓ/∂t often does not need the target, which then is not saved
         return _grad_losses(grad, input, reduction) * target_derivative
 
 
@@ -115,37 +115,33 @@ class SmoothL1LossFunction(HuberLossFunction):
 
 @implements(_nn.l1_loss)
 def l1_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
-    """|x - t|, which saves only the difference. If one of the two is complex, the other is converted to complex
-    numbers, and its gradient is the real part."""
-    if input.is_complex() != target.is_complex():
-        both = torch.promote_types(input.dtype, target.dtype)
-        input, target = input.to(both), target.to(both)
+    """|x - t|. It saves only the difference."""
+    if input.is_complex() != target.is_complex():  # of the real one, autograd takes the real part of the gradient
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(dtype), target.to(dtype)
     return reduce_losses(AbsoluteFunction.apply(DifferenceFunction.apply(input, target)), reduction)
 
 
-for _name, _settings, _weighted in (
-    ("mse_loss", [{}], True),
-    ("l1_loss", [{}], True),
-    ("huber_loss", [{"delta": 0.3}], True),
-    ("smooth_l1_loss", [{"beta": 0.3}, {"beta": 0.0}], False),
-):
+for _name, _settings in (("mse_loss", {}), ("l1_loss", {}), ("huber_loss", {"delta": 0.3})):
     register(
         _name,
-        sample_inputs=lambda t, settings=_settings, weighted=_weighted: [
-            *(SampleInput(t(5, 3), t(5, 3), **setting) for setting in settings),
-            *(
-                [SampleInput(t(5, 3), t(5, 3), weight=t(5, 3, low=0.5, high=2), reduction="none")]
-                if weighted
-                else []
-            ),
+        sample_inputs=lambda t, settings=_settings: [
+            SampleInput(t(5, 3), t(5, 3), **settings),
+            SampleInput(t(5, 3), t(5, 3), weight=t(5, 3, low=0.5, high=2), reduction="none"),
         ],
         benchmark_input=lambda t: SampleInput(t(1024, 1024), t(1024, 1024)),
     )
 
+register(
+    "smooth_l1_loss",
+    sample_inputs=lambda t: [SampleInput(t(5, 3), t(5, 3), beta=beta) for beta in (0.3, 0.0)],
+    benchmark_input=lambda t: SampleInput(t(1024, 1024), t(1024, 1024)),
+)
+
 
 @implements(_nn.binary_cross_entropy)
 class BCELossFunction(PairLoss):
-    r"""ℓ = -w (t log x + (1 - t) log(1 - x))      (logarithms not below -100)
+    r"""ℓ = -w (t log x + (1 - t) log(1 - x))      w: weight   (logarithms not below -100)
 
     ∂ℓ/∂x = -w (t/x - (1 - t)/(1 - x)) = w (x - t) / (x (1 - x))      (denominator not below 1e-12, as torch)
     ∂ℓ/∂t = w (log(1 - x) - log x)
@@ -269,9 +265,8 @@ register(
 
 
 class PoissonNLLLossFunction(PairLoss):
-    r"""ℓ = eˣ - t x            where x is the logarithm of the rate;  x - t log(x + ε)  where x is the rate
-
-    ∂ℓ/∂x = eˣ - t,   1 - t / (x + ε)            ∂ℓ/∂t = -x,   -log(x + ε)
+    r"""x: the logarithm of the rate    ℓ = eˣ - t x              ∂ℓ/∂x = eˣ - t               ∂ℓ/∂t = -x
+    x: the rate                     ℓ = x - t log(x + ε)      ∂ℓ/∂x = 1 - t / (x + ε)      ∂ℓ/∂t = -log(x + ε)
     """
 
     supports_complex = True
@@ -288,7 +283,7 @@ class PoissonNLLLossFunction(PairLoss):
 
 
 class StirlingFunction(Rule):
-    r"""y = t log t - t + ½ log 2πt  where t > 1, else 0      (≈ log t!)      ∂L/∂t = g (log t + 1/2t), else 0"""
+    r"""y = t log t - t + ½ log 2πt  where t > 1, else 0      (≈ log t!)      ∂L/∂t = g (log t + ½/t), else 0"""
 
     autocast = FLOAT32
 
@@ -297,7 +292,7 @@ class StirlingFunction(Rule):
         return value.masked_fill(input <= 1, 0)
 
     def grad_input(grad: Tensor, input: Tensor) -> Tensor:
-        t = input.clamp(min=1)  # where t ≤ 1, so that derivatives of log t + 1/2t are finite there too
+        t = input.clamp(min=1)  # so that the derivatives of log t + ½/t are finite where the result is 0
         return torch.where(input > 1, grad * (t.log() + 0.5 / t), 0)
 
 
@@ -325,7 +320,7 @@ register(
 
 
 class VarianceFloorFunction(Rule):
-    r"""y = max(x, ε)      ∂L/∂x := g, even where x < ε, as in torch: so training can raise a variance below ε"""
+    r"""y = max(x, ε)      ∂L/∂x = g as in torch, even where x < ε: so training can raise a variance below ε"""
 
     def forward(input: Tensor, eps: float) -> Tensor:
         return input.clone().clamp_(min=eps)
@@ -392,7 +387,7 @@ def gaussian_nll_loss(
         variance = variance.unsqueeze(-1)
     elif input.shape != variance.shape:
         differing = [size for n, size in zip(input.shape, variance.shape, strict=False) if n != size]
-        if input.dim() != variance.dim() or sum(differing) != 1:
+        if input.dim() != variance.dim() or differing != [1]:
             raise ValueError("var is of incorrect size")
     if reduction not in REDUCTIONS:
         raise ValueError(reduction + " is not valid")

@@ -62,7 +62,7 @@ class MinimumFunction(Rule):
 
 @implements(torch.hinge_embedding_loss)
 def hinge_embedding_loss(input: Tensor, target: Tensor, margin: float, reduction: int) -> Tensor:
-    """x where t ≠ -1, and max(0, m - x) where t ≠ 1
+    """x where t ≠ -1, plus max(0, m - x) where t ≠ 1
 
     Hadsell, Chopra and LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", 2006.
     """
@@ -272,7 +272,7 @@ def multi_margin_loss(
 class MultiLabelMarginLossFunction(Rule):
     r"""ℓ = (1/C) Σ_j Σ_c max(0, 1 - x[t_j] + x_c)      t_j: the labels before the first -1   c: the other classes
 
-    L = reduction of ℓ over the rows, as for `Loss`, with h = ∂L/∂ℓ
+    L = the ℓ of all rows, their sum or mean      h = ∂L/∂ℓ = g, for the mean g / number of rows
     a_jc = 1 where 1 - x[t_j] + x_c > 0, else 0:      ∂L/∂x_c = h/C Σ_j a_jc        ∂L/∂x[t_j] = -h/C Σ_c a_jc
     """
 
@@ -282,8 +282,9 @@ class MultiLabelMarginLossFunction(Rule):
         return _nn.multilabel_margin_loss(input, target, reduction)
 
     def h(grad: Tensor, input: Tensor, reduction: int) -> Tensor:
-        n = input.shape[:-1].numel()
-        return grad.unsqueeze(-1) if reduction == NONE else grad / max(n, 1) if reduction == MEAN else grad
+        if reduction == NONE:
+            return grad.unsqueeze(-1)
+        return grad / max(input.shape[:-1].numel(), 1) if reduction == MEAN else grad
 
     def grad_input(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
         return multilabel_margin_gradient(h, input, target)
@@ -296,7 +297,7 @@ def multilabel_margin_gradient(h: Tensor, input: Tensor, target: Tensor) -> Tens
 
 @replaces(multilabel_margin_gradient)
 def _multilabel_margin_gradient_of_longest_row(h: Tensor, input: Tensor, target: Tensor) -> Tensor:
-    """The same without the columns in which no row has a label, so that there are fewer pairs (j, c)."""
+    """The same without the last columns, in which no row has a label, so that there are fewer pairs (j, c)."""
     longest = int(((target < 0).cumsum(-1) == 0).sum(-1).max()) if target.numel() else 0
     return with_reuse(multilabel_margin_gradient)(h, input, target[..., :longest])
 

@@ -1,9 +1,10 @@
-"""Normalization."""
+"""Normalization of layers, groups and batches, and local response normalization."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from manualgrad.torch_internals import is_autocast_on_cuda
 Axes = tuple[int, ...]
 Mean = Callable[[Tensor], Tensor]
 
+_functional: Any = F  # for its private functions
+
 
 class Normalization(Rule):
     r"""y = x̂ w + b,   x̂ = (x - μ) r,   μ = E x,   r = (E (x-μ)² + ε)^-½      E: the mean over some axes
@@ -33,8 +36,8 @@ class Normalization(Rule):
     A subclass defines x, g and w in shapes that broadcast, the axes ``mean_axes`` of E, and the axes ``sum_axes``
     of Σ: all axes that w does not have.
 
-    μ and r depend on x. If this gradient is differentiated, they are differentiated too. (torch 2.13 treats the
-    saved r as a constant there, so its third derivatives are wrong.)
+    A backward that is differentiated also differentiates μ and r, which depend on x. (torch 2.13 treats the saved
+    r as a constant there, so its third derivatives are wrong.)
     """
 
     statistics = ("mean", "rstd")
@@ -71,7 +74,7 @@ class Normalization(Rule):
 
 
 class LayerNormFunction(Normalization):
-    r"""E: over the last k axes, which are the axes of w and b      Σ: over the rows, all other axes as one
+    r"""E: over the last k axes, which are the axes of w and b      Σ: over all other axes, flattened to one
 
     Ba, Kiros and Hinton, "Layer Normalization", 2016.
     """
@@ -121,7 +124,7 @@ def layer_norm(
 
 
 def _check_shape(input: Tensor, normalized_shape: Sequence[int], name: str) -> None:
-    """The rule receives only the number of normalized axes, so their sizes are checked here."""
+    """Check the sizes of the normalized axes. The rule receives only their number."""
     k = len(normalized_shape)
     if k == 0 or tuple(input.shape[input.dim() - k :]) != tuple(normalized_shape) or input.dim() < k:
         raise RuntimeError(
@@ -224,9 +227,10 @@ class GroupNormFunction(Normalization):
         input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         n, channels = input.shape[:2]
+        # the kernels need contiguous tensors, and only those of the CPU support channels_last
         memory_format = suggest_memory_format(input) if input.is_cpu else torch.contiguous_format
         input = input.contiguous(memory_format=memory_format)
-        weight, bias = (x if x is None else x.contiguous() for x in (weight, bias))
+        weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
         positions = math.prod(input.shape[2:])
         output, mean, rstd = torch.native_group_norm(input, weight, bias, n, channels, positions, groups, eps)
         shape = (n, groups, *[1] * (input.dim() - 1))
@@ -285,9 +289,7 @@ def group_norm(
     Raises:
         ValueError: a group has only one element.
     """
-    getattr(F, "_verify_batch_size")(  # noqa: B009
-        [input.size(0) * input.size(1) // num_groups, num_groups, *input.shape[2:]]
-    )
+    _functional._verify_batch_size([len(input) * input.shape[1] // num_groups, num_groups, *input.shape[2:]])
     return GroupNormFunction.apply(input, weight, bias, num_groups, eps)
 
 
@@ -306,8 +308,8 @@ class BatchNormFunction(Normalization):
     r"""E: over the n elements of a channel, N and *      x: (N, C, *)
 
     w is the same number for all of them, so E h = w E g. With s = Σ g and t = Σ g x̂ over the same elements:
-    ∂L/∂x = r w (g - (E g + x̂ E[x̂ g])),   E g = s / n,   E[x̂ g] = t / n        ∂L/∂w = Σ t        ∂L/∂b = Σ s
-    (s and t have the shape (1, C, *1), so Σ sums over one element)
+    ∂L/∂x = r w (g - (E g + x̂ E[x̂ g])),   E g = s / n,   E[x̂ g] = t / n      ∂L/∂w = Σ_N t      ∂L/∂b = Σ_N s
+    (s and t have the shape (1, C, *1). Σ_N is a sum for `InstanceNormFunction`, where N is not 1.)
 
     Ioffe and Szegedy, "Batch Normalization", ICML 2015.
     """
@@ -328,19 +330,19 @@ class BatchNormFunction(Normalization):
         input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
     ) -> Tensor:
         """y = shift + x scale,   scale = r w,   shift = b - μ scale"""
-        # eps is a parameter because rstd is a function of it, if the backward is differentiated
+        # eps is a parameter because a backward that is differentiated computes rstd again
         scale = rstd if weight is None else rstd * _per_channel(weight, input)
         shift = -mean * scale if bias is None else _per_channel(bias, input) - mean * scale
         return torch.addcmul(shift, input, scale).to(input.dtype)
 
     def mean_axes(input: Tensor) -> Axes:
-        return (0, *range(2, input.dim()))
+        return _all_axes_except_channels(input)
 
     def w(weight: Tensor | None, grad: Tensor) -> Tensor | None:
         return None if weight is None else _per_channel(weight, grad)
 
     def sum_axes(grad: Tensor) -> Axes:
-        return (0, *range(2, grad.dim()))
+        return _all_axes_except_channels(grad)
 
     def n(grad: Tensor, sum_axes: Axes) -> int:
         return math.prod(grad.shape[axis] for axis in sum_axes)
@@ -367,6 +369,10 @@ class BatchNormFunction(Normalization):
 
     def grad_bias(s: Tensor) -> Tensor:
         return flatten(s.sum(0))
+
+
+def _all_axes_except_channels(tensor: Tensor) -> Axes:
+    return (0, *range(2, tensor.dim()))
 
 
 def _per_channel(tensor: Tensor, like: Tensor) -> Tensor:
@@ -404,7 +410,7 @@ class RunningNormFunction(Rule):
         return (input - _per_channel(running_mean, input)) * rstd
 
     def sum_axes(grad: Tensor) -> Axes:
-        return (0, *range(2, grad.dim()))
+        return _all_axes_except_channels(grad)
 
     def grad_input(grad: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
         return grad * (rstd if weight is None else rstd * _per_channel(weight, grad))
@@ -440,11 +446,11 @@ def batch_norm(
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"batch_norm: eps must be positive (with training=False, at least 0), got {eps}")
     if input.dim() == 1 and not input.numel():
-        return input.clone()  # torch accepts it
+        return input.clone()  # torch accepts an empty vector
     tensors = (input, weight, bias, running_mean, running_var)
     if not training:
         return RunningNormFunction.apply(*tensors, eps)
-    getattr(F, "_verify_batch_size")(input.size())  # noqa: B009
+    _functional._verify_batch_size(input.shape)
     return BatchNormFunction.apply(*tensors, momentum, eps)
 
 
@@ -460,11 +466,11 @@ register(
 
 
 class InstanceNormFunction(BatchNormFunction):
-    r"""E: over the n elements of a channel of one example, *      x: (N, C, *)
+    r"""E: over the n elements of a channel of one example, which are the axes *      x: (N, C, *)
 
-    The gradients are those of `BatchNormFunction`, but s = Σ g and t = Σ g x̂ sum over *, and have the shape
-    (N, C, *1). The kernel of batch norm computes the output, with N C channels. It updates the running
-    statistics of each example. Their means over the examples are stored.
+    The gradients are those of `BatchNormFunction`. But s = Σ g and t = Σ g x̂ sum over * only, and have the shape
+    (N, C, *1). The output is the batch norm of one example with N·C channels. It updates running statistics for
+    each example, and their means over the examples are stored.
 
     Ulyanov, Vedaldi and Lempitsky, "Instance Normalization", 2016.
     """
@@ -485,7 +491,7 @@ class InstanceNormFunction(BatchNormFunction):
         for running, new in ((running_mean, repeated[2]), (running_var, repeated[3])):
             if running is not None and new is not None:
                 running.copy_(new.reshape(n, channels).mean(0))
-        output = torch.ops.aten._unsafe_view(output, input.shape)
+        output = torch.ops.aten._unsafe_view(output, input.shape)  # no view: may be modified in place
         shape = (n, channels, *[1] * len(sizes))
         return output, mean.reshape(shape), rstd.reshape(shape)
 
@@ -524,7 +530,7 @@ def instance_norm(
             raise RuntimeError("instance_norm: weight, bias and running statistics must have one axis")
         mean = None if running_mean is None else running_mean.to(input.dtype)
         return RunningNormFunction.apply(input, weight, bias, mean, running_var, eps)
-    getattr(F, "_verify_spatial_size")(input.size())  # noqa: B009
+    _functional._verify_spatial_size(input.shape)
     return InstanceNormFunction.apply(*tensors, momentum, eps)
 
 
@@ -558,8 +564,8 @@ class SyncBatchNormFunction(BatchNormFunction):
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = input.to(torch.promote_types(input.dtype, torch.float32))
-        axes = (0, *range(2, input.dim()))
-        n = _sum_over_processes(torch.tensor(_elements_per_channel(input)), group).item()
+        axes = _all_axes_except_channels(input)
+        n = _elements_per_channel(input, group)
         mean = _sum_over_processes(x.sum(axes, True), group) / n
         centered = x - mean
         var = _sum_over_processes(centered.square().sum(axes, True), group) / n
@@ -573,7 +579,7 @@ class SyncBatchNormFunction(BatchNormFunction):
         return output.to(input.dtype), mean, rstd
 
     def n(input: Tensor, group: dist.ProcessGroup) -> float:
-        return _sum_over_processes(torch.tensor(_elements_per_channel(input)), group).item()
+        return _elements_per_channel(input, group)
 
     def E(n: float, mean_axes: Axes, group: dist.ProcessGroup) -> Mean:
         return lambda tensor: SumOverProcessesFunction.apply(tensor.sum(mean_axes, keepdim=True), group) / n
@@ -585,9 +591,9 @@ class SyncBatchNormFunction(BatchNormFunction):
         return SumOverProcessesFunction.apply(t, group) / n
 
 
-def _elements_per_channel(input: Tensor) -> float:
-    """In this process."""
-    return float(len(input) * math.prod(input.shape[2:]))
+def _elements_per_channel(input: Tensor, group: dist.ProcessGroup) -> float:
+    """The number of elements of a channel in all processes of the group."""
+    return _sum_over_processes(torch.tensor(float(len(input) * math.prod(input.shape[2:]))), group).item()
 
 
 class SumOverProcessesFunction(Rule):
@@ -623,14 +629,13 @@ def sync_batch_norm(
 ) -> Tensor:
     """`batch_norm` in training, for the batches of all processes of a group together.
 
-    torch.nn.SyncBatchNorm calls it. torch's needs a GPU, this one also runs on the CPU. A process may have no
-    examples.
+    torch.nn.SyncBatchNorm calls it. Unlike torch's, it also runs on the CPU. A process may have no examples.
 
     Raises:
         ValueError: a channel has only one element.
     """
     if world_size < 2:
-        getattr(F, "_verify_batch_size")(input.size())  # noqa: B009
+        _functional._verify_batch_size(input.shape)
     tensors = (input, weight, bias, running_mean, running_var)
     return SyncBatchNormFunction.apply(*tensors, momentum, eps, process_group)
 
@@ -670,7 +675,7 @@ class LocalResponseNormFunction(Rule):
 
 
 class LocalResponseNorm1dFunction(LocalResponseNormFunction):
-    """For inputs (N, C, L). torch computes them by an average pooling that autocast on the CPU does not cast."""
+    """For inputs (N, C, L): torch uses an average pooling for them that autocast on the CPU does not cast."""
 
     autocast = {"cuda": "float32"}
 
@@ -701,8 +706,8 @@ register(
 
 
 class CrossMapLRNFunction(LocalResponseNormFunction):
-    r"""W x² is a running sum over the channels: at each step one channel enters the window and one leaves it. But
-    torch never subtracts channel 0, so it stays in every window.
+    r"""W x² is a running sum: at each channel, torch adds x² of the channel that enters the window, and subtracts
+    x² of the channel that leaves it. But torch never subtracts channel 0, so W_c0 is never 0.
     """
 
     autocast = {}

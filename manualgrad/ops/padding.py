@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualgrad.ops.registration import with_torch_errors
+from manualgrad.ops.shapes import with_size
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule, replaces
 
 
 @dataclass(frozen=True)
 class Border:
-    """The numbers of values added before and after each axis, last axis first. Negative sizes remove values."""
+    """How many values are added before and after each axis, last axis first. Negative numbers remove values."""
 
     sizes: tuple[int, ...]
 
@@ -32,7 +33,7 @@ class Border:
 class ConstantPadFunction(Rule):
     r"""y[i] = x[i - before] inside, else a constant
 
-    ⟨g, dy⟩ = Σ g[i + before] dx[i]:      ∂L/∂x[i] = g[i + before],  which is g padded by the negative sizes
+    y[i + before] = x[i]:      ∂L/∂x[i] = g[i + before],  which is g padded by the negative sizes
     """
 
     supports_complex = True
@@ -70,8 +71,7 @@ def sum_over_copies(g: Tensor, axis: int, before: int, after: int, mode: str) ->
     """Σ g[i] over j(i) = j, along one axis."""
     n = g.shape[axis] - before - after
     j = source_index(torch.arange(-before, n + after, device=g.device), n, mode)
-    zeros = g.new_zeros(*g.shape[:axis], n, *g.shape[axis:][1:])
-    return zeros.index_add(axis, j, g)
+    return g.new_zeros(with_size(g.shape, axis, n)).index_add(axis, j, g)
 
 
 def source_index(i: Tensor, n: int, mode: str) -> Tensor:
@@ -85,7 +85,7 @@ def source_index(i: Tensor, n: int, mode: str) -> Tensor:
 def _sum_over_copies_inplace(g: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
     """g without the border, to which the slices of the border are added one by one."""
     n = g.shape[axis] - before - after
-    total = F.pad(g, (*(0, 0) * (-1 - axis), -before, -after))
+    total = F.pad(g, [*[0, 0] * (-1 - axis), -before, -after])  # [0, 0] for each axis after this one
     border = [i for i in range(-before, n + after) if not 0 <= i < n]
     for i, j in zip(border, source_index(torch.tensor(border, dtype=torch.int64), n, mode).tolist(), strict=True):
         total.select(axis, j).add_(g.select(axis, before + i))
@@ -93,7 +93,7 @@ def _sum_over_copies_inplace(g: Tensor, axis: int, before: int, after: int, mode
 
 
 class Float32BorderPadFunction(BorderPadFunction):
-    """For the modes and dimensions that CPU autocast computes in float32."""
+    """For the modes and numbers of axes that autocast on the CPU computes in float32."""
 
     autocast = {"cpu": "float32"}
 
@@ -103,7 +103,7 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
     """Values before and after each axis, the last axis first, as `torch.nn.functional.pad`. Any shape.
 
     Raises:
-        NotImplementedError: the mode is unknown, or does not pad so many axes of this input.
+        NotImplementedError: the mode is unknown, or cannot pad this number of axes.
     """
     border = Border(tuple(pad))
     if mode == "constant":

@@ -21,7 +21,7 @@ from manualgrad.memory_format import is_channels_last
 from manualgrad.ops.arithmetic import AbsoluteFunction, PowerFunction
 from manualgrad.ops.padding import pad
 from manualgrad.ops.registration import for_1d_2d_3d, implements, with_torch_errors
-from manualgrad.ops.shapes import IntOrInts, flatten, to_tuple
+from manualgrad.ops.shapes import IntOrInts, flatten, to_tuple, with_size
 from manualgrad.recomputation import is_large
 from manualgrad.registry import SampleInput, TensorFactory, kernel_replacements, register
 from manualgrad.rule import Rule, replaces, with_reuse
@@ -32,17 +32,14 @@ kernels: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
 @dataclass(frozen=True)
 class Pooling:
-    """torch's kernel, its arguments except the tensors, and the sizes of the pooled axes, the last axes of input.
-
-    A mean also has ``windows``, one for each axis, or none if they are adaptive, and maybe a ``divisor`` for all.
-    """
+    """A call of a pooling kernel of torch, without the tensors."""
 
     kernel: str  # the name, because torch.compile cannot write the kernel into its code
-    settings: tuple[Any, ...]
-    sizes: tuple[int, ...]
-    windows: tuple[RegularWindows, ...] = ()
-    divisor: int | None = None
-    compress_indices: bool = False  # save the indices of the maxima in few bytes
+    settings: tuple[Any, ...]  # the arguments that are not tensors
+    sizes: tuple[int, ...]  # of the pooled axes, which are the last axes of the input
+    windows: tuple[RegularWindows, ...] = ()  # of a mean: one for each pooled axis, or () if they are adaptive
+    divisor: int | None = None  # of a mean: divides every sum, instead of the number of positions
+    compress_indices: bool = False  # of a maximum: save the indices in few bytes
 
     def __call__(self, *tensors: Tensor | None) -> Any:
         input, *more = tensors
@@ -50,7 +47,7 @@ class Pooling:
         return kernel(input, *self.settings, *(x for x in more if x is not None))
 
 
-def _pooling(n: int, kernel: str, input: Tensor, settings: Sequence[Any], **more: Any) -> Pooling:
+def _make_pooling(n: int, kernel: str, input: Tensor, settings: Sequence[Any], **more: Any) -> Pooling:
     """The pooling of the last n axes."""
     hashable = tuple(tuple(x) if isinstance(x, Sequence) else x for x in settings)
     return Pooling(kernel, hashable, tuple(input.shape[-n:]), **more)
@@ -84,8 +81,8 @@ class MaxPoolFunction(Rule):
     preserve_memory_format = ("grad_input",)
 
     def forward(input: Tensor, samples: Tensor | None, pooling: Pooling) -> tuple[Tensor, Tensor]:
-        if input.dim() == len(pooling.sizes) + 1:  # by its strides torch would take a volume for a batch of images
-            input = input.contiguous()
+        if input.dim() == len(pooling.sizes) + 1:
+            input = input.contiguous()  # else torch may take a volume (C, D, H, W) for images in channels_last
         return pooling(input, samples)
 
     def compressed_indices(indices: Tensor, pooling: Pooling) -> Tensor:
@@ -172,7 +169,7 @@ def window_origins(pooling: Pooling, windows: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _offset_tables(pooling: Pooling, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The index of each position in a window, less the window's origin; and the position of each such offset."""
+    """offset[k] for each position k in a window, and its inverse: the position for each offset."""
     kernel, _, _, dilation = _window_geometry(pooling)
     offset = torch.zeros(1, dtype=torch.int64)
     for size, k, d in zip(pooling.sizes, kernel, dilation, strict=True):
@@ -201,15 +198,15 @@ def _implement_max_pool(
     rule: type[Rule] = MaxPoolFunction,
     fractional: bool = False,
 ) -> None:
-    """Replace a max pool of the last n axes. ``replaced`` is the kernel, or a function that returns no indices."""
+    """Replace a max pool of the last n axes: the kernel, or a function that calls it and returns no indices."""
 
     @implements(replaced)
     def max_pool(input: Tensor, *settings: Any) -> Any:
-        if not input.is_floating_point():
+        if not input.is_floating_point():  # integers have no gradient
             return replaced(input, *settings)
         *arguments, samples = settings if fractional else (*settings, None)
         compress = is_large(input) and not torch.compiler.is_compiling()
-        pooling = _pooling(n, kernel.__name__, input, arguments, compress_indices=compress)
+        pooling = _make_pooling(n, kernel.__name__, input, arguments, compress_indices=compress)
         return rule.apply(input, samples, pooling, with_statistics=replaced is kernel)
 
 
@@ -246,7 +243,7 @@ class MaxUnpoolFunction(Rule):
 def _implement_max_unpool(n: int, kernel: Callable[..., Any]) -> None:
     @implements(kernel)
     def max_unpool(input: Tensor, indices: Tensor, *settings: Any) -> Tensor:
-        return MaxUnpoolFunction.apply(input, indices, _pooling(n, kernel.__name__, input, settings))
+        return MaxUnpoolFunction.apply(input, indices, _make_pooling(n, kernel.__name__, input, settings))
 
 
 _implement_max_unpool(2, kernels.max_unpool2d)
@@ -262,8 +259,8 @@ class AvgPoolFunction(Rule):
     ⟨g, dy⟩ = Σᵢ (g[i]/n[i]) Σ dx over window i:
     ∂L/∂x[j] = Σ g[i]/n[i] over the windows i that contain j
 
-    A window is a product of intervals, and n[i] is the product of their lengths. So the sum is computed along one
-    axis after the other.
+    A window is a product of one interval along each axis, and n[i] is the product of their lengths. So the
+    division and the sum are computed along one axis after the other.
     """
 
     preserve_memory_format = ("grad_input",)
@@ -283,26 +280,26 @@ class Float32AvgPoolFunction(AvgPoolFunction):
 
 
 class RegularWindows(NamedTuple):
-    """Windows along one axis: window i has k positions from s i - p on."""
+    """Windows along one axis: window i has k positions from s i - p on. Some may lie in the padding."""
 
-    k: int
-    s: int
-    p: int
+    k: int  # kernel size
+    s: int  # stride
+    p: int  # padding
     count_include_pad: bool
 
     def counts(self, n: int, o: int, device: torch.device) -> Tensor | int:
         """n[i] of each of o windows over n positions. One number if all are equal."""
-        padding = self.p if self.count_include_pad else 0
-        if self.p <= padding and self.s * (o - 1) - self.p + self.k <= n + padding:
-            return self.k
+        counted = self.p if self.count_include_pad else 0  # this much of the padding on each side
+        if self.p <= counted and self.s * (o - 1) - self.p + self.k <= n + counted:
+            return self.k  # no window has positions that do not count
         starts = self.s * torch.arange(o, device=device) - self.p
-        return (starts + self.k).clamp(max=n + padding) - starts.clamp(min=-padding)
+        return (starts + self.k).clamp(max=n + counted) - starts.clamp(min=-counted)
 
 
 def sum_over_windows(g: Tensor, pooling: Pooling, last: int) -> Tensor:
-    """Σ g[i]/n[i] over the windows i that contain j, along the pooled axes, of which ``last`` is the last one.
+    """Σ g[i]/n[i] over the windows i that contain j. ``last`` is the last pooled axis.
 
-    If the pooling has a divisor, g is divided already.
+    If the pooling has a divisor, g is divided by it already, and n[i] is 1.
     """
     dims = len(pooling.sizes)
     if 0 in g.shape:
@@ -340,7 +337,7 @@ def _sum_over_regular_windows(g: Tensor, axis: int, n: int, windows: RegularWind
     k, s, p, _ = windows
     m, count = -(-k // s), -(-(n + p) // s)  # q < count
     if m > 1 or count > g.shape[axis]:  # windows before the first and after the last have g = 0
-        g = pad(g, (*(0, 0) * (-1 - axis), m - 1, count - g.shape[axis]))
+        g = pad(g, [*[0, 0] * (-1 - axis), m - 1, count - g.shape[axis]])
     *nearest, farthest = (g.narrow(axis, m - 1 - i, count) for i in range(m))
     sum_of_fewer = functools.reduce(torch.add, nearest) if nearest else None
     sum_of_m = farthest if sum_of_fewer is None else sum_of_fewer + farthest
@@ -353,13 +350,13 @@ def _sum_over_regular_windows(g: Tensor, axis: int, n: int, windows: RegularWind
 
 
 def _repeat_entries(tensor: Tensor, axis: int, times: int) -> Tensor:
-    """Each entry along an axis repeated, along a new axis after it."""
+    """Each entry along an axis repeated. The repetitions form a new axis after it."""
     repeated = tensor.unsqueeze(axis)
     return repeated.expand(*[-1] * (repeated.dim() + axis), times, *[-1] * (-1 - axis))
 
 
 def _regular_if_adaptive(n: int, o: int) -> RegularWindows | None:
-    """o adaptive windows over n positions, if they are regular."""
+    """o adaptive windows over n positions, if all have the same size."""
     return RegularWindows(n // o, n // o, 0, False) if n % o == 0 else None
 
 
@@ -374,13 +371,13 @@ def _adaptive_counts(n: int, o: int, device: torch.device) -> Tensor:
 
 
 def _sum_over_adaptive_windows(g: Tensor, axis: int, n: int) -> Tensor:
-    """The same for adaptive windows. All positions between two edges of windows are in the same windows."""
+    """The same for adaptive windows. All positions between two neighbouring edges are in the same windows."""
     n, o, sums = int(n), int(g.shape[axis]), []  # int, because torch.compile cannot iterate over symbolic sizes
     edges = sorted({edge for window in _adaptive_windows(n, o) for edge in window})
     for start, end in itertools.pairwise(edges):
         first, last = start * o // n, ((start + 1) * o - 1) // n
         total = functools.reduce(torch.add, (g.narrow(axis, i, 1) for i in range(first, last + 1)))
-        sums.append(total.expand(*g.shape[:axis], end - start, *g.shape[axis:][1:]))
+        sums.append(total.expand(with_size(g.shape, axis, end - start)))
     return torch.cat(sums, axis)
 
 
@@ -390,7 +387,7 @@ def _avg_pool(n: int, rule: type[Rule], input: Tensor, settings: Sequence[Any]) 
     geometry = (to_tuple(numbers, n) for numbers in (kernel_size, stride or kernel_size, padding))
     windows = tuple(RegularWindows(k, s, p, count_include_pad) for k, s, p in zip(*geometry, strict=True))
     divisor = divisor[0] if divisor else None
-    return rule.apply(input, _pooling(n, f"avg_pool{n}d", input, settings, windows=windows, divisor=divisor))
+    return rule.apply(input, _make_pooling(n, f"avg_pool{n}d", input, settings, windows=windows, divisor=divisor))
 
 
 @with_torch_errors
@@ -434,13 +431,13 @@ avg_pool2d, avg_pool3d = for_1d_2d_3d(_make_avg_pool, (2, 3))
 @with_torch_errors
 def adaptive_avg_pool1d(input: Tensor, output_size: IntOrInts) -> Tensor:
     """The means of ``output_size`` windows, as `torch.nn.functional.adaptive_avg_pool1d`: (N, C, L) or (C, L)."""
-    return AvgPoolFunction.apply(input, _pooling(1, "adaptive_avg_pool1d", input, (output_size,)))
+    return AvgPoolFunction.apply(input, _make_pooling(1, "adaptive_avg_pool1d", input, (output_size,)))
 
 
 def _implement_adaptive_avg_pool(n: int, kernel: Callable[..., Any], rule: type[Rule]) -> None:
     @implements(kernel)
     def adaptive_avg_pool(input: Tensor, output_size: IntOrInts) -> Tensor:
-        return rule.apply(input, _pooling(n, kernel.__name__, input, (output_size,)))
+        return rule.apply(input, _make_pooling(n, kernel.__name__, input, (output_size,)))
 
 
 _implement_adaptive_avg_pool(2, kernels.adaptive_avg_pool2d, AvgPoolFunction)
@@ -451,10 +448,13 @@ _implement_adaptive_avg_pool(3, kernels.adaptive_avg_pool3d, Float32AvgPoolFunct
 
 
 class RootFunction(Rule):
-    r"""y = (k x)^(1/p)      ∂L/∂x = g (k/p) (k x)^(1/p - 1),  0 where x = 0, as in torch"""
+    r"""y = (k x)^(1/p)      x: a mean of k powers
+
+    ∂L/∂x = g (k/p) (k x)^(1/p - 1),  0 where x = 0, as in torch
+    """
 
     def forward(input: Tensor, k: int, p: float) -> Tensor:
-        return (input.sign() * input.abs()).mul(k).pow(1 / p)
+        return (input.sign() * input.abs()).mul(k).pow(1 / p)  # as torch: the sign makes -0 to 0
 
     def grad_input(grad: Tensor, input: Tensor, k: int, p: float) -> Tensor:
         nonzero = input != 0
@@ -463,7 +463,7 @@ class RootFunction(Rule):
 
 
 def _torch_supports_infinite_norm(n: int) -> bool:
-    """torch 2.11 computes powers for an infinite p too: values 1, gradients nan. manualgrad then does the same."""
+    """torch 2.11 does not: for p = ∞ it computes powers too (values 1, gradients nan), and so does manualgrad."""
     return f"max_pool{n}d" in getattr(torch.nn.functional, f"lp_pool{n}d").__code__.co_names
 
 

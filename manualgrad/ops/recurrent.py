@@ -27,7 +27,7 @@ Step = Callable[..., tuple[Tensors, Tensors]]
 def _scan(step: Step, initial: Tensors, batch_sizes: Sizes, reverse: bool) -> tuple[list[Tensor], list[Tensors]]:
     """Carry states from step to step. Step t has ``batch_sizes[t]`` rows, one for each sequence, longest first.
 
-    A sequence starts with its ``initial`` states at its first step. Its states after its last step are final.
+    A sequence has its ``initial`` states before its first step, and its final states after its last step.
 
     Args:
         step: (t, *states) -> the next states, and outputs.
@@ -58,12 +58,13 @@ class Recurrence(Rule):
     differential      daₜ = dWᵢ xₜ + Wᵢ dxₜ + dbᵢ,   dmₜ = dWₕ hₜ₋₁ + Wₕ dhₜ₋₁ + dbₕ
     pair with         αₜ = ∂L/∂aₜ and μₜ = ∂L/∂mₜ, which the cell computes from ηₜ = ∂L/∂hₜ, from the last step on:
 
-        ηₜ₋₁ = gₜ₋₁ + μₜ Wₕ + ∂L/∂hₜ₋₁ by the cell's third argument
-        ∂L/∂xₜ = αₜ Wᵢ      ∂L/∂Wᵢ = Σₜ αₜᵀ xₜ        ∂L/∂bᵢ = Σₜ αₜ      (each sum is one product, of the rows
-                            ∂L/∂Wₕ = Σₜ μₜᵀ hₜ₋₁      ∂L/∂bₕ = Σₜ μₜ       of all steps)
+        ηₜ₋₁ = gₜ₋₁ + μₜ Wₕ + what the cell passes back to its third argument
+        ∂L/∂xₜ = αₜ Wᵢ      ∂L/∂Wᵢ = Σₜ αₜᵀ xₜ        ∂L/∂bᵢ = Σₜ αₜ
+                            ∂L/∂Wₕ = Σₜ μₜᵀ hₜ₋₁      ∂L/∂bₕ = Σₜ μₜ
 
-    Complex numbers: everything except η, α and μ is conjugated. The inside of the cell is not saved: the backward
-    computes a and m from x and h, for all steps in one product. The output is h, the rows of all steps in order.
+    The output is h, the rows of all steps in order. So each Σₜ αₜᵀ xₜ is one matrix product. The inside of the
+    cell is not saved: the backward computes a and m again from x and h. Complex numbers: everything except η, α
+    and μ is conjugated.
 
     Werbos, "Backpropagation Through Time: What It Does and How to Do It", 1990.
     """
@@ -75,9 +76,10 @@ class Recurrence(Rule):
         return output
 
     def previous(hidden: Tensor, h0: Tensor, batch_sizes: Sizes, reverse: bool) -> Tensor:
-        """hₜ₋₁"""
+        """hₜ₋₁ of all steps, by a scan that outputs the state before each step"""
         h = hidden.split(batch_sizes)
-        return torch.cat(_scan(lambda t, before: ((h[t],), (before,)), (h0,), batch_sizes, reverse)[1][0])
+        _, (h_before,) = _scan(lambda t, before: ((h[t],), (before,)), (h0,), batch_sizes, reverse)
+        return torch.cat(h_before)
 
     def a(input: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> Tensor:
         return rows(F.linear(input, w_ih, b_ih))
@@ -112,19 +114,16 @@ class Recurrence(Rule):
 
 
 class BackwardScan(NamedTuple):
-    """The result of ``backward_scan``, which each rule defines: a scan from the last step to the first.
+    """The result of the method ``backward_scan`` of each rule: a scan from the last step to the first."""
 
-    ∂L/∂(initial states), and the outputs of all steps. The first output is α.
-    """
-
-    grad_initial: Tensors
-    outputs: Sequence[Tensors]
+    grad_initial: Tensors  # ∂L/∂(initial states)
+    outputs: Sequence[Tensors]  # for each output, its values in all steps. The first output is α.
 
 
 def _scan_backward(
     step: Step, grad: Tensor, batch_sizes: Sizes, reverse: bool, *grad_final: Tensor
 ) -> BackwardScan:
-    """``step``: (t, η, gradients of other states) -> the gradients of the states before, and outputs."""
+    """``step``: (t, ηₜ, gradients of other states) -> gradients of the states before, without gₜ₋₁; outputs."""
     g, zeros = grad.split(batch_sizes), torch.zeros_like(grad[: batch_sizes[0]])
     with_upstream = lambda t, eta, *others: step(t, eta + g[t], *others)  # noqa: E731
     return BackwardScan(*_scan(with_upstream, (zeros, *grad_final), batch_sizes, not reverse))
@@ -216,8 +215,8 @@ def _gru_cell(a: Tensor, m: Tensor, h: Tensor) -> Tensor:
 
 def _gru_gates(a: Tensor, m: Tensor) -> Tensors:
     """r, z, n, mⁿ"""
-    (*_, an), (*_, mn) = a.chunk(3, 1), m.chunk(3, 1)
     k = 2 * (m.shape[1] // 3)
+    an, mn = a[:, k:], m[:, k:]
     # r and z are columns of one tensor, as in torch, because the last bit of a sigmoid may depend on the layout
     r, z = (x.sigmoid() for x in (m[:, :k] + a[:, :k]).chunk(2, 1))
     return r, z, (an + mn * r).tanh(), mn
@@ -259,9 +258,9 @@ class GRUFunction(Recurrence):
 class LSTMFunction(Recurrence):
     r"""i, f, g, o = σ, σ, tanh, σ of aₜ + mₜ,   cₜ = f cₜ₋₁ + i g,   τ = tanh cₜ,   hₜ = o τ  or  V (o τ)
 
-    With γₜ = ∂L/∂cₜ, to which step t + 1 contributes γ, and δ = ∂L/∂(o τ) = ηₜ  or  ηₜ V:
+    With γₜ = ∂L/∂cₜ and δ = ∂L/∂(o τ) = ηₜ  or  ηₜ V:
 
-        γₜ = γ + (1 - τ)(1 + τ) o δ,   and f γₜ is the γ of step t - 1
+        γₜ = fₜ₊₁ γₜ₊₁ + (1 - τ)(1 + τ) o δ
         αₜ = μₜ = (i (1 - i) g γₜ,   f (1 - f) cₜ₋₁ γₜ,   (1 - g)(1 + g) i γₜ,   o (1 - o) τ δ)
         ∂L/∂V = Σₜ ηₜᵀ (o τ)
 
@@ -323,7 +322,8 @@ class LSTMFunction(Recurrence):
             c = f * c_before + i * g
             return (c,), (*gates, c_before, c.tanh())
 
-        inside = list(zip(*_scan(forward_step, (c0.conj(),), batch_sizes, reverse)[1], strict=True))
+        _, values = _scan(forward_step, (c0.conj(),), batch_sizes, reverse)
+        inside = list(zip(*values, strict=True))  # by step
 
         def step(t: int, eta: Tensor, gamma: Tensor) -> tuple[Tensors, Tensors]:
             i, f, g, o, c_before, tau = inside[t]
@@ -351,7 +351,7 @@ class LSTMFunction(Recurrence):
 
 
 class StepwiseLSTMFunction(LSTMFunction):
-    """For inputs that torch computes step by step. There autocast on the CPU does not lower the states."""
+    """For inputs that torch computes step by step. Autocast on the CPU then does not cast the states."""
 
     autocast = {"cuda": "lower_precision"}
 
@@ -362,19 +362,19 @@ def _lstm_gates(a_plus_m: Tensor) -> Tensors:
 
 
 def _concatenate(hidden: Tensor, c: Tensor) -> Tensor:
-    """The output of the rule. A rule has one output, so h of all steps and the final c are one vector."""
+    """h of all steps and the final c as one vector, because a rule has one output."""
     return torch.cat([hidden.reshape(-1), c.reshape(-1)])
 
 
 def _split(output: Tensor, batch_sizes: Sizes, w_hh: Tensor) -> tuple[Tensor, Tensor]:
-    """h of all steps and the final c, from the output of the rule."""
+    """The inverse of `_concatenate`."""
     gates_size, h_size = w_hh.shape
     hidden, c = output.tensor_split([sum(batch_sizes) * h_size])
     return hidden.view(sum(batch_sizes), h_size), c.view(batch_sizes[0], gates_size // 4)
 
 
 def _onednn_supports(tensors: Tensors) -> bool:
-    """Plain tensors on the CPU, not seen by a transform, which would not see inside of oneDNN's kernel."""
+    """The tensors are plain and on the CPU, and no transform wraps them: it cannot transform oneDNN's kernel."""
     plain = all(x.is_cpu and type(x) in (Tensor, Parameter) and unwrap_functorch(x) is x for x in tensors)
     return plain and tensors[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
 
@@ -382,12 +382,15 @@ def _onednn_supports(tensors: Tensors) -> bool:
 def _lstm_by_onednn(
     input: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor, batch_sizes: Sizes, reverse: bool, grad_enabled: bool
 ) -> Tensor:
+    """The output of the rule by torch's kernel, which runs a step after the other in one call."""
     x = input.detach().reshape(len(batch_sizes), batch_sizes[0], input.shape[-1])
     x = x.flip(0) if reverse else x
     states = [h0.detach().unsqueeze(0), c0.detach().unsqueeze(0)]
-    layer = ([w.detach() for w in weights], len(weights) == 4, 1)
-    with torch.set_grad_enabled(grad_enabled):  # torch chooses the kernel for training or for inference by it
-        hidden, _, c = torch.lstm(x, states, *layer, 0.0, grad_enabled, False, False)
+    has_biases = len(weights) == 4
+    with torch.set_grad_enabled(grad_enabled):  # by grad mode torch chooses the kernel for training or inference
+        hidden, _, c = torch.lstm(
+            x, states, [w.detach() for w in weights], has_biases, 1, 0.0, grad_enabled, False, False
+        )
     return _concatenate(hidden.flip(0) if reverse else hidden, c)
 
 
@@ -405,18 +408,19 @@ def _run_direction(
 ) -> list[Tensor]:
     """One layer in one direction: h of all steps, and the final states."""
     settings: tuple[Any, ...] = (batch_sizes, reverse, packed)
-    if rule.gates == 4:
+    if rule.gates == 4:  # an LSTM
         weights = [*weights, *[None] * (5 - len(weights))]
         settings = (*settings, torch.is_grad_enabled() if rule is LSTMFunction else None)
     tensors = [input, *states, *weights]
     if "cpu" not in rule.autocast and input.is_cpu and torch.is_autocast_enabled("cpu"):
-        # torch lowers the products of each step, but not the states. Here neither is lowered.
+        # torch casts the products of each step to the lower precision, but not the states. Here neither is cast.
         lower = torch.get_autocast_dtype("cpu")
         tensors = [x.to(torch.promote_types(x.dtype, lower)) if isinstance(x, Tensor) else x for x in tensors]
-    output, c = rule.apply(*tensors, *settings), []
+    output = rule.apply(*tensors, *settings)
     if rule.gates == 4:
-        output, *c = _split(output, batch_sizes, weights[1])
-    return [output, _final_hidden(output, batch_sizes, reverse), *c]
+        hidden, c = _split(output, batch_sizes, weights[1])
+        return [hidden, _final_hidden(hidden, batch_sizes, reverse), c]
+    return [output, _final_hidden(output, batch_sizes, reverse)]
 
 
 def _final_hidden(hidden: Tensor, batch_sizes: Sizes, reverse: bool) -> Tensor:
@@ -424,12 +428,13 @@ def _final_hidden(hidden: Tensor, batch_sizes: Sizes, reverse: bool) -> Tensor:
     n = batch_sizes[0]
     if reverse or batch_sizes[-1] == n:
         return hidden[:n] if reverse else hidden[-n:]
-    last_rows = {k: sum(batch_sizes[:t]) + k for t, size in enumerate(batch_sizes) for k in range(size)}
-    return hidden.index_select(0, torch.tensor([last_rows[k] for k in range(n)], device=hidden.device))
+    lengths = [sum(size > k for size in batch_sizes) for k in range(n)]
+    last_rows = [sum(batch_sizes[: length - 1]) + k for k, length in enumerate(lengths)]
+    return hidden.index_select(0, torch.tensor(last_rows, device=hidden.device))
 
 
 def _shapes_match(rule: Any, input: Tensor, states: Tensors, weights: Sequence[Any], n: int) -> bool:
-    """For n sequences."""
+    """The weights have the shapes that the input and the states need. ``n``: the number of sequences."""
     h, c = states[0].shape[-1], states[-1].shape[-1]
     gates_size = rule.gates * c
     shapes = [(gates_size, input.shape[-1]), (gates_size, h), (gates_size,), (gates_size,), (h, c)]
@@ -456,6 +461,8 @@ class Layers(NamedTuple):
 
 
 def _parse(rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layers:
+    """Read the arguments of one of torch's two signatures: for a padded tensor, or for packed sequences."""
+    # the fourth argument is has_biases, or for packed sequences params
     packed = "data" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
     names = ("data", "batch_sizes", *_PARAMETERS) if packed else ("input", *_PARAMETERS, "batch_first")
     given = dict(zip(names, args, strict=True) if args else (), **kwargs)
@@ -508,7 +515,7 @@ def _run_layers(rule: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
             hidden, *last = _run_direction(
                 layers.rule, input, states, weights, batch_sizes, reverse, layers.packed
             )
-            if layers.projected:  # autocast lowers h, but not c
+            if layers.projected:  # autocast casts h, but not c
                 h, c = last
                 last = [h, c.to(torch.promote_types(c.dtype, layers.states[1].dtype))]
             outputs.append(hidden if layers.packed else hidden.unflatten(0, (len(batch_sizes), batch_sizes[0])))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manualgrad.memory_format import CHANNELS_LAST, is_channels_last
 from manualgrad.ops.registration import implements, with_torch_errors
-from manualgrad.ops.shapes import IntOrInts, flatten, to_tuple, unflatten
+from manualgrad.ops.shapes import IntOrInts, flatten, to_tuple, unflatten, with_size
 from manualgrad.registry import SampleInput, register
 from manualgrad.rule import LOWER_PRECISION, Rule, autocast_inputs, replaces, with_reuse
 from manualgrad.torch_internals import is_vmapped
@@ -23,7 +23,7 @@ Pair = tuple[int, int]
 
 
 class InterpolateFunction(Rule):
-    r"""y = (A₁ ⊗ … ⊗ Aₖ) x      Aᵢ: (out, in), the weights along a spatial axis, the same for every line along it
+    r"""y = (A₁ ⊗ … ⊗ Aₖ) x      Aᵢ: (out, in), the weights along spatial axis i, the same for every line along it
 
     dy = (A₁ ⊗ … ⊗ Aₖ) dx:      ∂L/∂x = (A₁ᵀ ⊗ … ⊗ Aₖᵀ) g,  one axis after the other
     Column j of Aᵢ is the interpolation of the j-th unit vector.
@@ -58,7 +58,8 @@ class InterpolateFunction(Rule):
             size_of_axis = None if size is None else [*[1] * (k - 1), size[axis]]
             scale_of_axis = None if scale is None else [*[1.0] * (k - 1), scale[axis]]
             columns = F.interpolate(units, size_of_axis, scale_of_axis, mode, align_corners, antialias=antialias)
-            grad = multiply_along_axis(columns.reshape(n, grad.shape[axis]), grad, axis)
+            A_transposed = columns.reshape(n, grad.shape[axis])
+            grad = multiply_along_axis(A_transposed, grad, axis)
         return grad
 
 
@@ -70,9 +71,8 @@ class AreaInterpolateFunction(InterpolateFunction):
 
 def multiply_along_axis(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
     """The product of a matrix (out, in) with every line along an axis."""
-    before, after = tensor.shape[:axis], tensor.shape[axis:][1:]
-    lines = tensor.reshape(*before, matrix.shape[1], math.prod(after))
-    return (matrix @ lines).reshape(*before, matrix.shape[0], *after)
+    lines = tensor.reshape(*tensor.shape[:axis], matrix.shape[1], math.prod(tensor.shape[axis:][1:]))
+    return (matrix @ lines).reshape(with_size(tensor.shape, axis, matrix.shape[0]))
 
 
 _ROWS_PER_BAND = 64
@@ -80,11 +80,11 @@ _ROWS_PER_BAND = 64
 
 @replaces(multiply_along_axis)
 def _multiply_bands_along_axis(matrix: Tensor, tensor: Tensor, axis: int) -> Tensor:
-    """The same for a matrix that is zero except near its diagonal: bands of rows skip the zero columns."""
+    """The same for a matrix that is zero except near its diagonal: each band of rows skips columns of zeros."""
     if is_channels_last(tensor):
         return _multiply_bands_along_axis(matrix, tensor.movedim(1, -1), axis - 1).movedim(-1, 1)
     n, m = matrix.shape
-    half_width = 4 * n / max(min(n, m), 1) + 2  # in rows, of the widest interpolation kernel
+    half_width = 4 * n / max(min(n, m), 1) + 2  # nonzero rows above and below the diagonal, at most
     products = []
     for first in range(0, n, _ROWS_PER_BAND):
         low = max(math.floor((first - half_width) * m / n), 0) if n > _ROWS_PER_BAND else 0
@@ -112,7 +112,7 @@ class NearestInterpolateFunction(Rule):
         factors = [kernel.exact_factor(axis, grad.shape[axis]) for axis in range(-k, 0)]
         i: Any = None if all(factors) else source_pixels(kernel, grad.device)
         for axis in range(-1, -k - 1, -1):
-            if factors[axis]:  # i(p) = ⌊p / factor⌋
+            if factors[axis]:  # i(p) = ⌊p / factor⌋: each pixel is copied to neighbouring pixels
                 copies = unflatten(grad, axis, (n[axis], factors[axis])).unbind(axis)
                 grad = functools.reduce(torch.add, copies)
             else:
@@ -122,11 +122,11 @@ class NearestInterpolateFunction(Rule):
 
 @dataclass(frozen=True)
 class NearestKernel:
-    """One of torch's kernels for the modes "nearest" and "nearest-exact", and what torch selects it by.
+    """One of torch's kernels for the modes "nearest" and "nearest-exact".
 
     The kernels round differently, so they copy different pixels, even of small images. torch selects one by the
-    mode, the sizes, the dtype, the memory format, and whether there are more than 3 channels. So `source_pixels`
-    does not compute i(p): it calls the kernel.
+    fields of this class. (Of the channels it matters whether there are more than 3.) So `source_pixels` does not
+    compute i(p): it calls the kernel.
     """
 
     mode: str
@@ -145,7 +145,7 @@ class NearestKernel:
     def exact_factor(self, axis: int, n: int) -> int:
         """How often each pixel is repeated along an axis of output size n, if it is a power of 2, else 0.
 
-        No kernel rounds for a power of 2.
+        For a power of 2, no kernel rounds.
         """
         factor, rest = n // max(self.shape[axis], 1), n % max(self.shape[axis], 1)
         exact = rest == 0 and factor in (1, 2, 4, 8, 16) and n <= 2**24
@@ -153,29 +153,35 @@ class NearestKernel:
 
 
 def source_pixels(kernel: NearestKernel, device: torch.device) -> list[Tensor]:
-    """i(p) along each axis: the kernel's output for images in which each pixel holds its own index.
-
-    An index is written in digits of 8 bits, one image for each digit, because every dtype holds these exactly.
-    """
+    """i(p) along each axis: the kernel's output for images in which each pixel holds its own index."""
     k = len(kernel.shape)
-    digits = 1 if kernel.dtype.itemsize > 2 else 3
     indices = torch.meshgrid([torch.arange(n, device=device) for n in kernel.shape], indexing="ij")
-    images = [index >> (8 * d) & 255 if digits > 1 else index for index in indices for d in range(digits)]
-    input = torch.stack(images).to(kernel.dtype).unsqueeze(1).repeat(1, kernel.channels, *[1] * k)
+    digits = to_digits(torch.stack(indices), max(kernel.shape))
+    images = flatten(digits, 0, 1).to(kernel.dtype)  # one for each digit and axis
+    input = images.unsqueeze(1).repeat(1, kernel.channels, *[1] * k)
     if kernel.channels_last:
         input = input.contiguous(memory_format=CHANNELS_LAST[input.dim()])
-    output = kernel(input)[:, 0].unflatten(0, (k, digits)).long()
-    shift = 8 * torch.arange(digits, device=device).reshape(digits, *[1] * k)
-    sources = (output << shift).sum(1).unbind()
+    sources = from_digits(kernel(input)[:, 0].unflatten(0, (len(digits), k)))
     return [source.movedim(axis, -1)[(0,) * (k - 1)] for axis, source in zip(range(-k, 0), sources, strict=True)]
 
 
 replaces(source_pixels)(functools.lru_cache(maxsize=64)(source_pixels))
 
 
+def to_digits(number: Tensor, largest: int) -> Tensor:
+    """Integers up to ``largest`` as digits of 8 bits, which every dtype holds exactly, along a new first axis."""
+    shifts = [8 * n for n in range(8) if n == 0 or largest >= 2 ** (8 * n)]
+    return torch.stack([number >> shift & 255 for shift in shifts])
+
+
+def from_digits(digits: Tensor) -> Tensor:
+    """The integers of these digits."""
+    return torch.stack([digit << (8 * n) for n, digit in enumerate(digits.long())]).sum(0)
+
+
 def sum_by_source(g: Tensor, axis: int, i: Tensor, n: int) -> Tensor:
     """Σ g[p] over i(p) = j, along one axis of n pixels."""
-    return g.new_zeros(*g.shape[:axis], n, *g.shape[axis:][1:]).index_add(axis, i, g)
+    return g.new_zeros(with_size(g.shape, axis, n)).index_add(axis, i, g)
 
 
 @replaces(sum_by_source)
@@ -193,7 +199,7 @@ def _cast_and_select_kernel(
     shape = tuple(input.shape[2:])
     (input,) = autocast_inputs(NearestInterpolateFunction, (input,))
     form = CHANNELS_LAST.get(input.dim())
-    eager = not torch.compiler.is_compiling()  # torch.compile's own code does not depend on the memory format
+    eager = not torch.compiler.is_compiling()  # compiled code does not depend on the memory format
     channels_last = (
         eager and form is not None and not is_vmapped(input) and input.is_contiguous(memory_format=form)
     )
@@ -217,8 +223,8 @@ def interpolate(
     "nearest-exact", "linear", "bilinear", "bicubic", "trilinear", "area", "lanczos".
 
     Raises:
-        ValueError: size and scale_factor are both given or both missing, or the mode does not have an option.
-        NotImplementedError: the mode does not support so many axes.
+        ValueError: size and scale_factor are both given or both missing, or the mode does not support an option.
+        NotImplementedError: the mode does not support this number of axes.
     """
     sizes, scales = _for_each_axis(size, input), _for_each_axis(scale_factor, input)
     if scales is not None and sizes is None and (recompute_scale_factor or mode == "area"):
@@ -266,7 +272,7 @@ for _name, _mode in (("upsample", {"mode": "bilinear"}), ("upsample_bilinear", {
 
 
 class GridSampleFunction(Rule):
-    r"""y[p] = Σₖ wₖ x[iₖ]      over the pixels iₖ around the position p = (x, y[, z]), each from -1 to 1
+    r"""y[p] = Σₖ wₖ x[iₖ]      over the pixels iₖ around the position p in [-1, 1]² or [-1, 1]³
 
     Along each axis, p is scaled to pixels, and padding moves it into the image. This gives a first pixel i and the
     distance t to it. The weights of the pixels i, i + 1, ... are functions of t. wₖ is the product of the weights
@@ -368,7 +374,8 @@ def find_neighbors(
 ) -> Neighbors:
     """All combinations of the neighbors along each axis."""
     n, _, *sizes = shape
-    positions = grid.reshape(n, math.prod(grid.shape[1:-1]), len(sizes)).unbind(-1)[::-1]
+    coordinates = grid.reshape(n, math.prod(grid.shape[1:-1]), len(sizes)).unbind(-1)
+    positions = coordinates[::-1]  # the coordinates are (x, y[, z]), the sizes ([D,] H, W)
     axes = [
         neighbors_along_axis(p, size, mode, padding, align_corners)
         for p, size in zip(positions, sizes, strict=True)
@@ -377,6 +384,7 @@ def find_neighbors(
     index, weight, derivatives = image * sizes[0] + axes[0][0], axes[0][1], [axes[0][2]]
     for size, (i, w, dw) in zip(sizes[1:], axes[1:], strict=True):
         index = flatten((index * size).unsqueeze(1) + i, 0, 1)
+        # the weight is a product, in each derivative of which one factor is replaced by its derivative
         derivatives = [*(pairwise_products(x, w) for x in derivatives), pairwise_products(weight, dw)]
         weight = pairwise_products(weight, w)
     return Neighbors(flatten(index, 1), flatten(weight, 1), [flatten(x, 1) for x in reversed(derivatives)])
@@ -393,7 +401,7 @@ def neighbors_along_axis(
     """iₖ, wₖ and ∂wₖ/∂p for positions p from -1 to 1 along an axis of n pixels."""
     scale = (n - 1) / 2 if align_corners else n / 2
     position = (p + 1) * scale - (0 if align_corners else 0.5)
-    if mode == _CUBIC:
+    if mode == _CUBIC:  # padding moves each pixel, not the position
         first = position.floor()
         weight, derivative = cubic_weights(position - first)
         pixel, _ = apply_padding(first + _range(-1, 3, p), n, padding, align_corners)
@@ -405,11 +413,12 @@ def neighbors_along_axis(
 
 
 def _range(start: int, end: int, p: Tensor) -> Tensor:
+    """start, ..., end - 1 along a new axis before those of p."""
     return torch.arange(start, end, dtype=p.dtype, device=p.device).reshape(-1, 1, 1)
 
 
 def drop_outside(pixel: Tensor, n: int, weight: Tensor, derivative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, with pixel 0 and weight 0 for each pixel outside of the image. nan is outside too."""
+    """The arguments with pixel 0, weight 0 and derivative 0 where the pixel is outside of the image, or nan."""
     inside = (pixel > -1) & (pixel < n)
     return torch.where(inside, pixel, 0).long(), torch.where(inside, weight, 0), torch.where(inside, derivative, 0)
 
@@ -434,7 +443,7 @@ def linear_weights(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cubic_weights(t: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights of the four pixels around, and their derivatives by t."""
+    """The weights of four pixels, at the distances t + 1, t, 1 - t and 2 - t, and their derivatives by t."""
     w0, d0 = _cubic_beyond_1(t + 1)
     w1, d1 = _cubic_within_1(t)
     w2, d2 = _cubic_within_1(1 - t)
@@ -471,17 +480,14 @@ class GridSampleNearestFunction(Rule):
     def i(grid: Tensor, shape: tuple[int, ...], dtype: torch.dtype, padding: int, align_corners: bool) -> Tensor:
         """i, counted from 1, 0 for none: the kernel's output for an image in which each pixel holds its number.
 
-        The kernel is called because rounding decides between two pixels, and each kernel rounds differently. A
-        number is written in digits, one channel for each, because every dtype holds these exactly.
+        The kernel is called because rounding decides between two pixels, and each kernel rounds differently.
         """
-        n, size = shape[0], math.prod(shape[2:])
-        bits = 8 if dtype.itemsize < 4 else 24
-        shifts = [bits * digit for digit in range(8) if digit == 0 or size >= 2 ** (bits * digit)]
-        number = torch.arange(1, size + 1, device=grid.device)
-        digits = torch.stack([number >> shift & (2**bits - 1) for shift in shifts]).to(dtype)
-        images = digits.reshape(1, len(shifts), *shape[2:]).expand(n, len(shifts), *shape[2:])
-        output = torch.grid_sampler(images, grid.detach().to(dtype), _NEAREST, padding, align_corners).long()
-        return torch.stack([output[:, digit] << shift for digit, shift in enumerate(shifts)]).sum(0)
+        size = math.prod(shape[2:])
+        digits = to_digits(torch.arange(1, size + 1, device=grid.device), size)
+        image = digits.to(dtype).reshape(len(digits), *shape[2:])  # one channel for each digit
+        images = image.expand(shape[0], *image.shape)
+        output = torch.grid_sampler(images, grid.detach().to(dtype), _NEAREST, padding, align_corners)
+        return from_digits(output.movedim(1, 0))
 
     def grad_input(grad: Tensor, i: Tensor, shape: tuple[int, ...]) -> Tensor:
         zeros = grad.new_zeros(*shape[:2], math.prod(shape[2:]) + 1)
@@ -525,7 +531,7 @@ register(
 
 
 class AffineGridFunction(Rule):
-    r"""y[p] = θ (p, 1)      p: the centers of the pixels of [-1, 1]ᵏ; if corners are aligned, the outermost at ±1
+    r"""y[p] = θ (p, 1)      p: the centers of pixels that cover [-1, 1]ᵏ; with ``align_corners``, from -1 to 1
 
     dy[p] = dθ (p, 1)      ∂L/∂θ = Σₚ g[p] (p, 1)ᵀ
     """
@@ -536,8 +542,8 @@ class AffineGridFunction(Rule):
         return torch.affine_grid_generator(theta, size, align_corners)
 
     def grad_theta(grad: Tensor, size: tuple[int, ...], align_corners: bool) -> Tensor:
-        axes = [_pixel_positions(n, align_corners).to(grad) for n in size[:1:-1]]
-        p = torch.stack(torch.meshgrid(*axes[::-1], indexing="ij")[::-1], -1).reshape(-1, len(axes))
+        axes = [_pixel_positions(n, align_corners).to(grad) for n in size[2:]]
+        p = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).reshape(-1, len(axes))  # (x, y[, z])
         return grad.reshape(size[0], -1, len(axes)).mT @ F.pad(p, (0, 1), value=1)
 
 
@@ -569,7 +575,7 @@ register(
 
 
 class UnfoldFunction(Rule):
-    r"""y[c k, p] = x[c, i(k, p)]      i(k, p): pixel k of the patch at p; outside of the image 0
+    r"""y[(c, k), p] = x[c, i(k, p)]      i(k, p): pixel k of the patch at p; outside of the image 0
 
     Each pixel of x is copied to every patch that contains it:  ∂L/∂x = fold(g), the sum over the copies.
     """
@@ -588,7 +594,7 @@ class UnfoldFunction(Rule):
 
 
 class FoldFunction(Rule):
-    r"""x[c, i] = Σ y[c k, p] over i(k, p) = i:  the transpose of unfold      ∂L/∂y = unfold(g)"""
+    r"""x[c, i] = Σ y[(c, k), p] over i(k, p) = i:  the transpose of unfold      ∂L/∂y = unfold(g)"""
 
     supports_complex = True
 
@@ -656,7 +662,7 @@ register(
 
 
 class PixelShuffleFunction(Rule):
-    r"""y[c, r h + i, r w + j] = x[c r² + r i + j, h, w]:  a permutation. Its transpose is its inverse.
+    r"""y[c, r h + i, r w + j] = x[c r² + r i + j, h, w]:  a permutation, so ∂L/∂x is the inverse, applied to g.
 
     Shi et al., "Real-Time Single Image and Video Super-Resolution Using an Efficient Sub-Pixel Convolutional
     Neural Network", 2016.
@@ -690,7 +696,9 @@ class PixelUnshuffleFunction(Rule):
 
 
 class ChannelShuffleFunction(Rule):
-    r"""y[i G + g] = x[g n + i],  n = C/G:  transposes the channels as a matrix (G, n). Its inverse has n groups.
+    r"""y[i G + j] = x[j n + i],  n = C/G:  the channels are transposed as a matrix (G, n).
+
+    ∂L/∂x is the inverse, applied to g: the shuffle with n groups.
 
     Zhang, Zhou, Lin and Sun, "ShuffleNet", 2018.
     """

@@ -41,6 +41,11 @@ def unflatten(tensor: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
     return tensor.reshape(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :])
 
 
+def with_size(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
+    """The shape with another size of one axis, counted from the end (-1 is the last)."""
+    return (*shape[:axis], size, *shape[axis:][1:])
+
+
 def broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """`torch.broadcast_tensors`. Tensors of one shape are returned unchanged."""
     if all(x.size() == tensors[0].size() for x in tensors):
