@@ -27,10 +27,10 @@ _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  
 def _apply_activation(
     rule: type[Rule], input: Tensor, *settings: float, inplace: bool, from_output: type[Rule] | None = None
 ) -> Tensor:
-    """Apply the rule, with `inplace` over the input.
+    """Apply the rule. With `inplace` it overwrites the input.
 
-    In place, an input that can be recomputed costs no memory. For any other input `from_output`, the rule that
-    computes the gradient from the output, saves less: torch and the next layer save the output too.
+    In place, the rule needs no memory if the input can be recomputed. Otherwise it saves the input or a mask, and
+    `from_output` saves the output. That needs no memory if the next layer saves the output too.
     """
     if not inplace:
         return rule.apply(input, *settings)
@@ -39,7 +39,7 @@ def _apply_activation(
 
 
 def _activation(name: str, rule: type[Rule]) -> Callable[[Tensor], Tensor]:
-    """The function of this name, which has no settings."""
+    """The function of this name that applies the rule."""
 
     def function(input: Tensor) -> Tensor:
         return rule.apply(input)
@@ -48,7 +48,7 @@ def _activation(name: str, rule: type[Rule]) -> Callable[[Tensor], Tensor]:
 
 
 def _activation_inplace(name: str, rule: type[Rule]) -> Callable[..., Tensor]:
-    """The function of this name, with the option `inplace`."""
+    """The function of this name that applies the rule, with the option `inplace`."""
 
     def function(input: Tensor, inplace: bool = False) -> Tensor:
         return _apply_activation(rule, input, inplace=inplace)
@@ -57,6 +57,7 @@ def _activation_inplace(name: str, rule: type[Rule]) -> Callable[..., Tensor]:
 
 
 def _with_name_and_doc(function: Callable[..., Tensor], name: str, rule: type[Rule]) -> Callable[..., Tensor]:
+    """The function with torch's errors. Its docstring is the rule's formula of y, which ends at the wide space."""
     formula = str(rule.__doc__).partition("\n")[0].partition("      ")[0]
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"{formula}, as `torch.nn.functional.{name}`. Any shape."
@@ -130,7 +131,7 @@ class SoftsignFunction(Pointwise):
 class ComplexSoftsignFunction(Elementwise):
     r"""y = x r,  r = 1 / (1 + |x|)
 
-    d|x| = ⟨sgn x, dx⟩,  dr = -r² d|x|      ∂L/∂x = r g - r² ⟨x, g⟩ sgn x
+    d|x| = ⟨sgn x, dx⟩,  dr = -r² d|x|      ∂L/∂x = r g - r² ⟨x, g⟩ sgn x,   ⟨a, b⟩ = Re ā b
     """
 
     supports_complex = True
@@ -174,7 +175,7 @@ class SwishFunction(Pointwise):
 class MishFunction(Pointwise):
     r"""y = x t,  t = tanh log(1 + eˣ)
 
-    In s = σ(x) and q = 1 - s = 1 / (1 + eˣ):   t = (1 - q²) / (1 + q²) = s (1 + q) r,   r = 1 / (1 + q²)
+    s = σ(x),  q = 1 - s = 1 / (1 + eˣ):   t = tanh(-log q) = (1 - q²) / (1 + q²) = s (1 + q) r,   r = 1 / (1 + q²)
     dq = -q s dx,  dt = -4 q r² dq = 4 s q² r² dx      y′ = t + x t′ = s r (1 + q + 4 x q² r)
 
     Misra, "Mish: A Self Regularized Non-Monotonic Activation Function", 2019.
@@ -217,7 +218,7 @@ def _normal_cdf_by_gelu(x: Tensor) -> Tensor:
     """Φ(x) = gelu(x) / x. On the CPU torch's gelu is faster than its erf."""
     if not x.is_cpu:
         return with_reuse(normal_cdf)(x)
-    shifted = x + 1e-20  # not 0
+    shifted = x + 1e-20  # avoids 0 / 0 at x = 0. At x = -1e-20 the nan becomes Φ = 0.5
     return F.gelu(shifted).div_(shifted).nan_to_num_(0.5)
 
 
@@ -245,9 +246,9 @@ class GELUFunction(Pointwise):
 
 
 class GELUTanhFunction(Pointwise):
-    r"""y = ½ x (1 + tanh u) = x s,  s = σ(2u),  u = √(2/π) (x + c x³),  c = 0.044715
+    r"""y = ½ x (1 + tanh u) = x s,  s = σ(2u),  2u = x (2k + 2kc x²),  k = √(2/π),  c = 0.044715
 
-    ds = s (1 - s) 2 du,  du = √(2/π) (1 + 3 c x²) dx      y′ = s (1 + x (1 - s) 2 u′)
+    ds = s (1 - s) d(2u),  d(2u) = (2k + 6kc x²) dx      y′ = s (1 + x (1 - s) (2k + 6kc x²))
     """
 
     def forward(input: Tensor) -> Tensor:
@@ -318,12 +319,15 @@ def elu_derivative(x: Tensor, c: float, s: float, k: float) -> Tensor:
 @replaces(elu_derivative)
 def _elu_derivative_by_exp2(x: Tensor, c: float, s: float, k: float) -> Tensor:
     """c e^(κ min(x, 0)) + (s - c) [x > 0]"""
-    falling = x.clamp(max=0).mul_(k * LOG2_E).exp2_().mul_(c)
-    return falling if c == s else torch.gt(x, 0, out=torch.empty_like(x)).mul_(s - c).add_(falling)
+    exponential = x.clamp(max=0).mul_(k * LOG2_E).exp2_().mul_(c)
+    if c == s:
+        return exponential
+    is_positive = torch.gt(x, 0, out=torch.empty_like(x))  # 0 or 1
+    return is_positive.mul_(s - c).add_(exponential)
 
 
 class ELUFromOutputFunction(ELUFunction):
-    r"""The derivative of ELU from y, for α κ ≥ 0: y > 0 where x > 0, else s α e^(κx) = y + s α
+    r"""The derivative of ELU from y, for α κ ≥ 0: y > 0 exactly where x > 0, else s α e^(κx) = y + s α
 
     y′ = s where y > 0, else κ y + c
     """
@@ -384,7 +388,7 @@ class LeakyReLUFunction(Rule):
 
 
 class LeakyReLUFromOutputFunction(LeakyReLUFunction):
-    r"""The derivative of leaky ReLU from y, for s ≥ 0: y > 0 where x > 0"""
+    r"""The derivative of leaky ReLU from y, for s ≥ 0: y > 0 exactly where x > 0"""
 
     save_instead = ()
 
@@ -452,7 +456,7 @@ class RReLUFunction(Rule):
 
 
 def _rrelu_forward(input: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
-    slope = torch.zeros_like(input, memory_format=torch.contiguous_format)  # required by the kernel
+    slope = torch.zeros_like(input, memory_format=torch.contiguous_format)  # the kernel assumes it
     return torch.ops.aten.rrelu_with_noise_functional(input, slope, lower, upper, True)
 
 
@@ -462,7 +466,8 @@ def rrelu(
 ) -> Tensor:
     """x where x > 0, else a x, as `torch.nn.functional.rrelu`. Any shape.
 
-    In training a is random for each x, and equal to torch's for the same random state. Otherwise it is the mean.
+    In training a is random for each x, and equal to torch's for the same random state. Otherwise a is the mean
+    of the bounds.
 
     Raises:
         RuntimeError: `lower` is above `upper`.
@@ -480,7 +485,7 @@ def rrelu(
 class ZeroOneDerivative(Rule):
     r"""y′ = 0 or 1      the rule defines ``is_zero``: where y′ = 0
 
-    ∂L/∂x = 0 where y′ = 0, else g.  This is not the product g y′: √relu(x) has g = ∞ where y = 0, and gradient 0.
+    ∂L/∂x = 0 where y′ = 0, else g.  The product g y′ would be nan where g = ∞: for √relu6(x), at x < 0.
     Where x is nan, y′ = 1.
     """
 
@@ -492,7 +497,7 @@ class ZeroOneDerivative(Rule):
 
 
 class ReLUFunction(Rule):
-    r"""y = max(x, 0)      y′ = 1 where y ≠ 0, else 0      (at x = 0: 0, as torch)"""
+    r"""y = max(x, 0)      ∂L/∂x = g where y ≠ 0, else 0      (at x = 0: 0, as torch; where x is nan: g)"""
 
     save_instead = ("positive",)
     recomputable = True
@@ -504,7 +509,7 @@ class ReLUFunction(Rule):
         return F.relu(input, inplace=True)
 
     def positive(output: Tensor) -> Tensor:
-        return output.bool()  # nan too
+        return output.bool()  # true for nan
 
     def grad_input(grad: Tensor, positive: Tensor) -> Tensor:
         return torch.where(positive, grad, 0)
@@ -568,13 +573,13 @@ relu = _with_name_and_doc(_relu, "relu", ReLUFunction)
 
 @partial(with_errors_of, partial(F.relu, inplace=True))
 def relu_with_mask(input: Tensor) -> Tensor:
-    """`relu` in place that saves a bit mask instead of its output, for a next layer that does not save that."""
+    """`relu` in place that saves a bit mask instead of the output. It suits a next layer that does not save it."""
     return _apply_activation(ReLUFunction, input, inplace=True)
 
 
 @partial(with_errors_of, partial(F.leaky_relu, inplace=True))
 def leaky_relu_with_mask(input: Tensor, negative_slope: float) -> Tensor:
-    """`leaky_relu`, likewise."""
+    """`leaky_relu` in place that saves a bit mask, as `relu_with_mask`."""
     return _apply_activation(LeakyReLUFunction, input, negative_slope, inplace=True)
 
 
@@ -617,7 +622,7 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 
 
 class HardsigmoidFunction(Elementwise):
-    r"""y = x/6 + 1/2, clamped to [0, 1]      y′ = 1/6 where |x| < 3, else 0
+    r"""y = x/6 + 1/2, clamped to [0, 1]      ∂L/∂x = g/6 where |x| < 3, else 0
 
     Howard et al., "Searching for MobileNetV3", 2019. (Hardswish too.)
     """
@@ -657,7 +662,7 @@ def hardswish_derivative(x: Tensor) -> Tensor:
 
 @replaces(hardswish_derivative)
 def _hardswish_derivative_by_threshold(x: Tensor) -> Tensor:
-    """torch's threshold is vectorized on the CPU. It maps x ≥ 3 to 1.5, where x/3 + 1/2 = 1."""
+    """-z/3 + 1/2,  z = -x where x < 3, else -1.5 (then the result is 1). torch's threshold is fast on the CPU."""
     return torch.threshold_(-x, -3, -1.5).nan_to_num_(-1.5).mul_(-1 / 3).add_(0.5)
 
 

@@ -18,13 +18,13 @@ class Elementwise(Rule):
     recomputable = True
 
     def batch_dims(grad: Tensor) -> int:
-        return grad.dim()
+        return grad.dim()  # each element is a row
 
 
 class Pointwise(Elementwise):
     r"""yᵢ = f(xᵢ)      the rule defines ``derivative``, the tensor f′(x)
 
-    dyᵢ = f′(xᵢ) dxᵢ,  a diagonal map, its own transpose:      ∂L/∂x = g f′(x)      (complex: conjugate)
+    dyᵢ = f′(xᵢ) dxᵢ,  a diagonal map, so it is its own transpose:      ∂L/∂x = g f′(x)      (complex: conj f′(x))
     """
 
     def grad_input(grad: Tensor, derivative: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Pointwise(Elementwise):
 
 @implements(torch.abs)
 class AbsoluteFunction(Rule):
-    r"""y = |x|      ∂L/∂x = g sign x      (at 0: 0; for complex x: sign x = x / |x|)"""
+    r"""y = |x|      ∂L/∂x = g sgn x      (at 0: 0; for complex x: sgn x = x / |x|)"""
 
     supports_complex = True
 
@@ -75,7 +75,7 @@ class DifferenceFunction(Rule):
 
 
 class DifferenceWithoutAutocastFunction(DifferenceFunction):
-    """For functions of torch that are compositions: autocast does not cast the inputs of their subtraction."""
+    """For functions such as `pairwise_distance`, which subtract before autocast casts. It casts the difference."""
 
     autocast = {}
 
@@ -114,7 +114,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def has_recomputable_factor(a: Any, b: Any) -> bool:
-    """At least one factor can be recomputed (an activation, for example), so that it need not be saved.
+    """At least one factor can be recomputed (an activation, for example), so it does not have to be saved.
 
     False under torch.compile, which decides itself what to save.
     """

@@ -18,21 +18,24 @@ from manualgrad.registry import SampleInput, TensorFactory, register
 from manualgrad.rule import LOWER_PRECISION, Rule, replaces
 
 QKVGradients = tuple[Tensor, Tensor, Tensor]
+"""∂L/∂Q, ∂L/∂K and ∂L/∂V"""
 DropoutFactor = tuple[Tensor | None, float]
-"""k as a mask and a scale: k ∘ x = scale · x where the mask is true, else 0. Without a mask: everywhere."""
+"""k as a mask and a scale: k ∘ x = scale · x where the mask is true, else 0. If the mask is None: no dropout."""
 
 
 class AttentionFunction(Rule):
-    r"""y = P V,   P = softmax(S) along rows,   S = σ Q Kᵀ + M        Q: (*, L, E)   K: (*, S, E)   V: (*, S, F)
+    r"""y = P V,   P = softmax(S) along rows,   S = Q Kᵀ + M,   Q = σ query
+
+    Q: (*, L, E)   K: (*, C, E)   V: (*, C, F)      K and V repeat each head of key and value n times
 
     dy = dP V + P dV                          ∂L/∂V = Pᵀ g            ∂L/∂P = g Vᵀ
     dP = P ∘ (dS - Σ P dS)                    ∂L/∂S = P ∘ (∂L/∂P - δ),   δ = Σ P ∘ ∂L/∂P  (of each row)
-    dS = σ dQ Kᵀ + σ Q dKᵀ + dM               ∂L/∂Q = σ (∂L/∂S) K     ∂L/∂K = (∂L/∂S)ᵀ (σ Q)     ∂L/∂M = ∂L/∂S
+    dS = dQ Kᵀ + Q dKᵀ + dM                   ∂L/∂Q = (∂L/∂S) K       ∂L/∂K = (∂L/∂S)ᵀ Q         ∂L/∂M = ∂L/∂S
 
     A row in which M is -∞ everywhere has y = 0 and gradient 0: there g and M are replaced by 0.
 
-    P is not saved but recomputed. δ equals Σ g y, but y is not saved, so that it can be modified in place: torch
-    allows that where it calls no fused kernel.
+    The backward recomputes P. δ equals Σ g y, but the rule does not save y: a caller may modify y in place, as
+    torch allows where it calls no fused kernel.
 
     Vaswani et al., "Attention Is All You Need", 2017; Dao et al., "FlashAttention", 2022.
     """
@@ -60,7 +63,6 @@ class AttentionFunction(Rule):
         return query.shape[-3] // key.shape[-3] if enable_gqa else 1
 
     def Q(query: Tensor, sigma: float) -> Tensor:
-        """σ Q"""
         return query * sigma
 
     def K(key: Tensor, n: int) -> Tensor:
@@ -70,10 +72,11 @@ class AttentionFunction(Rule):
         return _repeat_heads(value, n)
 
     def bias(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
+        """M, with the rows that are -∞ everywhere."""
         return _to_additive(_causal(query, key) if causal else mask, query)
 
     def has_columns(bias: Tensor | None, causal: bool) -> Tensor | None:
-        """The rows that attend to at least one column. None: all rows."""
+        """The rows that attend to at least one column. None: all of them."""
         return None if bias is None or causal else (bias > -math.inf).any(-1, keepdim=True)
 
     def M(bias: Tensor | None, has_columns: Tensor | None) -> Tensor | None:
@@ -83,24 +86,25 @@ class AttentionFunction(Rule):
         return grad if has_columns is None else torch.where(has_columns, grad, 0)
 
     def k() -> DropoutFactor:
+        """No dropout."""
         return None, 1.0
 
-    def qkv_gradients(
+    def gradients(
         Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None, k: DropoutFactor, g: Tensor, causal: bool
     ) -> QKVGradients:
         return qkv_gradients(Q, K, V, M, k, g, causal)
 
-    def grad_query(qkv_gradients: QKVGradients, query: Tensor, sigma: float) -> Tensor:
-        return (qkv_gradients[0] * sigma).sum_to_size(query.shape)
+    def grad_query(gradients: QKVGradients, query: Tensor, sigma: float) -> Tensor:
+        return (gradients[0] * sigma).sum_to_size(query.shape)
 
-    def grad_key(qkv_gradients: QKVGradients, key: Tensor, n: int) -> Tensor:
-        return _sum_heads(qkv_gradients[1], n).sum_to_size(key.shape)
+    def grad_key(gradients: QKVGradients, key: Tensor, n: int) -> Tensor:
+        return _sum_heads(gradients[1], n).sum_to_size(key.shape)
 
-    def grad_value(qkv_gradients: QKVGradients, value: Tensor, n: int) -> Tensor:
-        return _sum_heads(qkv_gradients[2], n).sum_to_size(value.shape)
+    def grad_value(gradients: QKVGradients, value: Tensor, n: int) -> Tensor:
+        return _sum_heads(gradients[2], n).sum_to_size(value.shape)
 
     def grad_mask(Q: Tensor, K: Tensor, V: Tensor, M: Tensor, k: DropoutFactor, g: Tensor, mask: Tensor) -> Tensor:
-        """Not part of `qkv_gradients`: it may be as large as all scores."""
+        """Not part of `gradients`, which needs S only in blocks: ∂L/∂M may be as large as S."""
         return scores_backward(Q, K, V, M, k, g)[1].sum_to_size(mask.shape).to(mask.dtype)
 
 
@@ -126,7 +130,7 @@ class AttentionDropoutFunction(AttentionFunction):
         output, weight = torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, bias, p, causal, None, scale=scale, enable_gqa=enable_gqa
         )
-        return output, weight.bool()  # where P is 0, k does not matter
+        return output, weight.bool()  # weight = k ∘ P. Where P is 0, k does not matter
 
     def k(dropout_mask: Tensor, p: float) -> tuple[Tensor, float]:
         return dropout_mask, dropout_scale(p)
@@ -162,7 +166,9 @@ def _scores_backward_into(
 ) -> tuple[Tensor, Tensor]:
     """The same, written into two tensors: `out`, or new ones."""
     S = torch.matmul(Q, K.mT, out=out[0])
-    P = torch.softmax(S if M is None else S + M if out[0] is None else S.add_(M), -1, out=out[0])
+    if M is not None:
+        S = S + M if out[0] is None else S.add_(M)  # without `out`, M may have more axes than S
+    P = torch.softmax(S, -1, out=out[0])
     grad_P = torch.matmul(g, V.mT, out=out[1])
     factor = None if k[0] is None else k[0].to(P.dtype) * k[1]
     grad_P = grad_P if factor is None else grad_P.mul_(factor)
@@ -183,22 +189,22 @@ def _qkv_gradients_in_blocks(
     rows = min(_CAUSAL_BLOCK_ROWS, length) if causal else length
     heads = min(batch[-1], max(1, (blocking.elements_per_block() or 0) // (rows * columns)))
     grad_Q, grad_K, grad_V = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
-    buffer = Q.new_empty(2, heads * rows * columns)
-    masks = [x if x is None else x.expand(*batch, length, columns) for x in (M, k[0])]
+    buffer = Q.new_empty(2, heads * rows * columns)  # k ∘ P and ∂L/∂S of one block
+    masks = [None if x is None else x.expand(*batch, length, columns) for x in (M, k[0])]
     for example in product(*map(range, batch[:-1])):
         for head, row in product(range(0, batch[-1], heads), range(0, length, rows)):
             kv_block = (*example, slice(head, head + heads))
             q_block = (*kv_block, slice(row, row + rows))
             if causal:  # the rows of this block do not attend to later columns
                 kv_block = (*kv_block, slice(row + rows))
-            q, key = Q[q_block], K[kv_block]
+            q, key, value, grad = Q[q_block], K[kv_block], V[kv_block], g[q_block]
             shape = (*q.shape[:2], key.shape[1])
-            mask, dropout_mask = (x if x is None else x[(*q_block, slice(shape[2]))] for x in masks)
+            bias, dropout_mask = (None if x is None else x[(*q_block, slice(shape[2]))] for x in masks)
             out = buffer[:, : math.prod(shape)].view(2, *shape).unbind()
-            kP, grad_S = _scores_backward_into(q, key, V[kv_block], mask, (dropout_mask, k[1]), g[q_block], out)
+            kP, grad_S = _scores_backward_into(q, key, value, bias, (dropout_mask, k[1]), grad, out)
             torch.bmm(grad_S, key, out=grad_Q[q_block])
             grad_K[kv_block].baddbmm_(grad_S.mT, q)
-            grad_V[kv_block].baddbmm_(kP.mT, g[q_block])
+            grad_V[kv_block].baddbmm_(kP.mT, grad)
     return grad_Q, grad_K, grad_V
 
 
@@ -207,7 +213,7 @@ _CAUSAL_BLOCK_ROWS = 128
 
 
 def _blocks_are_faster(Q: Tensor, K: Tensor, V: Tensor, M: Tensor | None) -> bool:
-    """There are several blocks, none is tiny, and no head or example broadcasts."""
+    """There are several blocks, none is tiny, no head or example broadcasts, and M has rows."""
     size = blocking.elements_per_block()
     scores = Q.shape[-3:-1].numel() * K.shape[-2]  # per example
     return (
@@ -227,7 +233,7 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _to_additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """M of a mask of booleans: 0 where true, else -∞."""
+    """A mask of booleans as M: 0 where true, else -∞. A mask of numbers is M already."""
     if mask is None or mask.is_floating_point():
         return mask
     return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -math.inf)
@@ -306,17 +312,24 @@ register(
 
 
 def _multi_head(
-    t: TensorFactory, query: Tensor, key: Tensor, *, separate: bool = False, bias: bool = True, **options: Any
+    t: TensorFactory,
+    query: Tensor,
+    key: Tensor,
+    *,
+    heads: int = 2,
+    separate: bool = False,
+    bias: bool = True,
+    **options: Any,
 ) -> SampleInput:
-    """A call with weights that match query and key."""
+    """A call with weights that match query and key, one for all inputs or ``separate``, and without dropout."""
     e, k = query.shape[-1], key.shape[-1]
     if separate:
         options |= {"q_proj_weight": t(e, e), "k_proj_weight": t(e, k), "v_proj_weight": t(e, k)}
-    affine = (None if separate else t(3 * e, e), t(3 * e) if bias else None)
-    extra = (t(1, 1, e), t(1, 1, e), True) if options.pop("extra", False) else (None, None, False)
-    out = (t(e, e), t(e) if bias else None)
+    in_proj = (None if separate else t(3 * e, e), t(3 * e) if bias else None)
+    no_extra_keys = (None, None, False)  # bias_k, bias_v, add_zero_attn
+    out_proj = (t(e, e), t(e) if bias else None)
     options["use_separate_proj_weight"] = separate
-    return SampleInput(query, key, key, e, options.pop("heads", 2), *affine, *extra, 0.0, *out, **options)
+    return SampleInput(query, key, key, e, heads, *in_proj, *no_extra_keys, 0.0, *out_proj, **options)
 
 
 register(

@@ -46,7 +46,7 @@ def weight_of(t: Tensor, valid: Tensor, weight: Tensor | None, like: Tensor) -> 
 
 @implements(_nn.nll_loss_nd)
 class NLLLossFunction(ClassLoss):
-    r"""ℓ = -x[t]        x: (N, C, ...), log-probabilities   t: (N, ...)      ∂L/∂x[t] = -γ w,  else 0"""
+    r"""ℓ = -x[t]        x: (N, C, ...), log-probabilities   t: (N, ...)      ∂L/∂x[t] = -γ w,  others 0"""
 
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
         return _nn.nll_loss_nd(input, target, weight, reduction, ignore_index)
@@ -56,8 +56,9 @@ class NLLLossFunction(ClassLoss):
 
 
 class CrossEntropyLossFunction(ClassLoss):
-    r"""w[t] ℓ = -Σ_c q_c log p_c,    p = softmax x,   q = (1-ε) w[t] 1_t + (ε/C) w      (ε: label smoothing)
+    r"""w[t] ℓ = -Σ_c q_c log p_c,    p = softmax x,   q = (1-ε) w[t] 1_t + (ε/C) w
 
+    ε: label smoothing   1_t: one-hot
     log p_c = x_c - log Σ e^x,   d log p = dx - ⟨p, dx⟩:      ∂L/∂x = γ (p Σq - q),   Σq = (1-ε) w[t] + ε mean w
 
     Szegedy, Vanhoucke, Ioffe, Shlens and Wojna, "Rethinking the Inception Architecture for Computer Vision", 2016.
@@ -77,13 +78,13 @@ class CrossEntropyLossFunction(ClassLoss):
         return softmax_of_valid(input, valid.unsqueeze(axis), axis)
 
     def q_t(w: Tensor, label_smoothing: float) -> Tensor:
-        """(1-ε) w[t]"""
+        """(1-ε) w[t], the part of q at the class t"""
         return w * (1 - label_smoothing) if label_smoothing else w
 
     def smoothing(input: Tensor, weight: Tensor | None, label_smoothing: float, axis: int) -> Tensor | float:
-        """(ε/C) w"""
-        epsilon = label_smoothing / max(input.shape[axis], 1)
-        return epsilon if weight is None else epsilon * _along(weight, input)
+        """(ε/C) w, the part of q at every class"""
+        share = label_smoothing / max(input.shape[axis], 1)
+        return share if weight is None else share * _along(weight, input)
 
     def sum_q(q_t: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
         return q_t + label_smoothing * (1 if weight is None else weight.mean()) if label_smoothing else q_t
@@ -98,18 +99,19 @@ class CrossEntropyLossFunction(ClassLoss):
         axis: int,
         label_smoothing: float,
     ) -> Tensor:
-        smooth = p * (gamma * sum_q).unsqueeze(axis)
-        grad_input = smooth.scatter_add(axis, t.unsqueeze(axis), (-gamma * q_t).unsqueeze(axis))
+        from_p = p * (gamma * sum_q).unsqueeze(axis)
+        grad_input = from_p.scatter_add(axis, t.unsqueeze(axis), (-gamma * q_t).unsqueeze(axis))
         return grad_input - gamma.unsqueeze(axis) * smoothing if label_smoothing else grad_input
 
 
 def softmax_of_valid(x: Tensor, valid: Tensor, axis: int) -> Tensor:
-    """softmax x, of zeros in ignored rows: there γ = 0, but γ p = nan if x is infinite."""
+    """softmax x, with x = 0 in ignored rows. Otherwise γ p = 0 · nan there if x is infinite."""
     return torch.softmax(torch.where(valid, x, 0), axis)
 
 
 @replaces(softmax_of_valid)
-def _softmax_of_valid(x: Tensor, valid: Tensor, axis: int) -> Tensor:
+def _softmax_if_all_valid(x: Tensor, valid: Tensor, axis: int) -> Tensor:
+    """Without `where` if all rows are valid. On the CPU this test needs no synchronization."""
     return torch.softmax(x, axis) if x.is_cpu and valid.all() else with_reuse(softmax_of_valid)(x, valid, axis)
 
 
@@ -123,7 +125,8 @@ def cross_entropy_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
 ) -> Tensor:
     """-Σ_c q_c log p_c: one rule for class indices, a composition for class probabilities, as in torch."""
-    if target.shape != input.shape or not target.is_floating_point() or ignore_index >= 0:
+    is_probability = target.shape == input.shape and target.is_floating_point()
+    if not is_probability or ignore_index >= 0:  # torch raises an error for probabilities with an ignored index
         return CrossEntropyLossFunction.apply(input, target, weight, reduction, ignore_index, label_smoothing)
     input, target, weight = autocast_inputs(ClassLoss, (input, target, weight))
     axis = ClassLoss.axis(input)  # pyright: ignore[reportAttributeAccessIssue]

@@ -74,8 +74,8 @@ def _vendor_both_gradients(grad: Tensor, input: Tensor, weight: Tensor, geometry
 class ConvolutionFunction(Rule):
     r"""y[n, o, i] = Σ_c Σ_k x[n, c, s i + d k - p] W[o, c, k] + b[o]      i, k: one number per dimension
 
-    It is linear in x and linear in W. C is the map from x to y without b. Its transpose Cᵀ is the transposed
-    convolution, which adds W[k] y[i] to x[s i + d k - p].
+    s: stride   d: dilation   p: padding. y is linear in x and linear in W. C is the map from x to y without b. Its
+    transpose Cᵀ is the transposed convolution, which adds W[k] y[i] to x[s i + d k - p].
 
     differential      dy = C dx + Σ x dW + db
     pair with g       ⟨g, C dx⟩ = ⟨Cᵀ g, dx⟩                                     ∂L/∂x = Cᵀ g
@@ -122,24 +122,26 @@ class ConvolutionFunction(Rule):
 def correlation(image: Tensor, small: Tensor, geometry: Geometry) -> Tensor:
     r"""W[o, c, k] = Σ_n Σ_i image[n, c, s i + d k - p] small[n, o, i]
 
-    With k as the window and i as the index into the kernel this is a convolution: stride and dilation are swapped,
-    and so are batch and channels.
+    This is a convolution of `image` with the kernel `small`: k is the window and i the index into the kernel, so
+    stride and dilation are swapped. Its samples are the c and its channels the n. With groups, c is in one group.
     """
     n, c, groups = len(image), image.shape[1] // geometry.groups, geometry.groups
     if n == 0:
         return image.new_zeros(small.shape[1], c, *geometry.kernel)
-    channels = unflatten(image, 1, (groups, c)).transpose(0, 2).reshape(c, groups * n, *image.shape[2:])
-    weight = ConvolutionFunction.apply(channels, small.transpose(0, 1), None, geometry.swapped())
+    image = unflatten(image, 1, (groups, c)).transpose(0, 2).reshape(c, groups * n, *image.shape[2:])
+    weight = ConvolutionFunction.apply(image, small.transpose(0, 1), None, geometry.swapped())
     return weight.transpose(0, 1).contiguous()
 
 
 @replaces(correlation)
 def _correlation_by_shape(image: Tensor, small: Tensor, geometry: Geometry) -> Tensor:
-    """The fastest of three ways to the same sum. In low precision only the convolution rounds once."""
+    """The fastest of three computations of the same sum. Two of them round each partial sum, so low precision uses
+    `correlation`.
+    """
     samples, channels = image.shape[:2]
     if samples == 0 or image.element_size() < 4:
         return correlation(image, small, geometry)
-    if channels == geometry.groups:  # depthwise: one group per sample and channel, so that the sums are shorter
+    if channels == geometry.groups:  # depthwise: a group for each sample and channel, then the sum over samples
         separate = replace(geometry, groups=samples * channels)
         image, small = (x.reshape(1, -1, *x.shape[2:]) for x in (image, small))
         weight = correlation(image, small, separate)
@@ -154,25 +156,26 @@ _UNFOLDED_ELEMENTS = 2**18
 
 
 def _correlation_by_unfolding(image: Tensor, small: Tensor, geometry: Geometry) -> Tensor:
-    """The matrix product of `small` with the unfolded windows, (n i, c k).
+    """The matrix product of `small`, (o, n i), with the unfolded windows, (n i, c k), for each group.
 
     Chellapilla, Puri and Simard, "High performance convolutional neural networks for document processing", 2006.
     """
-    geo, n, (count, channels) = geometry, len(geometry.kernel), image.shape[:2]
+    geo, dims, (samples, channels) = geometry, len(geometry.kernel), image.shape[:2]
     if geo.groups > 1:  # in channels_last a group's channels are not contiguous, so its columns would not be
         image, small = image.contiguous(), small.contiguous()
     windows = pad(image, [size for p in reversed(geo.padding) for size in (p, p)]) if any(geo.padding) else image
-    for axis, (k, s, d, o) in enumerate(zip(geo.kernel, geo.stride, geo.dilation, geo.windows, strict=True), 2):
-        windows = windows.unfold(axis, d * (k - 1) + 1, s).narrow(axis, 0, o)
+    for axis, (k, s, d, size) in enumerate(zip(geo.kernel, geo.stride, geo.dilation, geo.windows, strict=True), 2):
+        windows = windows.unfold(axis, d * (k - 1) + 1, s).narrow(axis, 0, size)
         windows = windows[..., ::d] if d > 1 else windows
-    windows = windows.reshape(count, geo.groups, -1, *windows.shape[2:])  # (n, group, c, *i, *k)
-    windows = windows.permute(1, 2, *range(3 + n, 3 + 2 * n), 0, *range(3, 3 + n))
-    small = small.reshape(count, geo.groups, -1, *geo.windows).permute(1, 2, 0, *range(3, 3 + n))
-    step = max(1, _UNFOLDED_ELEMENTS // math.prod((channels, *geo.kernel, *geo.windows)))
+    i_axes, k_axes = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+    windows = windows.reshape(samples, geo.groups, -1, *windows.shape[2:])  # (n, group, c, *i, *k)
+    windows = windows.permute(1, 2, *k_axes, 0, *i_axes)  # (group, c, *k, n, *i)
+    small = small.reshape(samples, geo.groups, -1, *geo.windows).permute(1, 2, 0, *i_axes)  # (group, o, n, *i)
+    step = max(1, _UNFOLDED_ELEMENTS // math.prod((channels, *geo.kernel, *geo.windows)))  # samples
     total: Tensor | None = None
-    for small_part, windows_part in zip(small.split(step, 2), windows.split(step, 2 + n), strict=True):
+    for small_part, windows_part in zip(small.split(step, 2), windows.split(step, 2 + dims), strict=True):
         a = small_part.reshape(geo.groups, -1, math.prod(small_part.shape[2:]))
-        b = windows_part.reshape(geo.groups, math.prod(windows_part.shape[1 : 2 + n]), -1).mT
+        b = windows_part.reshape(geo.groups, math.prod(windows_part.shape[1 : 2 + dims]), -1).mT
         total = a @ b if total is None else total.baddbmm_(a, b)
     assert total is not None
     return total.reshape(-1, channels // geo.groups, *geo.kernel)
@@ -208,13 +211,13 @@ def _conv(n: int) -> Callable[..., Tensor]:
         elif isinstance(padding, str):
             raise RuntimeError(f"padding must be an int, a tuple, 'same' or 'valid', but is {padding!r}")
         padding = to_tuple(padding, n)
-        spare = [  # behind the first window
+        spare = [  # the positions after the first window
             size + 2 * p - d * (k - 1) - 1
             for size, k, p, d in zip(input.shape[2:], kernel, padding, dilation, strict=True)
         ]
         # not divmod: torch.compile does not support it for dynamic sizes
-        windows = tuple(n // s + 1 for n, s in zip(spare, stride, strict=True))
-        rest = tuple(n % s for n, s in zip(spare, stride, strict=True))
+        windows = tuple(size // s + 1 for size, s in zip(spare, stride, strict=True))
+        rest = tuple(size % s for size, s in zip(spare, stride, strict=True))
         geometry = Geometry(kernel, windows, stride, padding, dilation, rest, groups)
         return ConvolutionFunction.apply(input, weight, bias, geometry)
 
@@ -264,7 +267,7 @@ class ConvTBCFunction(Rule):
     r"""y[t, n, o] = Σ_c Σ_k x[t + k - p, n, c] W[k, c, o] + b[o]
 
     pair with g       Σ g[t, n, o] dx[t + k - p, n, c] W[k, c, o]
-    ∂L/∂x[t] = Σ_k g[t - k + p] W[k]ᵀ,  a convolution of g with the reversed kernel
+    ∂L/∂x[t] = Σ_k g[t - k + p] W[k]ᵀ,  a convolution of g with the reversed kernel, padded by K - 1 - p  (K terms)
     ∂L/∂W[k] = Σ x[t + k - p]ᵀ g[t]      over all n, and all t for which x[t + k - p] exists
     ∂L/∂b = Σ g
     """
@@ -275,10 +278,10 @@ class ConvTBCFunction(Rule):
         return torch.conv_tbc(input.contiguous(), weight, bias, pad)
 
     def grad_input(grad: Tensor, weight: Tensor, pad: int) -> Tensor:
-        before = len(weight) - 1 - pad
-        g = grad[-before:before] if before < 0 else grad  # the outputs at the ends do not depend on x
+        padding = len(weight) - 1 - pad
+        g = grad[-padding:padding] if padding < 0 else grad  # the outputs at the ends do not depend on x
         bias = weight.new_zeros(weight.shape[1])
-        return ConvTBCFunction.apply(g, weight.flip(0).mT, bias, max(before, 0))
+        return ConvTBCFunction.apply(g, weight.flip(0).mT, bias, max(padding, 0))
 
     def grad_weight(grad: Tensor, input: Tensor, weight: Tensor, pad: int) -> Tensor:
         return torch.stack([time_correlation(input, grad, shift - pad) for shift in range(len(weight))])
@@ -288,7 +291,7 @@ class ConvTBCFunction(Rule):
 
 
 def time_correlation(x: Tensor, g: Tensor, shift: int) -> Tensor:
-    """Σ x[t + shift]ᵀ g[t]"""
+    """Σ x[t + shift]ᵀ g[t] over all t for which both exist."""
     first = max(0, -shift)
     end = max(first, min(len(g), len(x) - shift))
     return rows(x[first + shift : end + shift]).mT @ rows(g[first:end])

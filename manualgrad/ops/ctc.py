@@ -22,16 +22,17 @@ _forward = torch._ctc_loss  # pyright: ignore[reportPrivateImportUsage]
 class CTCLossFunction(Rule):
     r"""ℓ = -log P,   P = Σ_π Π_t y_t(π_t)      over the paths π that spell the labels
 
-    y_t(k) = e^(x_tk)      x: (T, N, C)      A path follows l = _ a _ b _ … _, the labels with blanks between
-    them. In each step it stays, advances by one, or skips a blank between two different labels.
+    y_t(k) = e^(x_tk)      x: (T, N, C)      l = _ a _ b _ … _: the classes of the labels, with blanks between them
+    A path moves through l. In each step it stays, advances by one, or skips a blank between two different labels.
 
-    α_t(s)   all partial paths up to time t that end at l_s:      α_t(s) = y_t(l_s) Σ α_{t-1}(s, s-1, s-2)
-    β_t(s)   all partial paths from time t that start at l_s:     α of the reversed sequence and labels
+    α_t(s)   sum over the partial paths up to time t that end at l_s:      α_t(s) = y_t(l_s) Σ_r α_{t-1}(r),
+             r: s, s-1, and s-2 if a path may skip from there
+    β_t(s)   sum over the partial paths from time t that start at l_s:     α of the reversed sequence and labels
     γ_t(s)   = α_t(s) β_t(s) / y_t(l_s) / P:   the probability of l_s at time t, given the labels; Σ_s γ_t(s) = 1
 
     P is linear in each y_t(k), so ∂P/∂x_tk sums the paths that are at k at time t:  ∂ℓ/∂x_tk = -Σ_{l_s = k} γ_t(s)
-    torch adds e^(x_tk) to it, so that each row sums to 0. The gradient of a preceding log-softmax does not change
-    such a row. After a log-softmax both are the derivative, to every order.
+    torch, and so this rule, returns e^(x_tk) - Σ_{l_s = k} γ_t(s) instead. If x is a log-softmax, its backward
+    G - e^x Σ G gives the same for both gradients G, to every order.
 
     Graves, Fernández, Gomez and Schmidhuber, "Connectionist Temporal Classification", 2006.
     """
@@ -57,8 +58,8 @@ class CTCLossFunction(Rule):
         """The last index of l, per sequence."""
         return 2 * target_lengths.reshape(-1).to(log_probs.device, torch.int64)
 
-    def path(log_probs: Tensor, targets: Tensor, ends: Tensor, blank: int) -> Tensor:
-        """l, per sequence: (N, S). Behind its end are arbitrary classes."""
+    def classes(log_probs: Tensor, targets: Tensor, ends: Tensor, blank: int) -> Tensor:
+        """l, per sequence: (N, S). After its end the classes are arbitrary."""
         labels = _labels(targets.to(log_probs.device, torch.int64), ends).clamp(0, log_probs.shape[-1] - 1)
         pairs = torch.stack([torch.full_like(labels, blank), labels], -1).reshape(len(labels), 2 * labels.shape[1])
         return F.pad(pairs, (0, 1), value=blank)
@@ -67,43 +68,46 @@ class CTCLossFunction(Rule):
         """t: (T, 1)."""
         return torch.arange(len(log_probs), device=lengths.device).unsqueeze(1)
 
-    def exists(step: Tensor, lengths: Tensor, path: Tensor, ends: Tensor) -> Tensor:
+    def exists(step: Tensor, lengths: Tensor, classes: Tensor, ends: Tensor) -> Tensor:
         """The sequence has the step t, and l the index s: (T, N, S)."""
-        s = torch.arange(path.shape[1], device=path.device)
+        s = torch.arange(classes.shape[1], device=classes.device)
         return (step < lengths).unsqueeze(-1) & (s <= ends.unsqueeze(1))
 
-    def reversed_indices(step: Tensor, lengths: Tensor, path: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    def reversed_indices(step: Tensor, lengths: Tensor, classes: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         """The indices t and s of the reversed sequence and labels."""
-        s = torch.arange(path.shape[1], device=path.device)
+        s = torch.arange(classes.shape[1], device=classes.device)
         return (lengths - 1 - step).clamp(min=0), (ends.unsqueeze(1) - s).clamp(min=0)
 
-    def log_y(log_probs: Tensor, path: Tensor) -> Tensor:
+    def log_y(log_probs: Tensor, classes: Tensor) -> Tensor:
         """log y_t(l_s)"""
-        return log_probs.gather(2, path.expand(len(log_probs), *path.shape)).clamp(min=_LOG_ZERO)
+        return log_probs.gather(2, classes.expand(len(log_probs), *classes.shape)).clamp(min=_LOG_ZERO)
 
-    def log_alpha_beta(log_y: Tensor, path: Tensor, reversed_indices: tuple[Tensor, Tensor], blank: int) -> Tensor:
-        """log α and log β, stacked. One recursion computes both, for twice as many sequences."""
-        both = torch.cat([log_y, _gather(log_y, reversed_indices)], 1)
-        alpha, beta = _log_alpha(both, torch.cat([path, path.gather(1, reversed_indices[1])]), blank).chunk(2, 1)
+    def log_alpha_beta(
+        log_y: Tensor, classes: Tensor, reversed_indices: tuple[Tensor, Tensor], blank: int
+    ) -> Tensor:
+        """log α and log β, stacked. One recursion computes both: the reversed sequences are further sequences."""
+        both_log_y = torch.cat([log_y, _gather(log_y, reversed_indices)], 1)
+        both_classes = torch.cat([classes, classes.gather(1, reversed_indices[1])])
+        alpha, beta = _log_alpha(both_log_y, both_classes, blank).chunk(2, 1)
         return torch.stack([alpha, _gather(beta, reversed_indices)])
 
-    def log_gamma(log_alpha_beta: Tensor, log_y: Tensor, exists: Tensor) -> Tensor:
-        """log γ + log P"""
+    def log_gamma_P(log_alpha_beta: Tensor, log_y: Tensor, exists: Tensor) -> Tensor:
+        """log (γ P). A softmax over s divides by P, because Σ_s γ_t(s) = 1."""
         return torch.where(exists, log_alpha_beta[0] + log_alpha_beta[1] - log_y, _LOG_ZERO)
 
     def grad_log_probs(
         grad: Tensor,
         log_probs: Tensor,
-        path: Tensor,
-        log_gamma: Tensor,
+        classes: Tensor,
+        log_gamma_P: Tensor,
         step: Tensor,
         lengths: Tensor,
         zero_infinity: bool,
     ) -> Tensor:
-        gamma = torch.softmax(log_gamma, -1)
-        derivative = log_probs.exp().scatter_add(2, path.expand(gamma.shape), -gamma)
-        possible = (log_gamma.amax((0, 2)) > _LOG_ZERO / 2).unsqueeze(-1)
-        grad_input = torch.where(possible, derivative * grad.unsqueeze(-1), 0 if zero_infinity else math.nan)
+        gamma = torch.softmax(log_gamma_P, -1)
+        derivative = log_probs.exp().scatter_add(2, classes.expand(gamma.shape), -gamma)
+        has_path = (log_gamma_P.amax((0, 2)) > _LOG_ZERO / 2).unsqueeze(-1)
+        grad_input = torch.where(has_path, derivative * grad.unsqueeze(-1), 0 if zero_infinity else math.nan)
         return torch.where((step < lengths).unsqueeze(-1), grad_input, 0)
 
 
@@ -117,19 +121,19 @@ def _labels(labels: Tensor, ends: Tensor) -> Tensor:
 
 
 def _gather(tensor: Tensor, indices: tuple[Tensor, Tensor]) -> Tensor:
-    """A tensor (T, N, S) at other t and s."""
-    return tensor.gather(0, indices[0].unsqueeze(-1).expand(tensor.shape)).gather(
-        2, indices[1].expand(tensor.shape)
-    )
+    """A tensor (T, N, S) at the indices t (T, N) and s (N, S)."""
+    t, s = indices[0].unsqueeze(-1), indices[1]
+    return tensor.gather(0, t.expand(tensor.shape)).gather(2, s.expand(tensor.shape))
 
 
-def _log_alpha(log_y: Tensor, path: Tensor, blank: int) -> Tensor:
+def _log_alpha(log_y: Tensor, classes: Tensor, blank: int) -> Tensor:
     """log α: (T, N, S), by the recursion over t."""
-    can_skip = F.pad((path[:, 2:] != blank) & (path[:, 2:] != path[:, :-2]), (min(2, path.shape[1]), 0))
+    can_skip = (classes[:, 2:] != blank) & (classes[:, 2:] != classes[:, :-2])
+    can_skip = F.pad(can_skip, (min(2, classes.shape[1]), 0))  # not to s = 0 or 1
     skip_penalty = (1.0 - can_skip.to(log_y.dtype)) * _LOG_ZERO
-    start = (torch.arange(path.shape[1], device=path.device) >= 2).to(log_y.dtype) * _LOG_ZERO
+    start_penalty = (torch.arange(classes.shape[1], device=classes.device) >= 2).to(log_y.dtype) * _LOG_ZERO
     first, *others = log_y.unbind(0)
-    alpha = [first + start]
+    alpha = [first + start_penalty]  # a path starts at the first blank or the first label
     for y in others:
         previous = F.pad(alpha[-1], (2, 0), value=_LOG_ZERO)
         alpha.append(_log_sum(alpha[-1], previous[..., 1:-1], previous[..., :-2] + skip_penalty) + y)
@@ -157,13 +161,17 @@ def ctc_loss(
     reduction: int,
     zero_infinity: bool,
 ) -> Tensor:
-    """The loss of log-probabilities (T, N, C) or (T, C), and of targets (N, S) or concatenated. The mean first
-    divides each loss by its number of labels."""
+    """The loss of log-probabilities (T, N, C) or (T, C), and of targets (N, S) or concatenated.
+
+    The mean divides each loss by its number of labels first.
+    """
     batch = log_probs if log_probs.dim() == 3 else log_probs.unsqueeze(1)
-    inputs, lengths = (x if isinstance(x, Tensor) else torch.tensor(x) for x in (input_lengths, target_lengths))
-    losses = CTCLossFunction.apply(batch, targets.long(), inputs, lengths, blank, zero_infinity)
+    input_lengths, target_lengths = (
+        x if isinstance(x, Tensor) else torch.tensor(x) for x in (input_lengths, target_lengths)
+    )
+    losses = CTCLossFunction.apply(batch, targets.long(), input_lengths, target_lengths, blank, zero_infinity)
     if reduction == MEAN:
-        losses = losses / lengths.reshape(-1).to(losses).clamp(min=1)
+        losses = losses / target_lengths.reshape(-1).to(losses).clamp(min=1)
     elif reduction == NONE and log_probs.dim() != 3:
         losses = losses.squeeze(0)
     return reduce_losses(losses, reduction)

@@ -56,7 +56,7 @@ def norm_gradient(u: Tensor, p: float, dim: Axes) -> Tensor:
         is_extreme = size == extreme
         return u.sgn() * (is_extreme / is_extreme.sum(dim, keepdim=True))
     if p < 1:
-        size = torch.where(size != 0, size, 1)
+        size = torch.where(size != 0, size, 1)  # sgn 0 · 0^(p-1) = 0 · ∞ would be nan
     return u.sgn() * size ** (p - 1)
 
 
@@ -104,6 +104,7 @@ class PdistFunction(Rule):
 
 
 def _laplacian_product(w: Tensor, input: Tensor) -> Tensor:
+    """(diag(W 1) - W) x"""
     W, x = _symmetric(w, len(input)), input - input.mean(0)
     return W.sum(1, keepdim=True) * x - W @ x
 
@@ -115,13 +116,13 @@ def _pair_sums(grad: Tensor, input: Tensor, y: Tensor, p: float) -> Tensor:
     chunks = zip(
         input.split(chunk_size),
         _symmetric(grad, n).split(chunk_size),
-        (_symmetric(y, n) + torch.eye(n).to(input)).split(chunk_size),
+        (_symmetric(y, n) + torch.eye(n).to(input)).split(chunk_size),  # y = 1 for i = j, where xᵢ - xⱼ = 0
         strict=True,
     )
-    return torch.cat([_pair_sum(x, g, y, input, p) for x, g, y in chunks])
+    return torch.cat([_pair_sums_of_chunk(x, g, y, input, p) for x, g, y in chunks])
 
 
-def _pair_sum(x: Tensor, g: Tensor, y: Tensor, input: Tensor, p: float) -> Tensor:
+def _pair_sums_of_chunk(x: Tensor, g: Tensor, y: Tensor, input: Tensor, p: float) -> Tensor:
     u = (x.unsqueeze(1) - input) / y.unsqueeze(2)
     return (g.unsqueeze(2) * norm_gradient(u, p, -1)).sum(1)
 

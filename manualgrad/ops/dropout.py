@@ -19,7 +19,7 @@ class DropoutFunction(Rule):
     r"""y = m x / (1 - p)      m: 1 with probability 1 - p, else 0
 
     Given m the map is diagonal:      ∂L/∂x = m g / (1 - p)
-    The mask is a statistic without a derivative: all derivatives use the mask of the forward.
+    The mask is random and has no derivative: derivatives of every order use the mask of the forward.
 
     Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout", JMLR 2014.
     """
@@ -42,7 +42,7 @@ class DropoutFunction(Rule):
 
 
 def _dropout_forward(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    if p == 1:  # torch draws no random numbers then
+    if p == 1:  # torch then draws no random numbers and keeps nan
         return input * torch.zeros_like(input), torch.zeros_like(input, dtype=torch.bool)
     output, mask = torch.native_dropout(input, p, True)
     return output, mask.bool()  # vmap returns it in the input's dtype
@@ -56,7 +56,7 @@ def dropout_scale(p: float) -> float:
 def _apply_dropout(
     rule: type[Rule], input: Tensor, p: float, training: bool, inplace: bool, *settings: int
 ) -> Tensor:
-    """Apply the rule in training, with `inplace` over the input. Otherwise return the input."""
+    """Apply the rule in training. With `inplace` it overwrites the input. In evaluation return the input."""
     if not isinstance(training, bool):
         raise TypeError(f"training must be a bool, but is {training!r}")
     if not 0 <= p <= 1:
@@ -95,8 +95,8 @@ class AffineDropoutFunction(Rule):
     r"""y = a x + b      a and b: random along the leading axes, constant along the others      ∂L/∂x = a g
 
     Channel dropout     a = m / (1-p),  b = 0                      m: 1 with probability 1 - p, else 0
-    Alpha dropout       a = m s,        b = s κ (p - (1 - m)),     κ = αλ of SELU:  dropped elements become -κ,
-                        s = ((1 + p κ²) (1-p))^-½                  then mean 0 and variance 1 are restored
+    Alpha dropout       a = m s,        b = s κ (p - (1 - m)),     κ = αλ of SELU,   s = ((1 + p κ²) (1-p))^-½
+    Alpha dropout sets dropped elements to -κ. The scale s and the shift s κ p then restore mean 0 and variance 1.
 
     Tompson et al., "Efficient Object Localization Using Convolutional Networks", 2015. Klambauer et al.,
     "Self-Normalizing Neural Networks", 2017.
@@ -166,8 +166,10 @@ def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
 
 @with_torch_errors
 def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
-    """Set elements to SELU's lower bound, and keep mean and variance, as `torch.nn.functional.alpha_dropout`. Any
-    shape."""
+    """Set elements to SELU's lower bound, and keep mean and variance, as `torch.nn.functional.alpha_dropout`.
+
+    Any shape.
+    """
     return _apply_dropout(AffineDropoutFunction, input, p, training, inplace, input.dim(), True)
 
 

@@ -12,8 +12,9 @@ from manualgrad.registry import SampleInput, register
 from manualgrad.rule import Rule, replaces
 from manualgrad.torch_internals import in_forward_mode_or_transform
 
-# torch.sparse_coo_tensor without its checks, of which torch 2.11 warns: the forward has checked the indices
+# torch.sparse_coo_tensor without its checks, about which torch 2.11 warns. The forward has checked the indices
 _sparse_tensor = torch.ops.aten._sparse_coo_tensor_unsafe
+_embedding_bag = torch.ops.aten._embedding_bag
 
 
 class EmbeddingFunction(Rule):
@@ -47,6 +48,7 @@ def sum_by_row(g: Tensor, t: Tensor, count: int, padding: int, by_frequency: boo
 
 
 def add_by_row(g: Tensor, t: Tensor, count: int, padding: int) -> Tensor:
+    """`sum_by_row` as a dense tensor, without division."""
     g = g if padding < 0 else torch.where((t != padding).unsqueeze(-1), g, 0)
     return g.new_zeros(count, g.shape[-1]).index_add(0, t, g)
 
@@ -63,6 +65,7 @@ def _add_by_row_inplace(g: Tensor, t: Tensor, count: int, padding: int) -> Tenso
 def embedding(
     weight: Tensor, index: Tensor, padding: int = -1, by_frequency: bool = False, sparse: bool = False
 ) -> Tensor:
+    """The rows of the table at the indices, as `torch.embedding`."""
     return EmbeddingFunction.apply(weight, index, weight.size(0), padding, by_frequency, sparse)
 
 
@@ -76,7 +79,7 @@ register(
     benchmark_input=lambda t: SampleInput(t.index(8192, 4096), t(8192, 512)),
 )
 
-_SUM, _MEAN, _MAX = range(3)  # mode, as torch.embedding_bag takes it
+_SUM, _MEAN, _MAX = range(3)  # the mode of torch.embedding_bag
 
 
 @dataclass(frozen=True)
@@ -84,30 +87,33 @@ class BagKernel:
     """The properties by which torch chooses its kernel for sums of rows.
 
     With `include_last_offset` there may be indices after the last offset. Most kernels add their rows to the last
-    bag. The fastest kernel does not, but it includes them in the divisor of a mean.
+    bag. The fastest kernel does not, but it counts them in the size of the last bag, by which a mean is divided.
     """
 
     dtype: torch.dtype
     mode: int
-    rows_are_dense: bool
-    factors_are_dense: bool | None
+    rows_are_dense: bool  # stride 1
+    factors_are_dense: bool | None  # None: no factors
     has_padding: bool
 
     def adds_rows_after_last_offset(self, device: torch.device) -> Tensor:
-        """Found by a call of the kernel: the sum of a bag with a row of 0, followed by a row of 1."""
-        values = torch.tensor([0, 1, 0], dtype=self.dtype, device=device)
+        """Call the kernel for one bag with a row of zeros, and a row of ones after the last offset."""
+        values = torch.tensor([0, 1, 0], dtype=self.dtype, device=device)  # of the rows; the last is the padding
         table = values.unsqueeze(1).repeat(1, 2) if self.rows_are_dense else values.repeat(2, 1).T
-        factor, offsets = torch.ones(4, dtype=self.dtype, device=device), torch.arange(2, device=device)
-        factor = None if self.factors_are_dense is None else factor[:2] if self.factors_are_dense else factor[::2]
+        index = offsets = torch.arange(2, device=device)
+        ones = torch.ones(4, dtype=self.dtype, device=device)
+        factor = None if self.factors_are_dense is None else ones[:2] if self.factors_are_dense else ones[::2]
         padding = 2 if self.has_padding else None
-        return torch.embedding_bag(table, offsets, offsets, False, self.mode, False, factor, True, padding)[0] != 0
+        bags = torch.embedding_bag(table, index, offsets, False, self.mode, False, factor, True, padding)[0]
+        return bags[0, 0] != 0
 
 
 class EmbeddingBagFunction(Rule):
-    r"""y_b = Σ cᵢ W[tᵢ] over the positions i in bag b      c: the weight sᵢ, or 1; for a mean, 1 / size of the bag
+    r"""y_b = m_b Σ sᵢ W[tᵢ] over the positions i in bag b      s: the factor, or 1   m: for a mean 1 / size, or 1
 
-    ∂L/∂W[r] = Σ cᵢ g_b(i) over all i with tᵢ = r            ∂L/∂sᵢ = ⟨W[tᵢ], g_b(i)⟩
-    b(i) is the bag of position i. A bag begins at its offset. Positions with the padding index are in no bag.
+    ∂L/∂W[r] = Σ sᵢ gᵢ over all i with tᵢ = r      ∂L/∂sᵢ = ⟨W[tᵢ], gᵢ⟩      gᵢ = m_b ∂L/∂y_b for the bag b of i
+    A bag begins at its offset. Positions with the padding index are in no bag.
+    ``has_tail``: there may be positions after the last offset.
     """
 
     def forward(
@@ -132,7 +138,7 @@ class EmbeddingBagFunction(Rule):
         return torch.arange(len(index), device=index.device, dtype=offsets.dtype)
 
     def bag(positions: Tensor, offsets: Tensor, include_last_offset: bool) -> Tensor:
-        """b(i)"""
+        """The bag of each position."""
         begins = offsets[:-1] if include_last_offset else offsets
         return torch.searchsorted(begins.contiguous(), positions, right=True) - 1
 
@@ -148,7 +154,7 @@ class EmbeddingBagFunction(Rule):
         return index * is_used if has_tail and is_used is not None else index
 
     def g(grad: Tensor, index: Tensor, bag: Tensor, padding: int, kernel: BagKernel) -> Tensor:
-        """cᵢ g_b(i), without sᵢ"""
+        """gᵢ"""
         return grad_of_positions(grad, index, bag, padding, kernel.mode)
 
     def grad_weight(
@@ -162,11 +168,9 @@ class EmbeddingBagFunction(Rule):
         sparse: bool,
         has_tail: bool,
     ) -> Tensor:
-        weighted = g if factor is None else g * factor.unsqueeze(-1)
-        return sum_by_row(
-            torch.where(is_used.unsqueeze(-1), weighted, 0) if has_tail and is_used is not None else weighted,
-            *(t, count, padding, by_frequency, sparse),
-        )
+        sg = g if factor is None else g * factor.unsqueeze(-1)
+        sg = torch.where(is_used.unsqueeze(-1), sg, 0) if has_tail and is_used is not None else sg
+        return sum_by_row(sg, t, count, padding, by_frequency, sparse)
 
     def grad_factor(g: Tensor, weight: Tensor, t: Tensor, is_used: Tensor | None) -> Tensor:
         products = (weight.index_select(0, t) * g).sum(-1)
@@ -175,12 +179,12 @@ class EmbeddingBagFunction(Rule):
 
 def positions_before(is_in_bag: Tensor | None, positions: Tensor, end: Tensor, kernel: BagKernel) -> Tensor:
     """The positions in bags that are before `end`, or all of them if the kernel adds the others too."""
-    before = (positions < end) | kernel.adds_rows_after_last_offset(positions.device)[0, 0]
+    before = (positions < end) | kernel.adds_rows_after_last_offset(positions.device)
     return before if is_in_bag is None else is_in_bag & before
 
 
 def grad_of_positions(grad: Tensor, index: Tensor, bag: Tensor, padding: int, mode: int) -> Tensor:
-    """g_b(i) for each position i, for a mean divided by the size of the bag"""
+    """gᵢ = m_b ∂L/∂y_b for each position i"""
     if len(grad) == 0:
         return grad.new_zeros(len(index), grad.shape[1])
     if mode == _MEAN:
@@ -190,7 +194,7 @@ def grad_of_positions(grad: Tensor, index: Tensor, bag: Tensor, padding: int, mo
 
 
 class EmbeddingBagMaxFunction(Rule):
-    r"""y_bk = max W[tᵢ]_k over the positions i in bag b, at the row r_bk      ∂L/∂W[r]_k = Σ g_bk over r_bk = r"""
+    r"""y_bk = max W[tᵢ]_k over the positions i in bag b, in row r_bk      ∂L/∂W[r]_k = Σ_b g_bk where r_bk = r"""
 
     statistics = ("row", "size")
 
@@ -203,11 +207,8 @@ class EmbeddingBagMaxFunction(Rule):
         return output, row, size
 
     def grad_weight(grad: Tensor, row: Tensor, size: Tensor, count: int) -> Tensor:
-        filled = (size > 0).unsqueeze(-1)
-        return grad.new_zeros(count, grad.shape[1]).scatter_add(0, row, torch.where(filled, grad, 0))
-
-
-_embedding_bag = torch.ops.aten._embedding_bag
+        is_filled = (size > 0).unsqueeze(-1)
+        return grad.new_zeros(count, grad.shape[1]).scatter_add(0, row, torch.where(is_filled, grad, 0))
 
 
 def _ends_at_last_index(offsets: Tensor, index: Tensor) -> bool:
@@ -229,6 +230,7 @@ def embedding_bag(
     include_last_offset: bool,
     padding: int | None,
 ) -> tuple[Tensor, None, None, None]:
+    """`torch.embedding_bag`. Of its four results, `torch.nn.functional.embedding_bag` reads only the first."""
     count = weight.size(0)
     if padding is not None and not -count <= padding < count:
         raise RuntimeError(f"padding_idx must be one of the {count} rows, but is {padding}")

@@ -17,7 +17,7 @@ class LinearFunction(Rule):
 
     differential      dy = dx Wᵀ + x dWᵀ + db
     pair with g       ⟨g, dx Wᵀ⟩ = ⟨g W, dx⟩            ∂L/∂x = g W
-                      ⟨g, x dWᵀ⟩ = ⟨gᵀ x, dW⟩           ∂L/∂W = gᵀ x      (gᵀ x, Σ: over leading axes)
+                      ⟨g, x dWᵀ⟩ = ⟨gᵀ x, dW⟩           ∂L/∂W = gᵀ x      (gᵀ x and Σ sum over leading axes)
                       ⟨g, db⟩    = ⟨Σ g, db⟩            ∂L/∂b = Σ g
     Complex numbers: ⟨a, b⟩ = Σ ā b, so W and x are conjugated.
     """
@@ -51,9 +51,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _linear_with_broadcasting(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """torch also accepts a weight (in) and a bias that broadcasts."""
+    """`linear` with a weight (in) or a bias that broadcasts, which torch accepts too."""
     with torch.no_grad():
-        expected = F.linear(input, weight, bias)
+        expected = F.linear(input, weight, bias)  # its shape and dtype, and torch's errors
     output = LinearFunction.apply(input, torch.atleast_2d(weight), None)
     if bias is not None:
         output = output + bias.to(expected.dtype)
@@ -198,8 +198,8 @@ register(
 class GroupedMMFunction(Rule):
     r"""Y_i = A_i B_i for each group i, where A and B have three axes (a matrix for each group) or two
 
-    A tensor with two axes holds the matrices of all groups next to each other. ``ends`` is the end of each group
-    along the rows of A, the columns of B, or, if both have two axes, their common axis.
+    A tensor with two axes holds the matrices of all groups next to each other along one axis. ``ends`` has the end
+    of each group on it: on the rows of A, the columns of B, or, if both have two axes, the axis that they share.
 
     differential      dY_i = dA_i B_i + A_i dB_i
     pair with g       ∂L/∂A_i = g_i B_iᵀ            ∂L/∂B_i = A_iᵀ g_i
@@ -225,7 +225,7 @@ class GroupedMMFunction(Rule):
 
 
 def _grouped_product(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
-    """Y, from memory layouts that the kernel accepts: contiguous rows of A, contiguous columns of B."""
+    """Y. The kernel needs contiguous rows of A and contiguous columns of B."""
     return GroupedMMFunction.apply(a.contiguous(), b.mT.contiguous().mT, ends, None, None)
 
 

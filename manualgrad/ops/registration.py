@@ -15,12 +15,12 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
 
 def with_torch_errors(function: FunctionT) -> FunctionT:
-    """Raise the error of torch's function of the same name for invalid arguments (see `manualgrad.fallback`)."""
+    """Add the errors and the fallbacks of torch's function of the same name (see `manualgrad.fallback`)."""
     return with_errors_of(getattr(F, function.__name__, None) or getattr(torch, function.__name__), function)
 
 
 def with_errors_of(reference: Callable[..., object], function: FunctionT) -> FunctionT:
-    """The same for a function of torch with another name."""
+    """Add the errors and the fallbacks of ``reference``, a function of torch."""
     return with_torch_fallback(reference, function)  # type: ignore[return-value]
 
 
@@ -28,7 +28,7 @@ def implements(kernel: Callable[..., object]) -> Callable[[FunctionT], FunctionT
     """Register a rule or a function as the replacement of a kernel that torch's functions call."""
 
     def decorate(implementation: FunctionT) -> FunctionT:
-        # the entry point of a rule, and of torch's Functions, is `apply`
+        # a rule, and a Function of torch, is called by its `apply`
         reference, replacement = (getattr(x, "apply", x) for x in (kernel, implementation))
         register_kernel_replacement(kernel, with_errors_of(reference, replacement))
         return implementation
@@ -37,11 +37,11 @@ def implements(kernel: Callable[..., object]) -> Callable[[FunctionT], FunctionT
 
 
 def for_1d_2d_3d(make: Callable[[int], FunctionT], dimensions: Iterable[int] = (1, 2, 3)) -> list[FunctionT]:
-    """From a function of the number of dimensions, f1d, f2d and f3d, with ``{n}`` in the docstring filled in."""
-    found = []
+    """The functions f1d, f2d and f3d, made by ``make(n)``. In the docstring, ``{n}`` becomes the number."""
+    functions = []
     for n in dimensions:
         function = make(n)
         function.__name__ = function.__qualname__ = f"{function.__name__}{n}d"
         function.__doc__ = (function.__doc__ or "").replace("{n}", str(n))
-        found.append(with_torch_errors(function))
-    return found
+        functions.append(with_torch_errors(function))
+    return functions

@@ -1,4 +1,4 @@
-"""Shapes: settings per dimension, flattened and broadcast tensors."""
+"""Helpers for shapes, and for settings with one number per dimension."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def rows(tensor: Tensor, k: int = 1) -> Tensor:
 
 
 def flatten(tensor: Tensor, first: int = 0, last: int = -1) -> Tensor:
-    """`torch.flatten`, also for empty tensors and gradcheck's vmap, which torch's does not support."""
+    """`torch.flatten` that also works for empty tensors and in gradcheck's vmap."""
     first, last = first % tensor.dim(), last % tensor.dim()
     shape = tensor.shape
     return tensor.reshape(*shape[:first], math.prod(shape[first : last + 1]), *shape[last + 1 :])
 
 
 def unflatten(tensor: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
-    """`torch.unflatten`, likewise."""
+    """`torch.unflatten` that works in the same cases."""
     axis = axis % tensor.dim()
     return tensor.reshape(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :])
 

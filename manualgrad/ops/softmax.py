@@ -14,7 +14,7 @@ from manualgrad.rule import Rule
 
 
 class AlongAxis(Rule):
-    """A function of each vector along the axis ``dim``. It is independent along the axes before ``dim``."""
+    """A function of each vector along the axis ``dim``. The axes before ``dim`` are batch axes."""
 
     autocast = {"cuda": "float32"}
 
@@ -78,7 +78,7 @@ def softmin(
 ) -> Tensor:
     """softmax(-x) along ``dim``, as `torch.nn.functional.softmin`. Any shape; computed in `dtype` if given."""
     if input.dtype == torch.bool:
-        return F.softmin(input, 0)  # raises what torch raises
+        return F.softmin(input, 0)  # raises torch's error: torch negates before it converts to `dtype`
     dim = _dim_or_default("softmin", input, dim, _stacklevel)
     return SoftminFunction.apply(input if dtype is None else input.to(dtype), dim)
 
@@ -121,7 +121,7 @@ def gumbel_softmax(
         return soft
     largest = soft.detach().argmax(dim, keepdim=True)
     one_hot = torch.zeros_like(soft, memory_format=torch.legacy_contiguous_format).scatter_(dim, largest, 1.0)
-    return one_hot - soft.detach() + soft
+    return one_hot - soft.detach() + soft  # the value of one_hot, the gradient of soft
 
 
 register(
