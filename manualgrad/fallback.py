@@ -2,8 +2,10 @@
 
 A function of manualgrad calls torch's function of the same name, and so uses torch's derivative, for
 
-    tensor-likes: types with their own ``__torch_function__``, for example `torch.fx.Proxy` or jagged nested
-    tensors sparse, nested, mkldnn and quantized tensors calls that `torch.jit.trace` records
+    tensor-likes       types with their own ``__torch_function__``, for example `torch.fx.Proxy` or jagged nested
+                       tensors
+    other layouts      sparse, nested, mkldnn and quantized tensors
+    torch.jit.trace    calls that it records
 
 `record_fallbacks` counts these calls. All other calls run on manualgrad, and their errors are not caught.
 """
