@@ -528,14 +528,17 @@ def gradient_descent(
 
 
 class TrainingStep(nn.Module):
-    """A network and its loss as one module."""
+    """The layers of a network and its loss as one module, so that they keep their names."""
 
     def __init__(self, model: nn.Module, loss: nn.Module) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
+        for name, layer in model.named_children():
+            self.add_module(name, layer)
+        self.loss = loss
+        self.compute = partial(compute_loss, model, loss)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return compute_loss(self.model, self.loss, input, target)
+        return self.compute(input, target)
 
 
 def program_steps(model: nn.Module, loss: nn.Module, input: Tensor, target: Tensor) -> list[Step]:

@@ -157,9 +157,9 @@ def test_excerpt_in_the_readme(call: ScriptCall) -> None:
     output = call()[1]
     for part in section.split("```")[1].removeprefix("text").split("\n...\n"):
         assert part.strip("\n") in output
-    assert "one of fifteen steps" in section
-    assert "\n15. " in output
-    assert "\n16. " not in output
+    assert "one of sixteen steps" in section
+    assert "\n16. " in output
+    assert "\n17. " not in output
 
 
 def to_torch(module: nn.Module) -> nn.Module:
@@ -363,7 +363,7 @@ def test_tensorboard(call: ScriptCall, tmp_path: Path) -> None:
     )
 
 
-CARDS = ("1_forward", "2_backward", "3_update", "4_gradient_check", "5_further_steps")
+CARDS = ("1_forward", "2_backward", "3_update", "4_gradient_check", "5_further_steps", "6_the_same_in_Python")
 
 
 @pytest.mark.parametrize(

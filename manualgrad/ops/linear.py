@@ -17,7 +17,7 @@ class LinearFunction(Rule):
 
     differential      dy = dx Wᵀ + x dWᵀ + db
     pair with g       ⟨g, dx Wᵀ⟩ = ⟨g W, dx⟩            ∂L/∂x = g W
-                      ⟨g, x dWᵀ⟩ = ⟨gᵀ x, dW⟩           ∂L/∂W = gᵀ x      (gᵀ x and Σ sum over leading axes)
+                      ⟨g, x dWᵀ⟩ = ⟨gᵀ x, dW⟩           ∂L/∂W = gᵀ x      (Σ, gᵀ x: over leading axes)
                       ⟨g, db⟩    = ⟨Σ g, db⟩            ∂L/∂b = Σ g
     Complex numbers: ⟨a, b⟩ = Σ ā b, so W and x are conjugated.
     """
