@@ -24,7 +24,7 @@ class Elementwise(Rule):
 class Pointwise(Elementwise):
     r"""yᵢ = f(xᵢ)      the rule defines ``derivative``, the tensor f′(x)
 
-    dyᵢ = f′(xᵢ) dxᵢ,  a diagonal map, its own transpose:      ∂L/∂x = g f′(x)      (complex: conj f′(x))
+    dyᵢ = f′(xᵢ) dxᵢ,  a diagonal map, its own transpose:      ∂L/∂x = g f′(x)    (complex: conjugate)
     """
 
     def grad_input(grad: Tensor, derivative: Tensor) -> Tensor:

