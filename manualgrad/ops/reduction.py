@@ -184,6 +184,11 @@ def cumsum(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tens
     return CumsumFunction.apply(input, dim)
 
 
+_NOT_COMPILED = dict.fromkeys(
+    ("compile", "compile_dynamic"), "torch.compile does not trace this composition: it cannot convert an argument"
+)
+
+
 def _register(
     function: Callable[..., Any], samples: Callable[[Any], Sequence[SampleInput]], **options: Any
 ) -> None:
