@@ -37,6 +37,9 @@ PACKED_LSTM_RUNS_STEP_BY_STEP = torch.__version__ < TorchVersion("2.13")
 """On the CPU, an LSTM processes packed sequences of equal lengths step by step. torch 2.13 uses oneDNN's
 kernel."""
 
+PROGRAMS_HAVE_FIXED_SIZES = torch.__version__ < TorchVersion("2.13")
+"""The graph of torch.export has the sizes of the example, also where `dynamic_shapes` names others."""
+
 PRIVATE_NAMES = (
     "torch.Tensor._is_view",
     "torch.Tensor._version",

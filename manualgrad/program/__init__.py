@@ -22,6 +22,7 @@ from manualgrad.program.file import FileWriter
 from manualgrad.program.module import ProgramModule
 from manualgrad.program.text import has_effect
 from manualgrad.program.trace import Variable, function_name
+from manualgrad.torch_internals import PROGRAMS_HAVE_FIXED_SIZES
 
 
 class Program:
@@ -217,4 +218,6 @@ def export(
     Raises:
         UnsupportedOperators: the model calls operators that no rule covers.
     """
+    if dynamic_shapes is not None and PROGRAMS_HAVE_FIXED_SIZES:
+        raise NotImplementedError("dynamic_shapes needs torch 2.13 or later")
     return Program(model, args, dict(kwargs or {}), dynamic_shapes, memory)
